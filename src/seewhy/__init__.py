@@ -1,0 +1,79 @@
+"""Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seewhy.config import TrainConfig
+    from seewhy.errors import (
+        BackboneError,
+        ConfigError,
+        DataError,
+        ImageError,
+        OutputError,
+        RunError,
+        SeewhyError,
+        SplitError,
+        WeightsError,
+    )
+    from seewhy.evaluate import Evaluation
+    from seewhy.explain import Explanation
+    from seewhy.export import export_state_dict
+    from seewhy.images import ImageSet, open_images
+    from seewhy.predict import Predictions
+    from seewhy.run import Run, load
+    from seewhy.split import Split, split_images
+    from seewhy.workflow import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackboneError",
+    "ConfigError",
+    "DataError",
+    "Evaluation",
+    "Explanation",
+    "ImageError",
+    "ImageSet",
+    "OutputError",
+    "Predictions",
+    "Run",
+    "RunError",
+    "SeewhyError",
+    "Split",
+    "SplitError",
+    "TrainConfig",
+    "WeightsError",
+    "export_state_dict",
+    "load",
+    "open_images",
+    "split_images",
+    "train",
+]
+
+# torch and timm take seconds to import; each name is fetched when it is first used.
+_HOMES = {
+    "config": ("TrainConfig",),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "evaluate": ("Evaluation",),
+    "explain": ("Explanation",),
+    "export": ("export_state_dict",),
+    "images": ("ImageSet", "open_images"),
+    "predict": ("Predictions",),
+    "run": ("Run", "load"),
+    "split": ("Split", "split_images"),
+    "workflow": ("train",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(f"seewhy.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'seewhy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

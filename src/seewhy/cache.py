@@ -1,0 +1,58 @@
+"""Where computed things are kept (features, picture checks, the demo set): its place, its size, its clearing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from seewhy.errors import OutputError
+
+
+def cache_dir() -> Path:
+    """$SEEWHY_CACHE, else the user's cache folder; made when missing."""
+    folder = Path(os.environ.get("SEEWHY_CACHE") or platformdirs.user_cache_dir("seewhy", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the cache folder cannot be made ({error.strerror}); set SEEWHY_CACHE to a writable one") from error
+    return folder
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing in the cache and its size on disk in bytes."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def list_cache() -> list[CacheEntry]:
+    """What the cache holds: each feature store, the demo set, the record of checked pictures."""
+    root = cache_dir()
+    stores = sorted((root / "features").glob("*")) if (root / "features").is_dir() else []
+    others = sorted(path for path in root.glob("*") if path.name != "features")
+    return [CacheEntry(str(path.relative_to(root)), path, size_of(path)) for path in [*stores, *others]]
+
+
+def clear_cache() -> int:
+    """Removes everything seewhy put into the cache; the freed bytes."""
+    freed = 0
+    for entry in list_cache():
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            entry.path.unlink()
+        freed += entry.size_bytes
+    return freed

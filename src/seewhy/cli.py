@@ -1,0 +1,266 @@
+"""The command line: parse, call, print; every error is one line and exit status 2."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from seewhy import __version__
+from seewhy.config import TrainConfig, make_config, parse_settings, read_config
+from seewhy.errors import SeewhyError
+from seewhy.progress import show_log_lines
+
+app = typer.Typer(
+    name="seewhy",
+    help="Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run")]
+PicturesArgument = Annotated[list[str], typer.Argument(metavar="PICTURES...", help="files, folders or patterns")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable pictures out instead of stopping")]
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=False))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"seewhy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    show_log_lines()
+
+
+# ---------------------------------------------------------------- train: options derived from TrainConfig
+
+
+def _train(
+    data: str | None, out: Path | None, resume: bool, config_file: Path | None, settings: list[str], as_json: bool, given: dict[str, Any]
+) -> None:
+    values = read_config(config_file) if config_file else {}
+    values |= parse_settings(settings) | {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        values["data"] = data
+    if "data" not in values:
+        raise typer.BadParameter("name a dataset (caltech101, scenes), a folder of class folders, or a --config that does")
+    config = make_config(**values)
+    from seewhy.workflow import train_run
+
+    run = train_run(config, out, resume)
+    if as_json:
+        _print_json(
+            {"run": str(run.path), "report": str(run.path / "report.html"), "seconds": run.manifest["seconds"], "metrics": run.metrics}
+        )
+    else:
+        typer.echo(f"run     {run.path}\nreport  {run.path / 'report.html'}")
+
+
+def _option_type(annotation: Any) -> Any:
+    """The command line's type of a field: flags stay bool, everything else is read by TrainConfig."""
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if annotation is bool:
+        return bool
+    if get_origin(annotation) is Literal or len(arguments) > 1:
+        return str
+    return arguments[0] if arguments else annotation
+
+
+def _metavar(annotation: Any) -> str | None:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    return None
+
+
+def _derive_train_command() -> Any:
+    """`seewhy train` with one option for every field of TrainConfig that is marked for the command line."""
+    fixed = [
+        ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")], None),
+        ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
+        ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
+        ("config", Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")], None),
+        ("set", Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")], None),
+        ("json", JsonOption, False),
+    ]
+    derived = []
+    for name, field in TrainConfig.model_fields.items():
+        extra = field.json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("cli")):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        flags = [f"{flag}/--no-{flag[2:]}"] if field.annotation is bool and field.default else [flag]
+        text = f"{field.description}" + (f" (default: {field.default})" if field.default not in (None, True, False) else "")
+        option = typer.Option(*flags, help=text, metavar=_metavar(field.annotation), show_default=False)
+        derived.append((name, Annotated[_option_type(field.annotation) | None, option], None))
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+        for name, annotation, default in [*fixed, *derived]
+    ]
+
+    def command(**values: Any) -> None:
+        own = {name: values.pop(name) for name, _, _ in fixed}
+        _train(own["data"], own["out"], own["resume"], own["config"], own["set"] or [], own["json"], values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
+    _derive_train_command()
+)
+
+
+# ---------------------------------------------------------------- evaluate, predict, explain, cache
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="another labelled folder (default: the run's own data)")] = None,
+    part: Annotated[str, typer.Option(help="train, val or test part of the run's split")] = "test",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a run: accuracy, top-5, per-class numbers."""
+    from seewhy.run import load
+
+    evaluation = load(run).evaluate(part, data)
+    numbers = evaluation.metrics
+    if as_json:
+        _print_json({evaluation.part: numbers})
+        return
+    low, high = numbers["accuracy_ci95"]
+    typer.echo(f"{evaluation.part}: {numbers['n']} pictures")
+    typer.echo(f"accuracy                 {numbers['accuracy']:.2%}   (95% interval {low:.2%} to {high:.2%})")
+    typer.echo(f"top-5 accuracy           {numbers['top5_accuracy']:.2%}")
+    typer.echo(f"mean per-class accuracy  {numbers['mean_per_class_accuracy']:.2%}")
+    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}")
+    weakest = sorted((row for row in numbers["per_class"] if row["n"]), key=lambda row: (row["recall"], row["class"]))[:5]
+    typer.echo("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest))
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    pictures: PicturesArgument,
+    top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
+    out: Annotated[Path | None, typer.Option(help="write the table here: .csv, .parquet or .json")] = None,
+    skip_bad: SkipBadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what pictures show, with probabilities."""
+    from seewhy.run import load
+
+    predictions = load(run).predict(pictures, skip_bad)
+    for path, reason in predictions.bad:
+        typer.echo(f"left out: {path} ({reason})", err=True)
+    if out is not None:
+        predictions.save(out, top_k)
+    if as_json:
+        _print_json(predictions.records(top_k))
+    elif out is not None:
+        typer.echo(f"{len(predictions.paths)} pictures -> {out}")
+    else:
+        for record in predictions.records(top_k):
+            answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
+            typer.echo(f"{record['path']}:  {answers}")
+
+
+@app.command()
+def explain(
+    run: RunArgument,
+    pictures: PicturesArgument,
+    method: Annotated[str, typer.Option(help="gradcam or gradcam++")] = "gradcam++",
+    target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the overlays")] = Path("heatmaps"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show where in a picture the evidence for a class lies."""
+    from seewhy.run import load
+
+    explanation = load(run).explain(pictures, method, target)
+    written = explanation.save(out)
+    records = [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), written, strict=True)]
+    if as_json:
+        _print_json(records)
+        return
+    for record in records:
+        typer.echo(f"{record['path']}:  {record['class']} {record['prob']:.1%}  {record['overlay']}")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="remove everything in the cache")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List or clear what is kept between runs."""
+    from seewhy.cache import cache_dir, clear_cache, list_cache
+
+    if clear:
+        freed = clear_cache()
+        if as_json:
+            _print_json({"cache": str(cache_dir()), "freed_bytes": freed})
+        else:
+            typer.echo(f"freed {freed / 1e6:.1f} MB in {cache_dir()}")
+        return
+    entries = list_cache()
+    if as_json:
+        _print_json({"cache": str(cache_dir()), "entries": [{"name": e.name, "size_bytes": e.size_bytes} for e in entries]})
+        return
+    for entry in entries:
+        typer.echo(f"{entry.size_bytes / 1e6:10.1f} MB  {entry.name}")
+    typer.echo(f"{sum(e.size_bytes for e in entries) / 1e6:10.1f} MB  in {cache_dir()}")
+
+
+# ---------------------------------------------------------------- the shell
+
+
+def run_guarded(work: Any) -> int:
+    """Calls work() and turns what it raises into one line on stderr and an exit status.
+
+    0 done, 2 something the user can mend, 130 interrupted.
+    """
+    try:
+        status = work()
+        return status if isinstance(status, int) else 0
+    except SeewhyError as error:
+        return _complain(" ".join(str(error).splitlines()))
+    except KeyboardInterrupt as error:
+        if type(error).__name__ == "FitInterrupted":
+            return _complain("interrupted; finished epochs are kept: repeat the command with --resume to go on", status=130)
+        return _complain("interrupted; computed features are kept, repeat the command to go on", status=130)
+    except Exception as error:
+        # typer's own errors (unknown options, missing arguments) carry their text in format_message.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context is not None else ""
+        return _complain(f"{' '.join(error.format_message().split()).rstrip('.')}{where}")
+
+
+def _complain(text: str, status: int = 2) -> int:
+    typer.echo(f"seewhy: {text}", err=True)
+    return status
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_guarded(lambda: app(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Options -> TrainConfig: validated once, frozen, to and from YAML and JSON; the CLI derives from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from seewhy.errors import ConfigError
+
+# What a fit uses where the user says nothing, by how much is trained.
+# The figures behind each choice stand in benchmarks/RESULTS.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"epochs": 40, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.1, "patience": 10, "label_smoothing": 0.0},
+    "tail": {"epochs": 8, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "patience": 3, "label_smoothing": 0.1},
+    "full": {"epochs": 12, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "patience": 4, "label_smoothing": 0.1},
+}
+
+
+def _main(default: Any, text: str, **limits: Any) -> Any:
+    """A field that is also a command-line option."""
+    return Field(default, description=text, json_schema_extra={"cli": True}, **limits)
+
+
+def _fine(default: Any, text: str, **limits: Any) -> Any:
+    """A field for `--set name=value` and config files."""
+    return Field(default, description=text, json_schema_extra={"cli": False}, **limits)
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a run; `run.json` holds it, and `--config` takes it back.
+
+    Fields left at None are filled from RECIPES by `resolved()`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(description="caltech101, scenes, or a folder of class folders")
+    data_root: str | None = _main(None, "folder that holds (or receives) caltech101; also $SEEWHY_DATA")
+    backbone: str = _main("resnet18", "a named backbone or any timm model")
+    weights: str | None = _main(None, "a weights file (safetensors, pth), or 'none' for a random start")
+    unfreeze: int | Literal["all"] = _main(1, "train the N deepest stages with the classifier; 0 = classifier only, all")
+    views: int = _main(2, "views of each training picture: 1 plain, 2 + mirrored, more = random; 0 = fresh every epoch", ge=0, le=64)
+    protocol: Literal["ratio", "caltech30"] = _main("ratio", "ratio (70/10/20 of each class) or caltech30 (30 training pictures a class)")
+    split_from: str | None = _main(None, "use the split of another run (its folder or split.json)")
+    epochs: int | None = _main(None, "most epochs; early stopping may end sooner", ge=1)
+    lr: float | None = _main(None, "learning rate of the classifier", gt=0)
+    batch_size: int | None = _main(None, "pictures a step", ge=1)
+    seed: int = _main(0, "seed of the split, the classifier's start and the order", ge=0)
+    skip_bad: bool = _main(False, "leave unusable pictures out instead of stopping; they are listed in run.json")
+    cache: bool = _main(True, "keep frozen features on disk (same mathematics either way)")
+
+    resize: Literal["squash", "crop"] = _fine("squash", "show the network the whole picture, or its centred square")
+    val_fraction: float = _fine(0.1, "share of each class for validation", gt=0, lt=1)
+    test_fraction: float = _fine(0.2, "share of each class for test", gt=0, lt=1)
+    optimizer: Literal["adamw", "adam", "sgd"] = _fine("adamw", "optimiser")
+    weight_decay: float | None = _fine(None, "weight decay (not applied to biases and norms)", ge=0)
+    schedule: Literal["cosine", "plateau"] = _fine("cosine", "cosine with warm-up, or ReduceLROnPlateau on val loss")
+    warmup_epochs: float = _fine(1.0, "epochs of linear warm-up (cosine)", ge=0)
+    patience: int | None = _fine(None, "epochs without a better val loss before early stopping", ge=1)
+    min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
+    stage_lr_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
+    label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
+    class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
+    augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
+    mix: Literal["none", "mixup", "cutmix"] = _fine("none", "MixUp or CutMix of the pictures of a batch (views = 0)")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
+    engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
+    workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
+
+    @field_validator("unfreeze", mode="before")
+    @classmethod
+    def _unfreeze(cls, value: Any) -> Any:
+        if value == "all":
+            return value
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -1
+        if number < 0 or isinstance(value, bool):
+            raise ValueError(f"must be 0, 1, 2, ... or all, not {value!r}")
+        return number
+
+    @property
+    def recipe(self) -> str:
+        """Which row of RECIPES applies."""
+        return {0: "linear", "all": "full"}.get(self.unfreeze, "tail")
+
+    @property
+    def fresh_views(self) -> bool:
+        """Whether each epoch sees new random views of the pictures (nothing can be cached then)."""
+        return self.views == 0 or self.unfreeze == "all"
+
+    def resolved(self) -> TrainConfig:
+        """The same config with every None of the recipe filled in, and checked for contradictions."""
+        filled = {name: value for name, value in RECIPES[self.recipe].items() if getattr(self, name) is None}
+        config = self.model_copy(update=filled)
+        if not config.fresh_views and (config.mix != "none" or config.augment != "standard"):
+            name = "mix" if config.mix != "none" else "augment"
+            raise ConfigError(f"{name}={getattr(config, name)} needs fresh pictures every epoch; add --views 0")
+        if config.val_fraction + config.test_fraction >= 1:
+            raise ConfigError(
+                f"val_fraction {config.val_fraction} + test_fraction {config.test_fraction} leave nothing to train on; "
+                "make them sum to less than 1"
+            )
+        return config
+
+
+def make_config(**values: Any) -> TrainConfig:
+    """Validated TrainConfig, or a ConfigError of one line that names the option."""
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1]) or "config"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(TrainConfig.model_fields)
+            raise ConfigError(f"unknown option {name!r}; known: {known}") from error
+        text = first["msg"].removeprefix("Value error, ")
+        text = text[0].lower() + text[1:]
+        said = "" if repr(first["input"]) in text else f", not {first['input']!r}"
+        raise ConfigError(f"option {name}: {text}{said}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Values of a YAML or JSON config file; a `run.json` counts too (its `config` is taken)."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); pass a YAML or JSON file") from error
+    except yaml.YAMLError as error:
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{path}: not valid YAML or JSON ({reason})") from error
+    if isinstance(values, dict) and isinstance(values.get("config"), dict):
+        values = values["config"]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected option names and values, found {type(values).__name__}")
+    return values
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """['label_smoothing=0', ...] -> {'label_smoothing': 0, ...}; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: write it as name=value")
+        values[name.strip().replace("-", "_")] = yaml.safe_load(text)
+    return values
+
+
+def dump_config(config: TrainConfig) -> dict[str, Any]:
+    """JSON-ready values; `make_config(**dump_config(c)) == c`."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    return values

@@ -1,0 +1,54 @@
+"""Every error a user can meet, each one line: what, where, and the next step.
+
+SeewhyError
+|-- ConfigError     an option or a config file is wrong
+|-- DataError       a dataset, folder or class is missing or unusable
+|   `-- ImageError  pictures that cannot be used
+|-- SplitError      the pictures cannot be divided as asked
+|-- BackboneError   an unknown network, or one that cannot be cut as asked
+|   `-- WeightsError  weights that are missing or do not fit
+|-- RunError        a saved run is missing, half-written or of another version
+`-- OutputError     something cannot be written
+
+The command line prints the message alone and exits with status 2.
+"""
+
+
+class SeewhyError(Exception):
+    """Root of every error that seewhy raises on purpose."""
+
+
+class ConfigError(SeewhyError):
+    """An option or a config file is wrong."""
+
+
+class DataError(SeewhyError):
+    """A dataset, folder or class is missing or unusable."""
+
+
+class ImageError(DataError):
+    """Pictures that cannot be used; `bad` lists (path, reason)."""
+
+    def __init__(self, message: str, bad: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.bad = bad
+
+
+class SplitError(SeewhyError):
+    """The pictures cannot be divided as asked."""
+
+
+class BackboneError(SeewhyError):
+    """An unknown network, or one that cannot be cut as asked."""
+
+
+class WeightsError(BackboneError):
+    """Weights that are missing or do not fit the network."""
+
+
+class RunError(SeewhyError):
+    """A saved run is missing, half-written or of another version."""
+
+
+class OutputError(SeewhyError):
+    """Something cannot be written."""

@@ -1,0 +1,134 @@
+"""A run x pictures -> Explanation: a heatmap a picture, its overlay, and the scores behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from seewhy.cam import METHODS, class_activation_maps, scale_to_one
+from seewhy.errors import ConfigError, OutputError
+from seewhy.features import BATCH, EVAL_VIEW, render_view
+from seewhy.figures import overlay_heatmap
+from seewhy.images import read_image
+from seewhy.metrics import softmax
+from seewhy.predict import find_pictures
+from seewhy.progress import progress
+from seewhy.run import Run
+from seewhy.transforms import Preprocessing, eval_view, normalise, render
+
+OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the network says what it says of N pictures.
+
+    maps: (N, h, w) float32, 0..1, of the class `targets[n]`, over what the network saw of the picture.
+    targets: (N,) class indices. probs: (N, C). method: its name in METHODS.
+    """
+
+    method: str
+    paths: tuple[str, ...]
+    maps: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int64]
+    probs: npt.NDArray[np.float64]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def overlay(self, n: int) -> Image.Image:
+        """What the network saw of the n-th picture, in its own proportions, with the heatmap over it; RGB."""
+        return Image.fromarray(overlay_heatmap(view_for_people(self.paths[n], self.preprocessing), self.maps[n]))
+
+    def records(self) -> list[dict[str, Any]]:
+        """JSON-ready: path, explained class, its probability, predicted class."""
+        best = self.probs.argmax(axis=1)
+        return [
+            {
+                "path": path,
+                "class": self.classes[self.targets[n]],
+                "prob": float(self.probs[n, self.targets[n]]),
+                "predicted": self.classes[best[n]],
+                "method": self.method,
+            }
+            for n, path in enumerate(self.paths)
+        ]
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Writes one overlay a picture, NAME.CLASS.METHOD.png; the files written."""
+        folder = Path(folder)
+        written: list[Path] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for n, path in enumerate(self.paths):
+                name = re.sub(r"[^\w.-]", "_", f"{Path(path).stem}.{self.classes[self.targets[n]]}.{self.method}")
+                file = folder / f"{name}.png"
+                if file in written:  # the same file name in two folders
+                    file = folder / f"{name}.{n}.png"
+                self.overlay(n).save(file)
+                written.append(file)
+        except OSError as error:
+            raise OutputError(f"{folder}: overlays cannot be written ({error.strerror}); choose another place with --out") from error
+        return written
+
+
+def view_for_people(path: Path | str, preprocessing: Preprocessing, long_side: int = OVERLAY_SIZE) -> npt.NDArray[np.uint8]:
+    """The evaluation view in the picture's own proportions: (h, w, 3) uint8 RGB, the longer side `long_side`."""
+    picture = read_image(path)
+    view = eval_view(picture.width, picture.height, preprocessing)
+    left, top, right, bottom = view.box
+    factor = long_side / max(right - left, bottom - top)
+    size = (max(1, round(factor * (right - left))), max(1, round(factor * (bottom - top))))
+    return render(picture, view, size, "lanczos")
+
+
+def class_index(name: str, classes: Sequence[str]) -> int:
+    """Position of a class by its name; ConfigError with the nearest ones otherwise."""
+    if name in classes:
+        return list(classes).index(name)
+    import difflib
+
+    near = difflib.get_close_matches(name, classes, n=3) or list(classes[:3])
+    raise ConfigError(f"unknown class {name!r}; did you mean {' or '.join(near)}? (the run has {len(classes)} classes)")
+
+
+def explain(run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", target: str | None = None) -> Explanation:
+    """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
+
+    Raises ConfigError for an unknown method or class, ImageError for an unusable picture.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    wanted = class_index(target, run.classes) if target is not None else None
+    paths = find_pictures(inputs)
+    preprocessing = run.backbone.preprocessing
+    maps, targets, logits = [], [], []
+    with progress("explaining", len(paths)) as advance:
+        for start in range(0, len(paths), BATCH):
+            chunk = paths[start : start + BATCH]
+            squares = []
+            for path in chunk:
+                squares.append(render_view(read_image(path), EVAL_VIEW, "", preprocessing))
+            batch = torch.from_numpy(normalise(np.stack(squares), preprocessing))
+            given = torch.full((len(chunk),), wanted) if wanted is not None else None
+            found, scores, chosen = class_activation_maps(run.backbone.model, batch, method, given)
+            maps.append(scale_to_one(found).numpy())
+            targets.append(chosen.numpy())
+            logits.append(scores.numpy())
+            advance(len(chunk))
+    return Explanation(
+        method=method,
+        paths=tuple(str(path) for path in paths),
+        maps=np.concatenate(maps),
+        targets=np.concatenate(targets),
+        probs=softmax(np.concatenate(logits)),
+        classes=run.classes,
+        preprocessing=preprocessing,
+    )

@@ -1,0 +1,311 @@
+"""Frozen trunk x views -> Features: each picture's fixed part computed once and kept in a memory-mapped store."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from seewhy.backbones import Cut, weights_hash
+from seewhy.cache import cache_dir
+from seewhy.errors import OutputError
+from seewhy.images import ImageSet, read_image
+from seewhy.progress import progress
+from seewhy.transforms import Preprocessing, normalise, render, view_of
+
+BATCH = 32
+ONNX_WORTH_IT = 400  # pictures below which exporting the trunk (about 5 s) costs more than it saves
+EVAL_VIEW = 0  # its number among the views
+FORMAT = 1
+
+T = TypeVar("T")
+R = TypeVar("R")
+Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the frozen trunk says of each picture and view.
+
+    store: (R, *shape) of float16 maps or float32 vectors, on disk (memory-mapped) or in memory.
+    rows: (N, V) int64, the row of view v of picture n.
+    computed: how many (picture, view) pairs were computed now; the others came from the cache.
+    """
+
+    store: npt.NDArray[Any]
+    rows: npt.NDArray[np.int64]
+    computed: int
+
+    def get(self, pictures: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0) -> npt.NDArray[np.float32]:
+        """(B, *shape) float32 of the given pictures (positions in `rows`) and views."""
+        return np.asarray(self.store[self.rows[pictures, views]], dtype=np.float32)
+
+
+def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
+    """Maps are kept in half precision (a quarter of a 224-pixel picture's float32 size), vectors in single.
+
+    What trains on pictures directly rounds the same way, so that cached or not is the same mathematics.
+    """
+    return np.float32 if len(shape) == 1 else np.float16
+
+
+# ---------------------------------------------------------------- engines
+
+
+def make_engine(trunk: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
+    """A function (N, size, size, 3) uint8 -> (N, *shape) float32.
+
+    onnx: ONNX Runtime on the CPU, 1.9-5 times eager PyTorch there. torch: PyTorch, on the GPU where there is one.
+    auto takes onnx where it pays: on a CPU and for more than a few hundred pictures.
+    """
+    if engine == "auto":
+        engine = "onnx" if pictures >= ONNX_WORTH_IT and not torch.cuda.is_available() else "torch"
+    return ENGINES[engine](trunk.eval(), preprocessing)
+
+
+def _torch_engine(trunk: nn.Module, preprocessing: Preprocessing) -> Engine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trunk = trunk.to(device).to(memory_format=torch.channels_last)
+
+    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            pictures = torch.from_numpy(normalise(squares, preprocessing)).to(device, memory_format=torch.channels_last)
+            features: npt.NDArray[np.float32] = trunk(pictures).float().cpu().contiguous().numpy()
+        return features
+
+    return run
+
+
+def _onnx_engine(trunk: nn.Module, preprocessing: Preprocessing) -> Engine:
+    import onnxruntime
+
+    size = preprocessing.size
+    example = torch.zeros(2, 3, size, size)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+        program = torch.onnx.export(trunk, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        output: npt.NDArray[np.float32] = session.run(None, {name: normalise(squares, preprocessing)})[0]
+        return output
+
+    return run
+
+
+ENGINES: dict[str, Callable[[nn.Module, Preprocessing], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}
+
+
+# ---------------------------------------------------------------- the store
+
+
+class FeatureStore:
+    """A folder with rows.bin (features) and keys.bin (32 bytes a row: which picture and view).
+
+    Rows are written before their keys, so whatever ends a run, every key has its row;
+    a tail without keys is cut off by the next writer. One writer at a time (a lock file).
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.dtype = np.dtype(stored_dtype(shape))
+        self.row_bytes = self.dtype.itemsize * int(np.prod(shape))
+
+    def keys(self) -> dict[bytes, int]:
+        """Key -> row of everything that is completely written."""
+        try:
+            data = (self.folder / "keys.bin").read_bytes()
+            complete = (self.folder / "rows.bin").stat().st_size // self.row_bytes
+        except FileNotFoundError:
+            return {}
+        count = min(len(data) // 32, complete)
+        return {data[32 * i : 32 * i + 32]: i for i in range(count)}
+
+    def open_rows(self) -> npt.NDArray[Any]:
+        """(R, *shape), memory-mapped, read-only."""
+        count = (self.folder / "rows.bin").stat().st_size // self.row_bytes
+        return np.memmap(self.folder / "rows.bin", dtype=self.dtype, mode="r", shape=(count, *self.shape))
+
+    def append(self, batches: Iterator[tuple[list[bytes], npt.NDArray[Any]]]) -> None:
+        """Adds rows under their keys; to be called under `lock()`."""
+        count = len(self.keys())
+        with open(self.folder / "rows.bin", "ab") as rows, open(self.folder / "keys.bin", "ab") as keys:
+            rows.truncate(count * self.row_bytes)
+            keys.truncate(count * 32)
+            for names, features in batches:
+                rows.write(np.ascontiguousarray(features, dtype=self.dtype).tobytes())
+                rows.flush()
+                keys.write(b"".join(names))
+                keys.flush()
+
+    def lock(self) -> FileLock:
+        return FileLock(self.folder / "lock")
+
+
+def store_name(cut: Cut, preprocessing: Preprocessing) -> str:
+    """The content key of a store: trunk weights, where it is cut, preprocessing and format."""
+    assert cut.trunk is not None  # callers have a trunk, or nothing to store
+    facts = {"format": FORMAT, "weights": weights_hash(cut.trunk), "place": cut.place, **preprocessing.as_dict()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def row_key(picture_hash: str, view: int) -> bytes:
+    """32 bytes that stand for one view of one picture's content."""
+    return hashlib.sha256(f"{picture_hash} {view}".encode()).digest()
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def extract_features(
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    views: int,
+    cut: Cut,
+    preprocessing: Preprocessing,
+    engine: str = "auto",
+    workers: int = 2,
+    keep: bool = True,
+) -> Features:
+    """Features of `views` views of the pictures at `indices`; what the cache holds is not computed again.
+
+    Interrupted at any moment, the finished rows are kept. `keep=False` leaves the disk alone and
+    holds the features in memory.
+    """
+    assert cut.trunk is not None
+    shape = feature_shape(cut.trunk, preprocessing)
+    wanted = [row_key(images.hashes[i], v) for i in indices for v in range(views)]
+    if not keep:
+        todo = list(dict.fromkeys(wanted))
+        batches = _compute(images, indices, views, set(todo), cut.trunk, preprocessing, engine, workers)
+        place: dict[bytes, int] = {}
+        store = np.empty((len(todo), *shape), dtype=stored_dtype(shape))
+        for names, features in batches:
+            store[len(place) : len(place) + len(names)] = features
+            place.update({name: len(place) + k for k, name in enumerate(names)})
+        return Features(store, _rows(wanted, place, views), len(todo))
+    folder = cache_dir() / "features" / store_name(cut, preprocessing)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        feature_store = FeatureStore(folder, shape)
+        missing = set(wanted) - feature_store.keys().keys()
+        if missing:
+            with feature_store.lock():
+                missing -= feature_store.keys().keys()  # another process may have written them meanwhile
+                feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
+        rows = _rows(wanted, feature_store.keys(), views)
+        return Features(feature_store.open_rows(), rows, len(missing))
+    except OSError as error:
+        advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
+        raise OutputError(
+            f"{folder}: features cannot be kept ({error.strerror}); {advice} set SEEWHY_CACHE to another folder, or pass --no-cache"
+        ) from error
+
+
+def _rows(wanted: list[bytes], place: dict[bytes, int], views: int) -> npt.NDArray[np.int64]:
+    return np.array([place[key] for key in wanted], dtype=np.int64).reshape(-1, views)
+
+
+@torch.inference_mode()
+def feature_shape(trunk: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Shape of one picture's features."""
+    device = next(trunk.parameters()).device
+    example = torch.zeros(1, 3, preprocessing.size, preprocessing.size, device=device)
+    return tuple(trunk.eval()(example).shape[1:])
+
+
+def _compute(
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    views: int,
+    missing: set[bytes],
+    trunk: nn.Module,
+    preprocessing: Preprocessing,
+    engine: str,
+    workers: int,
+) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
+    """Batches of (keys, features) of the missing views, each picture read once for all of its views."""
+    jobs: list[tuple[int, list[int]]] = []
+    claimed: set[bytes] = set()
+    for i in indices:
+        todo = [v for v in range(views) if (key := row_key(images.hashes[i], v)) in missing and key not in claimed]
+        claimed.update(row_key(images.hashes[i], v) for v in todo)
+        if todo:
+            jobs.append((int(i), todo))
+    run = make_engine(trunk, preprocessing, len(missing), engine)
+    dtype = stored_dtype(feature_shape(trunk, preprocessing))
+
+    def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
+        i, todo = job
+        picture = read_image(images.paths[i])
+        return [(row_key(images.hashes[i], v), render_view(picture, v, images.hashes[i], preprocessing)) for v in todo]
+
+    names: list[bytes] = []
+    squares: list[npt.NDArray[np.uint8]] = []
+    with progress("features", len(missing)) as advance:
+        for found in _in_order(squares_of, jobs, workers):
+            for name, square in found:
+                names.append(name)
+                squares.append(square)
+                if len(names) == BATCH:
+                    yield names, _rounded(run(np.stack(squares)), dtype)
+                    advance(len(names))
+                    names, squares = [], []
+        if names:
+            yield names, _rounded(run(np.stack(squares)), dtype)
+            advance(len(names))
+
+
+def _rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        rounded = features.astype(dtype)
+    if not np.isfinite(rounded).all() and np.isfinite(features).all():
+        raise OutputError("features of this network exceed half precision (65,504); train with --unfreeze 0 or all")
+    return rounded
+
+
+def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """One numbered view of an RGB picture as the network's square, (size, size, 3) uint8."""
+    chosen = view_of(view, picture_hash, picture.width, picture.height, preprocessing)
+    size = preprocessing.size
+    return render(picture, chosen, (size, size), preprocessing.interpolation)
+
+
+def _in_order(work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
+    """work(job) for each job, in order, at most a few batches ahead of who takes them."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ahead: list[Future[R]] = []
+        try:
+            for job in jobs:
+                ahead.append(pool.submit(work, job))
+                if len(ahead) >= 3 * BATCH:
+                    yield ahead.pop(0).result()
+            for future in ahead:
+                yield future.result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def round_like_stored(features: Tensor) -> Tensor:
+    """Rounds (N, *shape) features as the store does, and gives float32 back."""
+    return features.half().float() if stored_dtype(features.shape[1:]) is np.float16 else features.float()

@@ -1,0 +1,134 @@
+"""Histories, confusion matrices, heatmaps -> pictures, each in a light and a dark theme."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; a window system may be missing
+
+import matplotlib.pyplot as plt  # the backend must be chosen first
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image
+
+THEMES: dict[str, dict[str, Any]] = {
+    "light": {"background": "#ffffff", "ink": "#1f2430", "faint": "#d9dde5", "train": "#8a94a6", "val": "#c2410c", "map": "Blues"},
+    "dark": {"background": "#171a21", "ink": "#e6e9ef", "faint": "#363c49", "train": "#8a94a6", "val": "#fb923c", "map": "magma"},
+}
+HEAT = matplotlib.colormaps["inferno"]
+LABELLED_CLASSES = 40  # up to so many classes the confusion matrix carries their names
+
+
+def _style(theme: str) -> Any:
+    colours = THEMES[theme]
+    return {
+        "figure.facecolor": colours["background"],
+        "axes.facecolor": colours["background"],
+        "savefig.facecolor": colours["background"],
+        "text.color": colours["ink"],
+        "axes.labelcolor": colours["ink"],
+        "axes.edgecolor": colours["faint"],
+        "xtick.color": colours["ink"],
+        "ytick.color": colours["ink"],
+        "grid.color": colours["faint"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 10,
+    }
+
+
+def png_of(figure: Figure) -> bytes:
+    """PNG bytes of a figure, which is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def training_curves(history: Sequence[dict[str, float]], best_epoch: int, theme: str = "light") -> bytes:
+    """Loss and accuracy of training and validation by epoch, the best epoch marked; PNG."""
+    colours = THEMES[theme]
+    epochs = [row["epoch"] for row in history]
+    with plt.rc_context(_style(theme)):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        for axis, name, label in zip(axes, ("loss", "accuracy"), ("cross-entropy loss (nats)", "accuracy (%)"), strict=True):
+            factor = 100 if name == "accuracy" else 1
+            marker = "o" if len(epochs) < 15 else None
+            for part in ("train", "val"):
+                values = [factor * row[f"{part}_{name}"] for row in history]
+                text = "training" if part == "train" else "validation"
+                axis.plot(epochs, values, color=colours[part], marker=marker, markersize=4, label=text, linewidth=1.8)
+            axis.axvline(best_epoch, color=colours["ink"], linewidth=0.8, linestyle=":", label=f"best epoch ({best_epoch})")
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(label)
+            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
+            axis.grid(axis="y", linewidth=0.6)
+        axes[0].legend(frameon=False)
+    return png_of(figure)
+
+
+def confusion_figure(confusion: npt.NDArray[np.int64], classes: Sequence[str], theme: str = "light") -> bytes:
+    """Rows of true classes, columns of predicted ones, each row as shares of its pictures; PNG."""
+    colours = THEMES[theme]
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = 100 * np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    count = len(classes)
+    side = float(np.clip(0.42 * count + 2.2, 4.2, 9.5))
+    with plt.rc_context(_style(theme)):
+        figure, axis = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
+        image = axis.imshow(shares, cmap=colours["map"], vmin=0, vmax=100, interpolation="nearest")
+        axis.set_xlabel("predicted class" if count <= LABELLED_CLASSES else "predicted class (number in alphabetical order)")
+        axis.set_ylabel("true class" if count <= LABELLED_CLASSES else "true class (number in alphabetical order)")
+        if count <= LABELLED_CLASSES:
+            axis.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(count), classes)
+        if count <= 15:
+            for row, column in np.argwhere(confusion > 0):
+                dark_cell = (shares[row, column] > 55) == (theme == "light")
+                ink = "#ffffff" if dark_cell else "#1f2430"
+                axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=9, color=ink)
+        bar = figure.colorbar(image, ax=axis, shrink=0.75, label="share of the true class (%)")
+        bar.outline.set_visible(False)
+    return png_of(figure)
+
+
+def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
+
+    The map is enlarged bicubically and clipped to 0..1.
+    """
+    height, width = picture.shape[:2]
+    large = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    glow = HEAT(0.25 + 0.75 * large)[..., :3] * 255
+    opacity = (0.7 * large**0.8)[..., None]
+    grey = picture.mean(axis=2, keepdims=True)
+    base = 0.55 * picture + 0.25 * grey + 0.2 * picture * large[..., None]
+    mixed: npt.NDArray[np.uint8] = np.clip(base * (1 - opacity) + glow * opacity, 0, 255).round().astype(np.uint8)
+    return mixed
+
+
+def heatmap_gallery(items: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], str]], theme: str = "light") -> bytes:
+    """Pairs of picture and overlay with a caption each, up to 4 pairs a row; PNG."""
+    pairs = min(4, max(1, len(items)))
+    rows = -(-len(items) // pairs)
+    with plt.rc_context(_style(theme)):
+        figure, axes = plt.subplots(rows, 2 * pairs, figsize=(3.1 * pairs, 1.95 * rows), layout="constrained", squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for n, (square, heatmap, caption) in enumerate(items):
+            left, right = axes[n // pairs, 2 * (n % pairs)], axes[n // pairs, 2 * (n % pairs) + 1]
+            left.imshow(square)
+            right.imshow(overlay_heatmap(square, heatmap))
+            left.set_title(caption, fontsize=8, loc="left")
+    return png_of(figure)
+
+
+def save_png(data: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

@@ -1,0 +1,419 @@
+"""Features or pictures -> a fitted network and its history: the LightningModule, its data and its Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from seewhy.backbones import Backbone, Cut, parameter_stages
+from seewhy.config import TrainConfig
+from seewhy.errors import ConfigError
+from seewhy.features import Features, render_view, round_like_stored
+from seewhy.images import ImageSet, read_image
+from seewhy.progress import LOG, progress
+from seewhy.transforms import Preprocessing
+
+# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+
+FIRST_RANDOM_VIEW = 2  # views 0 and 1 are the plain and the mirrored one
+VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit leaves besides the network, whose best weights are in place.
+
+    history: one row an epoch: epoch (from 1), train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds.
+    best_epoch: the row with the least val_loss. seconds: wall time of the fit.
+    """
+
+    history: tuple[dict[str, float], ...]
+    best_epoch: int
+    seconds: float
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a fit; the finished epochs are in the checkpoint."""
+
+
+# ---------------------------------------------------------------- data
+
+
+class EpochSampler(Sampler[int]):
+    """Yields epoch * n + i in an order that seed and epoch alone decide; Lightning calls set_epoch."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n = n
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.n, generator=generator)
+        return iter((order + self.epoch * self.n).tolist())
+
+
+class CachedViews(Dataset[Batch]):
+    """Positions epoch * n + i -> a batch of stored features; each epoch takes the next view of each picture."""
+
+    def __init__(self, features: Features, labels: npt.NDArray[np.int64]) -> None:
+        self.features = features
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """(B, *shape) float32 and (B,) int64, gathered in one go."""
+        epoch, picture = np.divmod(np.asarray(positions), len(self.labels))
+        views = (picture + epoch) % self.features.rows.shape[1]
+        return torch.from_numpy(self.features.get(picture, views)), torch.from_numpy(self.labels[picture])
+
+
+class PictureViews(Dataset[Batch]):
+    """Positions epoch * n + i -> a batch of squares (B, size, size, 3) uint8, decoded now.
+
+    views > 0: the same numbered views as CachedViews. views = 0: a new random view every epoch.
+    """
+
+    def __init__(
+        self, images: ImageSet, indices: npt.NDArray[np.int64], preprocessing: Preprocessing, views: int, seed: int, augment: str
+    ) -> None:
+        self.images = images
+        self.indices = indices
+        self.preprocessing = preprocessing
+        self.views = views
+        self.seed = seed
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        squares, labels = [], []
+        for position in positions:
+            epoch, n = divmod(position, len(self.indices))
+            i = int(self.indices[n])
+            fresh = FIRST_RANDOM_VIEW + self.seed * VIEWS_A_SEED + epoch
+            view = (n + epoch) % self.views if self.views else fresh
+            square = render_view(read_image(self.images.paths[i]), view, self.images.hashes[i], self.preprocessing)
+            if self.augment == "randaugment":
+                square = _randaugment(square, int(self.images.hashes[i][:12], 16) + view)
+            squares.append(square)
+            labels.append(int(self.images.labels[i]))
+        return torch.from_numpy(np.stack(squares)), torch.tensor(labels)
+
+
+def _randaugment(square: npt.NDArray[np.uint8], seed: int) -> npt.NDArray[np.uint8]:
+    """torchvision's RandAugment (two operations, magnitude 9), decided by `seed` alone."""
+    from torchvision.transforms import v2  # slow to import
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        picture = torch.from_numpy(square.copy()).permute(2, 0, 1)
+        augmented: npt.NDArray[np.uint8] = v2.RandAugment()(picture).permute(1, 2, 0).numpy()
+    return augmented
+
+
+def _as_is(batch: Any) -> Any:
+    """The datasets above return whole batches already."""
+    return batch
+
+
+def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int | None, workers: int) -> DataLoader[Batch]:
+    """Shuffled by `seed` and epoch; in order where seed is None. Stored features need no worker processes."""
+    sampler = EpochSampler(len(dataset), seed) if seed is not None else None
+    count = workers if isinstance(dataset, PictureViews) else 0
+    # A batch of one has no variance for BatchNorm to divide by; that picture has its turn in the next epoch.
+    drop_last = seed is not None and len(dataset) % batch_size == 1 and len(dataset) > 1
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0, drop_last=drop_last
+    )
+
+
+# ---------------------------------------------------------------- the module
+
+
+class FitModule(LightningModule):
+    """Cross-entropy training of the tail; the trunk, where pictures come in, runs frozen in eval mode."""
+
+    class_weights: Tensor | None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: Backbone, cut: Cut, config: TrainConfig, classes: int, class_weights: Tensor | None, steps_an_epoch: int
+    ) -> None:
+        super().__init__()
+        self.tail = StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail
+        self.frozen = (cut.trunk,)  # in a tuple: neither trained nor in the checkpoint
+        self.backbone = backbone
+        self.config = config
+        self.steps_an_epoch = steps_an_epoch
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.register_buffer("mean", torch.tensor(backbone.preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.preprocessing.std).view(1, 3, 1, 1), persistent=False)
+        self.mixer = _make_mixer(config.mix, classes)
+        self.metrics: dict[str, Metric] = {}
+        for part in ("train", "val"):
+            self.metrics |= {f"{part}_loss": MeanMetric(), f"{part}_accuracy": MulticlassAccuracy(classes, average="micro")}
+        self._metrics = nn.ModuleList(self.metrics.values())  # so that they move to the device with the module
+
+    def on_fit_start(self) -> None:
+        if self.frozen[0] is not None:
+            self.frozen[0].to(self.device).eval()
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch)  # dropout and mixing, also after a resume
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
+        if inputs.dtype == torch.uint8:
+            inputs = (inputs.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+            if self.mixer is not None and targets is not None and self.training:
+                inputs, targets = self.mixer(inputs, targets)
+            if self.frozen[0] is not None:
+                with torch.no_grad():
+                    inputs = round_like_stored(self.frozen[0](inputs))
+        logits: Tensor = self.tail(inputs)
+        return logits, targets
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits, targets = self(batch[0], batch[1])
+        loss = self._loss(logits, targets)
+        self._count("train", loss, logits, batch[1])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits, _ = self(batch[0])
+        self._count("val", self._loss(logits, batch[1]), logits, batch[1])
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        # Validation uses the very loss that is minimised: judged by plain cross-entropy, a fit with label
+        # smoothing looks worse with every epoch that makes it better, and stops after the third.
+        return F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=self.config.label_smoothing or 0.0)
+
+    def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.metrics[f"{part}_loss"].update(loss.detach(), weight=len(labels))
+        self.metrics[f"{part}_accuracy"].update(logits.detach(), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        # Validation runs after the last training batch of each epoch, and before any callback looks.
+        for name, metric in self.metrics.items():
+            self.log(name, metric.compute())
+            metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        optimizer = _make_optimizer(config, parameter_groups(self.backbone, config))
+        if config.schedule == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+        warmup = config.warmup_epochs * self.steps_an_epoch
+        total = (config.epochs or 1) * self.steps_an_epoch
+        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+
+class StandardisedLinear(nn.Module):
+    """A linear classifier on features brought to mean 0 and variance 1 by a BatchNorm without parameters.
+
+    Pooled features differ a hundredfold in scale, which slows any optimiser down; MAE's linear
+    probe does the same (Sec. A.1, arXiv:2111.06377). `fold` puts the scaling into the classifier.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(linear.in_features, affine=False, momentum=None)  # plain mean over all batches
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(features))
+        return logits
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """linear(norm(x)) == linear'(x): W' = W / sigma, b' = b - W' mu, written into `linear`."""
+        mean, variance = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)
+        self.linear.weight.div_((variance + self.norm.eps).sqrt())
+        self.linear.bias.sub_(self.linear.weight @ mean)
+
+
+def cosine_with_warmup(step: int, warmup: float, total: float) -> float:
+    """Share of the learning rate at `step` (from 0): linear up during `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+
+def parameter_groups(backbone: Backbone, config: TrainConfig) -> list[dict[str, Any]]:
+    """Discriminative learning rates: lr * stage_lr_decay ** depth; no weight decay on biases and norms."""
+    depth_of = parameter_stages(backbone)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in backbone.model.named_parameters():
+        if name in depth_of:
+            groups.setdefault((depth_of[name], parameter.ndim > 1), []).append(parameter)
+    lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
+    return [
+        {"params": parameters, "lr": lr * config.stage_lr_decay**depth, "weight_decay": weight_decay if decays else 0.0}
+        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr or 0.0, momentum=0.9, nesterov=True)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr or 0.0)
+
+
+def _make_mixer(mix: str, classes: int) -> nn.Module | None:
+    """torchvision's MixUp (alpha 0.2) or CutMix (alpha 1)."""
+    if mix == "none":
+        return None
+    from torchvision.transforms import v2  # slow to import
+
+    mixer: nn.Module = v2.MixUp(alpha=0.2, num_classes=classes) if mix == "mixup" else v2.CutMix(alpha=1.0, num_classes=classes)
+    return mixer
+
+
+def inverse_size_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
+    """(C,) weights n / (C * n_c), as scikit-learn's 'balanced': they average to 1 over the pictures."""
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy(len(labels) / (classes * counts)).float()
+
+
+# ---------------------------------------------------------------- the fit
+
+
+class HistoryKeeper(Callback):
+    """Collects one row an epoch, also across a resume, and tells of it."""
+
+    def __init__(self, config: TrainConfig, steps: int) -> None:
+        self.config = config
+        self.steps = steps
+        self.rows: list[dict[str, float]] = []
+        self.began = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = list(state["rows"])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Runs after validation and, being the first callback, before the checkpoint is written.
+        row = {"epoch": float(trainer.current_epoch + 1)}
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            row[name] = float(trainer.callback_metrics[name])
+        row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        row["seconds"] = round(time.perf_counter() - self.began, 3)
+        self.rows.append(row)
+        if self.config.recipe != "linear" or (trainer.current_epoch + 1) % 10 == 0:
+            LOG.info(
+                f"epoch {trainer.current_epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  "
+                f"val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:.1%}  {row['seconds']:.1f} s"
+            )
+
+
+class ProgressCallback(Callback):
+    """Moves the bar one step a batch."""
+
+    def __init__(self, advance: Any) -> None:
+        self.advance = advance
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.advance(1)
+
+
+def fit(
+    backbone: Backbone,
+    cut: Cut,
+    train_data: CachedViews | PictureViews,
+    val_data: CachedViews | PictureViews,
+    train_labels: npt.NDArray[np.int64],
+    classes: int,
+    config: TrainConfig,
+    folder: Path,
+) -> Fit:
+    """Trains the tail of `cut` in place and restores the weights of the best epoch.
+
+    config must be resolved. folder receives checkpoints and TensorBoard files; a checkpoint found
+    there is resumed from. The caller's random state is left as it was.
+    Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
+    """
+    batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
+    began = time.perf_counter()
+    train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
+    val_loader = make_loader(val_data, 256, None, config.workers)
+    weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
+    steps = len(train_loader)
+    module = FitModule(backbone, cut, config, classes, weights, steps)
+    keeper = HistoryKeeper(config, steps)
+    stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
+    saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
+    last = folder / "checkpoints" / "last.ckpt"
+    handler = signal.getsignal(signal.SIGINT)
+    with isolate_rng(include_cuda=False), progress("training", epochs * steps) as advance:
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="auto",
+            devices=1,
+            precision=config.precision,
+            callbacks=[keeper, ProgressCallback(advance), stopper, saver],
+            logger=TensorBoardLogger(str(folder), name=None, version="tensorboard"),
+            default_root_dir=str(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        module.train()
+        try:
+            trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        except SystemExit as error:  # how Lightning ends after Ctrl-C, with the signal switched off
+            signal.signal(signal.SIGINT, handler)
+            raise FitInterrupted from error
+    history = tuple(keeper.rows)
+    if not history or not math.isfinite(history[-1]["train_loss"]):
+        raise ConfigError(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
+    best = torch.load(saver.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    module.cpu().load_state_dict(best)
+    if isinstance(module.tail, StandardisedLinear):
+        module.tail.fold()
+    backbone.model.eval()
+    cut.tail.eval()
+    best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
+    return Fit(history, best_epoch, time.perf_counter() - began)

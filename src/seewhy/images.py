@@ -1,0 +1,357 @@
+"""A folder, Caltech-101 or the demo set -> ImageSet: paths, labels, content hashes, every picture checked."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import os
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from seewhy.cache import cache_dir
+from seewhy.errors import DataError, ImageError
+from seewhy.progress import progress
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+MAX_PIXELS = 100_000_000  # refused before decoding: 300 MB of RGB
+MIN_SIDE = 8  # smaller than this there is nothing to see
+PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+# Our own pixel limit replaces Pillow's warning, which would be printed in between progress bars.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What looking at one file said: sha256 of its bytes, size in pixels, and why it is unusable ('' if it is not)."""
+
+    sha256: str
+    width: int
+    height: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled pictures of one dataset, all of them decodable.
+
+    paths: N files. labels: (N,) int64 indices into `classes`. hashes: N sha256 of the file contents.
+    parts: N names ('train', 'val', 'test') where the dataset comes divided, else ''.
+    masks: N files with the object's mask (white on black), or None where there is none.
+    bad: (path, reason) of pictures left out.
+    """
+
+    name: str
+    root: Path
+    paths: tuple[Path, ...]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    hashes: tuple[str, ...]
+    parts: tuple[str, ...]
+    masks: tuple[Path | None, ...]
+    bad: tuple[tuple[str, str], ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 over the sorted (picture, class) pairs: equal for equal data, wherever it lies."""
+        lines = sorted(f"{h} {self.classes[label]}" for h, label in zip(self.hashes, self.labels, strict=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- one picture
+
+
+def decode(data: bytes) -> Image.Image:
+    """Bytes of an image file -> upright RGB picture; ValueError with the reason if that cannot be.
+
+    The first frame of an animation; EXIF rotation applied; transparency over white;
+    16-bit grey scaled by 1/257; CMYK and palettes converted.
+    """
+    if not data:
+        raise ValueError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as error:  # decoders of hostile files raise nearly anything
+        raise ValueError(_reason(error)) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels, too small (at least {MIN_SIDE} x {MIN_SIDE})")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels without a known range; convert it to 8 or 16 bit")
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # as above
+        raise ValueError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "truncated" if "truncated" in text or "Truncated" in text else f"damaged ({text[:80]})"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, and I from older PNG readers
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """File -> upright RGB picture; ImageError with path and reason if that cannot be."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file", bad=((str(path), "no such file"),)) from error
+    except OSError as error:
+        reason = error.strerror or "cannot be read"
+        raise ImageError(f"{path}: {reason}", bad=((str(path), reason),)) from error
+    try:
+        return decode(data)
+    except ValueError as error:
+        raise ImageError(f"{path}: {error}; replace or remove it", bad=((str(path), str(error)),)) from error
+
+
+def check_file(path: Path) -> Checked:
+    """Read, hash and fully decode one file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        width, height = decode(data).size
+    except ValueError as error:
+        return Checked(sha256, 0, 0, str(error))
+    return Checked(sha256, width, height, "")
+
+
+# ---------------------------------------------------------------- many pictures
+
+
+def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
+    """Checked for each file, in order; files seen before (same path, size and time) are not read again."""
+    stats = [_stat_key(path) for path in paths]
+    with closing(_open_record()) as record:
+        known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, stats)}
+        todo = [i for i, key in enumerate(stats) if key not in known]
+        with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
+            for start in range(0, len(todo), 4096):
+                rows = []
+                chunk = todo[start : start + 4096]
+                for i, checked in zip(chunk, pool.map(lambda i: check_file(paths[i]), chunk), strict=True):
+                    known[stats[i]] = checked
+                    advance(1)
+                    if checked.sha256:  # an unreadable file may become readable without changing
+                        rows.append((stats[i], checked.sha256, checked.width, checked.height, checked.problem))
+                with record:
+                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?)", rows)
+    return [known[key] for key in stats]
+
+
+def _stat_key(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        return str(path.absolute())
+    return f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def _open_record() -> sqlite3.Connection:
+    # The rules for what counts as usable are part of the name: new rules, new record.
+    record = sqlite3.connect(cache_dir() / "checked-1.sqlite", timeout=60)
+    record.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT)")
+    return record
+
+
+def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[str, str, int, int, str]]:
+    for start in range(0, len(keys), 500):
+        chunk = keys[start : start + 500]
+        marks = ",".join("?" * len(chunk))
+        yield from record.execute(f"SELECT * FROM checked WHERE key IN ({marks})", chunk)
+
+
+# ---------------------------------------------------------------- datasets
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a dataset before they are looked at."""
+
+    name: str
+    root: Path
+    paths: list[Path]
+    class_names: list[str]  # one a path
+    parts: list[str]  # one a path, '' where not divided
+    masks: list[Path | None]  # one a path
+
+
+def open_images(data: str, data_root: str | None = None, skip_bad: bool = False, workers: int = 2) -> ImageSet:
+    """Dataset name or folder -> ImageSet.
+
+    Raises DataError for what cannot be a dataset, ImageError with the list of unusable
+    pictures unless `skip_bad`.
+    """
+    listing = DATASETS[data](data_root) if data in DATASETS else list_folder(Path(data))
+    checked = check_files(listing.paths, workers)
+    bad = tuple((str(path), c.problem) for path, c in zip(listing.paths, checked, strict=True) if c.problem)
+    if bad and not skip_bad:
+        raise ImageError(_bad_message(bad, len(listing.paths)), bad=bad)
+    keep = [i for i, c in enumerate(checked) if not c.problem]
+    classes = tuple(sorted({listing.class_names[i] for i in keep}))
+    emptied = sorted(set(listing.class_names) - set(classes))
+    if emptied:
+        raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable picture; add some or remove its folder")
+    index = {name: number for number, name in enumerate(classes)}
+    return ImageSet(
+        name=listing.name,
+        root=listing.root,
+        paths=tuple(listing.paths[i] for i in keep),
+        labels=np.array([index[listing.class_names[i]] for i in keep], dtype=np.int64),
+        classes=classes,
+        hashes=tuple(checked[i].sha256 for i in keep),
+        parts=tuple(listing.parts[i] for i in keep),
+        masks=tuple(listing.masks[i] for i in keep),
+        bad=bad,
+    )
+
+
+def _bad_message(bad: Sequence[tuple[str, str]], total: int) -> str:
+    shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
+    more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
+    noun = "picture" if len(bad) == 1 else "pictures"
+    return f"{len(bad)} of {total} {noun} cannot be used: {shown}{more}; replace or remove them, or pass --skip-bad"
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
+    found = []
+    for directory, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
+def list_folder(root: Path) -> Listing:
+    """`root/class/picture`, or `root/{train,val,test}/class/picture`."""
+    if not root.is_dir():
+        if root.exists():
+            raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of pictures for each class")
+        near = difflib.get_close_matches(str(root), DATASETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(f"{root}: no such folder or dataset{hint}; known datasets: {', '.join(DATASETS)}")
+    try:
+        folders = _subfolders(root)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    divided = "train" in {f.name for f in folders} and all(f.name in PART_NAMES for f in folders)
+    part_folders = {folder: PART_NAMES[folder.name] for folder in folders} if divided else {root: ""}
+    paths: list[Path] = []
+    class_names: list[str] = []
+    parts: list[str] = []
+    for part_folder, part in part_folders.items():
+        for class_folder in _subfolders(part_folder):
+            pictures = list_pictures(class_folder)
+            if not pictures:
+                raise DataError(f"{class_folder}: no pictures in this class folder; add some or remove it")
+            paths += pictures
+            class_names += [class_folder.name] * len(pictures)
+            parts += [part] * len(pictures)
+    _check_classes(root, class_names)
+    return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _check_classes(root: Path, class_names: Sequence[str]) -> None:
+    names = sorted(set(class_names))
+    if not names:
+        raise DataError(f"{root}: no class folders with pictures inside; expected {root}/CLASS/picture.jpg")
+    if len(names) == 1:
+        raise DataError(f"{root}: only one class ({names[0]!r}); a classifier needs at least two class folders")
+    lower: dict[str, str] = {}
+    for name in names:
+        if name.lower() in lower:
+            raise DataError(f"{root}: classes {lower[name.lower()]!r} and {name!r} differ in case only; rename or merge them")
+        lower[name.lower()] = name
+
+
+def list_caltech101(data_root: str | None) -> Listing:
+    """Caltech-101 through torchvision: used in place, else downloaded; BACKGROUND_Google is no class."""
+    from torchvision.datasets import Caltech101  # slow to import, needed here alone
+
+    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
+    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
+    if root is None:
+        root = places[0]
+        download_caltech101(root)
+    dataset = Caltech101(root=str(root))
+    pictures = Path(dataset.root) / "101_ObjectCategories"
+    paths = [pictures / dataset.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(dataset.y, dataset.index, strict=True)]
+    class_names = [dataset.categories[y] for y in dataset.y]
+    return Listing("caltech101", pictures, paths, class_names, [""] * len(paths), [None] * len(paths))
+
+
+def download_caltech101(root: Path) -> None:
+    """Downloads and unpacks Caltech-101 (137 MB, MD5-checked by torchvision) into root/caltech101."""
+    from torchvision.datasets import Caltech101
+
+    try:
+        Caltech101(root=str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        # torchvision makes the folder before it knows that it can fill it.
+        for left_over in (root / "caltech101", root):
+            if left_over.is_dir() and not any(left_over.iterdir()):
+                left_over.rmdir()
+        raise DataError(
+            f"caltech101 is not in {root} and cannot be downloaded ({reason}); "
+            "pass --data-root or set SEEWHY_DATA to the folder that holds caltech101/101_ObjectCategories"
+        ) from error
+
+
+def list_scenes(data_root: str | None) -> Listing:
+    """The embedded demo set, drawn on first use into the cache."""
+    from seewhy.scenes import draw_scenes
+
+    root = draw_scenes(cache_dir() / "scenes")
+    listing = list_folder(root / "pictures")
+    masks: list[Path | None] = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
+    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, masks)
+
+
+DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
+
+
+def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:
+    """(hash, paths) of pictures that occur with the same content under different classes."""
+    members: dict[str, list[int]] = {}
+    for i, sha256 in enumerate(images.hashes):
+        members.setdefault(sha256, []).append(i)
+    return [
+        (sha256, tuple(str(images.paths[i]) for i in indices))
+        for sha256, indices in members.items()
+        if len({int(images.labels[i]) for i in indices}) > 1
+    ]

@@ -1,0 +1,201 @@
+"""A saved run: safetensors weights and a run.json manifest; written whole or not at all, loaded without pickle."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from seewhy.backbones import Backbone, Cut, cut_backbone, rebuild_backbone
+from seewhy.config import TrainConfig, dump_config, make_config
+from seewhy.errors import RunError, SeewhyError
+from seewhy.transforms import Preprocessing
+
+if TYPE_CHECKING:
+    from seewhy.evaluate import Evaluation
+    from seewhy.explain import Explanation
+    from seewhy.predict import Predictions
+
+FORMAT = 1  # of run.json; raised when a reader of the old one would misread the new one
+RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fitted classifier with its record.
+
+    path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
+    """
+
+    path: Path
+    config: TrainConfig
+    classes: tuple[str, ...]
+    backbone: Backbone
+    cut: Cut
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        accuracy = self.metrics.get("test", {}).get("accuracy")
+        shown = f", test accuracy {accuracy:.1%}" if accuracy is not None else ""
+        return f"Run({str(self.path)!r}, {self.config.backbone}, {len(self.classes)} classes{shown})"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds: {"test": {"accuracy": ..., "n": ..., ...}, "val": {...}}."""
+        metrics: dict[str, Any] = self.manifest["metrics"]
+        return metrics
+
+    # The doors to the later stages; imported when used, so that a run can be read without them.
+
+    def evaluate(self, part: str = "test", data: str | None = None) -> Evaluation:
+        """Measures the run on a part of its own split, or on all pictures of another labelled folder."""
+        from seewhy.workflow import evaluate_run
+
+        return evaluate_run(self, part, data)
+
+    def predict(self, pictures: Sequence[str | Path], skip_bad: bool = False) -> Predictions:
+        """Class probabilities of files, folders and patterns."""
+        from seewhy.predict import predict
+
+        return predict(self, pictures, skip_bad)
+
+    def explain(self, pictures: Sequence[str | Path] | str | Path, method: str = "gradcam++", target: str | None = None) -> Explanation:
+        """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns."""
+        from seewhy.explain import explain
+
+        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of seewhy, Python and the packages that decide numbers."""
+    versions = {"python": platform.python_version()}
+    for name in ("seewhy", *RECORDED_PACKAGES):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def make_manifest(config: TrainConfig, classes: Sequence[str], backbone: Backbone, facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of `run.json`; `facts` adds what the stages found out (split, data, metrics, times)."""
+    return {
+        "format": FORMAT,
+        "config": dump_config(config),
+        "classes": list(classes),
+        "backbone": {"name": backbone.name, "timm": backbone.timm_name, "weights": backbone.weights},
+        "preprocessing": backbone.preprocessing.as_dict(),
+        "versions": installed_versions(),
+        **facts,
+    }
+
+
+def save_weights(backbone: Backbone, folder: Path) -> None:
+    """All weights of the network, timm's names, to model.safetensors."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(state))  # save_file would make it readable by its owner alone
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Manifest last, then one rename: the folder at `target` is whole from its first moment."""
+    write_json(work / "run.json", manifest)
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    work.rename(target)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """`run.json` of a run folder, checked; RunError says what is wrong with it."""
+    file = path / "run.json"
+    if not path.exists():
+        raise RunError(f"{path}: no such run; `seewhy train` makes one, `ls {path.parent}` shows what is there")
+    if not path.is_dir():
+        raise RunError(f"{path}: a file, not a run folder; pass the folder that holds run.json")
+    if not file.is_file():
+        half = path.name.startswith(".") and path.name.endswith(".partial")
+        hint = (
+            "an unfinished run; repeat its train command with --resume"
+            if half
+            else "not a run (it holds no run.json); pass a finished run's folder"
+        )
+        raise RunError(f"{path}: {hint}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        number = int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: damaged ({error}); copy the run again or train it again") from error
+    if number != FORMAT:
+        raise RunError(f"{file}: run format {number}, this seewhy reads format {FORMAT}; use the version that wrote it or train again")
+    missing = {"config", "classes", "backbone", "preprocessing", "metrics"} - set(manifest)
+    if missing:
+        raise RunError(f"{file}: damaged ({', '.join(sorted(missing))} missing); copy the run again or train it again")
+    return dict(manifest)
+
+
+def load(path: Path | str) -> Run:
+    """A run folder -> Run, on any machine; no network and no pickle is involved.
+
+    Raises RunError where the folder is missing, half-written, damaged or of another version.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise RunError(f"{weights}: missing; copy the run again or train it again")
+    try:
+        state = load_file(weights)
+    except Exception as error:  # safetensors raises its own type for any damage
+        raise RunError(f"{weights}: damaged ({' '.join(str(error).split())[:80]}); copy the run again or train it again") from error
+    try:
+        config = make_config(**manifest["config"])
+        names = manifest["backbone"]
+        classes = tuple(str(name) for name in manifest["classes"])
+        # The run's own preprocessing counts, since another timm may have other defaults.
+        preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
+        backbone = rebuild_backbone(names["name"], names["timm"], len(classes), state, preprocessing, names["weights"])
+        cut = cut_backbone(backbone, config.unfreeze)
+    except SeewhyError as error:
+        raise RunError(f"{path}: cannot be rebuilt: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path / 'run.json'}: damaged ({error}); copy the run again or train it again") from error
+    backbone.model.requires_grad_(False)
+    return Run(path, config, classes, backbone, cut, manifest)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder of ours; missing is fine."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers of this run were made on."""
+    import psutil
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,198 @@
+"""ImageSet -> Split: seeded, stratified by class, exact duplicates kept in one part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from seewhy.errors import SplitError
+from seewhy.images import ImageSet
+
+PARTS = ("train", "val", "test")
+CALTECH30_TRAIN = 30  # pictures a class of the protocol; 3 of them are kept for validation
+CALTECH30_VAL = 3
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which picture is used for what.
+
+    protocol: how it was made ('ratio', 'caltech30', 'folders', or 'file').
+    train, val, test: int64 indices into the ImageSet, sorted, disjoint.
+    """
+
+    protocol: str
+    seed: int
+    train: npt.NDArray[np.int64]
+    val: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+
+    def part(self, name: str) -> npt.NDArray[np.int64]:
+        """Indices of 'train', 'val' or 'test'."""
+        if name not in PARTS:
+            raise SplitError(f"unknown part {name!r}; use one of {', '.join(PARTS)}")
+        indices: npt.NDArray[np.int64] = getattr(self, name)
+        return indices
+
+    def record(self, images: ImageSet) -> dict[str, Any]:
+        """The split by picture hash, as `split.json` holds it; independent of paths and order."""
+        return {
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "hash": self.hash(images),
+            **{name: sorted(images.hashes[i] for i in self.part(name)) for name in PARTS},
+        }
+
+    def hash(self, images: ImageSet) -> str:
+        """sha256 over which picture is in which part."""
+        lines = sorted(f"{name} {images.hashes[i]}" for name in PARTS for i in self.part(name))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def split_images(
+    images: ImageSet,
+    protocol: str = "ratio",
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+) -> Split:
+    """Divides each class at random.
+
+    ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
+    caltech30: 27 train + 3 val pictures of each class, the rest test.
+    Parts that the folders already give are kept; missing ones are cut out of train.
+    Raises SplitError where a class has too few different pictures.
+    """
+    rng = np.random.default_rng(seed)
+    given = {part for part in images.parts if part}
+    groups = _groups_by_class(images, rng)
+    assigned: dict[str, list[int]] = {name: [] for name in PARTS}
+    for label, class_groups in enumerate(groups):
+        name = images.classes[label]
+        if given:
+            wanted = _divide_given(images, class_groups, given, val_fraction, test_fraction, assigned)
+        elif protocol == "caltech30":
+            wanted = {"val": CALTECH30_VAL, "train": CALTECH30_TRAIN - CALTECH30_VAL, "test": _size(class_groups) - CALTECH30_TRAIN}
+        else:
+            wanted = _ratio_sizes(_size(class_groups), val_fraction, test_fraction)
+        pool = [g for g in class_groups if images.parts[g[0]] == "train"] if given else class_groups
+        _check_enough(name, pool, wanted, protocol if not given else "folders")
+        _deal(pool, wanted, assigned)
+    train, val, test = (np.array(sorted(assigned[name]), dtype=np.int64) for name in PARTS)
+    return Split("folders" if given else protocol, seed, train, val, test)
+
+
+def _size(groups: Sequence[list[int]]) -> int:
+    return sum(len(group) for group in groups)
+
+
+def _groups_by_class(images: ImageSet, rng: np.random.Generator) -> list[list[list[int]]]:
+    """For each class its groups of pictures of equal content, shuffled.
+
+    A picture that occurs under several classes is dealt with the first of them, as one group.
+    """
+    members: dict[str, list[int]] = {}
+    for i, sha256 in enumerate(images.hashes):
+        members.setdefault(sha256, []).append(i)
+    groups: list[list[list[int]]] = [[] for _ in images.classes]
+    # Sorted by content, so that neither paths nor file order decide.
+    for sha256 in sorted(members):
+        groups[min(int(images.labels[i]) for i in members[sha256])].append(members[sha256])
+    for class_groups in groups:
+        rng.shuffle(class_groups)
+    return groups
+
+
+def _ratio_sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
+    test = max(1, round(n * test_fraction))
+    val = max(1, round(n * val_fraction))
+    return {"test": test, "val": val, "train": n - test - val}
+
+
+def _divide_given(
+    images: ImageSet,
+    class_groups: list[list[int]],
+    given: set[str],
+    val_fraction: float,
+    test_fraction: float,
+    assigned: dict[str, list[int]],
+) -> dict[str, int]:
+    """Takes over the given val and test; how many of the train folder go where is returned."""
+    for group in class_groups:
+        found = {images.parts[i] for i in group}
+        if len(found) > 1:
+            where = ", ".join(str(images.paths[i]) for i in group[:3])
+            raise SplitError(f"the same picture lies in {' and '.join(sorted(found))} ({where}); remove all but one")
+        if found != {"train"}:
+            assigned[found.pop()] += group
+    n = _size([g for g in class_groups if images.parts[g[0]] == "train"])
+    wanted = _ratio_sizes(n, val_fraction, test_fraction)
+    for part in ("val", "test"):
+        if part in given:
+            wanted["train"] += wanted.pop(part)
+    return wanted
+
+
+def _check_enough(name: str, groups: Sequence[list[int]], wanted: dict[str, int], protocol: str) -> None:
+    """At least one picture in each part, counting duplicates once."""
+    if len(groups) >= len(wanted) and min(wanted.values()) >= 1:
+        return
+    n = len(groups)
+    noun = "picture" if n == 1 else "different pictures"
+    if protocol == "caltech30":
+        raise SplitError(f"class {name!r} has {n} {noun}; caltech30 needs at least {CALTECH30_TRAIN + 1}: use --protocol ratio")
+    raise SplitError(
+        f"class {name!r} has {n} {noun}, too few for one in each of {', '.join(p for p in PARTS if p in wanted)}; "
+        f"add pictures (at least {len(wanted)}) or remove the class"
+    )
+
+
+def _deal(groups: Sequence[list[int]], wanted: dict[str, int], assigned: dict[str, list[int]]) -> None:
+    """Whole groups to the part that is furthest from full; train takes what is over."""
+    order = sorted(wanted, key=lambda part: PARTS.index(part), reverse=True)  # test, val, train
+    left = dict(wanted)
+    # Every part gets a group before any gets a second one.
+    queue = sorted(groups, key=len) if any(len(g) > 1 for g in groups) else list(groups)
+    for part in order:
+        group = queue.pop(0)
+        assigned[part] += group
+        left[part] -= len(group)
+    for group in queue:
+        part = next((p for p in order if left[p] >= len(group)), order[-1])
+        assigned[part] += group
+        left[part] -= len(group)
+
+
+def read_split(path: Path, images: ImageSet) -> Split:
+    """The split of a run folder or `split.json`, applied to these pictures by their content.
+
+    Raises SplitError if a picture is in none of its parts, or a part is left empty.
+    """
+    file = path / "split.json" if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        part_of = {sha256: name for name in PARTS for sha256 in record[name]}
+        protocol, seed = str(record["protocol"]), int(record["seed"])
+    except FileNotFoundError as error:
+        raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SplitError(f"{file}: not a split ({error}); pass a run folder or a split.json") from error
+    unknown = [i for i, sha256 in enumerate(images.hashes) if sha256 not in part_of]
+    if unknown:
+        raise SplitError(
+            f"{file}: {len(unknown)} of {len(images)} pictures are not in this split, {images.paths[unknown[0]]} for one; "
+            "use the data it was made for, or leave out --split-from"
+        )
+    indices = {name: [i for i, sha256 in enumerate(images.hashes) if part_of[sha256] == name] for name in PARTS}
+    for name, members in indices.items():
+        if not members:
+            raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
+    train, val, test = (np.array(indices[name], dtype=np.int64) for name in PARTS)
+    return Split(protocol, seed, train, val, test)

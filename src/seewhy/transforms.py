@@ -1,0 +1,126 @@
+"""Picture -> the square a network sees: the only home of size, mean, std, crop and augmentation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects: a (size, size, 3) RGB square, scaled to 0..1, minus mean, over std.
+
+    resize: 'squash' shows the network the whole picture, its sides scaled apart; 'crop' the centred
+    square of `crop` times the short side (timm's `crop_pct`), in its own proportions.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop: float
+    resize: str = "squash"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Preprocessing:
+        return Preprocessing(
+            size=int(values["size"]),
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            interpolation=str(values["interpolation"]),
+            crop=float(values["crop"]),
+            resize=str(values["resize"]),
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """One way of looking at a picture: a crop box in pixels (left, top, right, bottom), a flip, colour factors."""
+
+    box: tuple[float, float, float, float]
+    flip: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+def eval_view(width: int, height: int, preprocessing: Preprocessing, flip: bool = False) -> View:
+    """The whole picture, or the centred square that `crop` keeps.
+
+    The latter is the usual resize-then-centre-crop in a single resampling step, so that a
+    panorama of 20,000 pixels costs no more than its middle.
+    """
+    if preprocessing.resize == "squash":
+        return View(box=(0.0, 0.0, float(width), float(height)), flip=flip)
+    side = preprocessing.crop * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return View(box=(left, top, left + side, top + side), flip=flip)
+
+
+def random_view(width: int, height: int, rng: np.random.Generator) -> View:
+    """A random resized crop (35-100% of the area, aspect 3:4 to 4:3), flip and colour jitter.
+
+    The lower bound of the area is fastai's; 8% (ImageNet training from scratch) cuts small
+    objects away, which a short fine-tuning does not recover from.
+    """
+    box = (0.0, 0.0, float(width), float(height))
+    for _ in range(10):
+        area = rng.uniform(0.35, 1.0) * width * height
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = float(np.sqrt(area * ratio)), float(np.sqrt(area / ratio))
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            box = (left, top, left + w, top + h)
+            break
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, size=3)
+    flip = bool(rng.random() < 0.5)
+    return View(box, flip, float(brightness), float(contrast), float(saturation))
+
+
+def view_of(number: int, picture_hash: str, width: int, height: int, preprocessing: Preprocessing) -> View:
+    """View 0 is the evaluation view, 1 its mirror image, 2 and above random ones.
+
+    A random view depends on the picture's content and its number alone, so that it is the
+    same in every run, cached or not, in one process or many.
+    """
+    if number < 2:
+        return eval_view(width, height, preprocessing, flip=number == 1)
+    seed = np.random.SeedSequence([int(picture_hash[:16], 16), number])
+    return random_view(width, height, np.random.default_rng(seed))
+
+
+def render(image: Image.Image, view: View, size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
+    """Cut, resize (antialiased) to (width, height), flip and recolour: RGB picture -> (height, width, 3) uint8 RGB."""
+    square = image.resize(size, RESAMPLING[interpolation], box=view.box)
+    if view.flip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance, factor in (
+        (ImageEnhance.Brightness, view.brightness),
+        (ImageEnhance.Contrast, view.contrast),
+        (ImageEnhance.Color, view.saturation),
+    ):
+        if factor != 1.0:
+            square = enhance(square).enhance(factor)
+    return np.asarray(square, dtype=np.uint8)
+
+
+def normalise(squares: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, (x / 255 - mean) / std."""
+    # One multiply and one add: x * scale + shift.
+    scale = (1 / (255 * np.asarray(preprocessing.std))).astype(np.float32)
+    shift = (-np.asarray(preprocessing.mean) / np.asarray(preprocessing.std)).astype(np.float32)
+    return np.ascontiguousarray((squares * scale + shift).transpose(0, 3, 1, 2), dtype=np.float32)

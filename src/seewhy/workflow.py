@@ -1,0 +1,276 @@
+"""TrainConfig -> a finished run folder: the stages one after another, and what is done with them later."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from seewhy.backbones import Backbone, Cut, create_backbone, cut_backbone
+from seewhy.config import TrainConfig, dump_config, make_config
+from seewhy.errors import DataError, OutputError, RunError
+from seewhy.evaluate import Evaluation, evaluate_network
+from seewhy.features import extract_features
+from seewhy.figures import confusion_figure, save_png, training_curves
+from seewhy.fitting import CachedViews, Fit, PictureViews, fit
+from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
+from seewhy.progress import LOG
+from seewhy.report import write_report
+from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_weights, write_json
+from seewhy.split import PARTS, Split, read_split, split_images
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run is made (`work`, hidden until whole) and where it will stand (`target`)."""
+
+    work: Path
+    target: Path
+
+
+def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, **options: Any) -> Run:
+    """Trains a classifier on a dataset or folder and returns the saved run.
+
+    data: 'caltech101', 'scenes', or a folder of class folders. out: the run's folder (default runs/NAME).
+    resume: go on with an unfinished run of the same config. options: fields of TrainConfig.
+    """
+    return train_run(make_config(data=str(data), **options), Path(out) if out is not None else None, resume)
+
+
+def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> Run:
+    """The same from a config. An error leaves nothing behind; an interruption leaves what `resume` needs."""
+    config = config.resolved()
+    places = choose_places(config, out, resume)
+    if resume and (places.target / "run.json").is_file():
+        LOG.info(f"already finished: {places.target}")
+        return load(places.target)
+    lock = _open_work(places, config, resume)
+    try:
+        return _train_in(places, config)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if not (places.work / "checkpoints" / "last.ckpt").exists():
+            remove_tree(places.work)
+        raise
+    finally:
+        lock.release()
+
+
+def _train_in(places: Places, config: TrainConfig) -> Run:
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
+    split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config)
+    _tell_of(images, split)
+    seconds["pictures"] = time.perf_counter() - began
+    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize)
+    cut = cut_backbone(backbone, config.unfreeze)
+    mark = time.perf_counter()
+    train_data, val_data = _training_data(images, split, backbone, cut, config)
+    seconds["features"] = time.perf_counter() - mark
+    labels = images.labels[split.train]
+    fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
+    seconds["fit"] = fitted.seconds
+    mark = time.perf_counter()
+    evaluations = {part: _evaluate(images, split.part(part), part, backbone, cut, config) for part in ("val", "test")}
+    seconds["evaluation"] = time.perf_counter() - mark
+    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began)
+    test = run.metrics["test"]
+    LOG.info(
+        f"test accuracy {test['accuracy']:.1%} ({test['n']} pictures, 95% interval {test['accuracy_ci95'][0]:.1%} to "
+        f"{test['accuracy_ci95'][1]:.1%}), mean per-class {test['mean_per_class_accuracy']:.1%}"
+    )
+    return run
+
+
+def _split(images: ImageSet, config: TrainConfig) -> Split:
+    return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction)
+
+
+def _tell_of(images: ImageSet, split: Split) -> None:
+    LOG.info(
+        f"{images.name}: {len(images):,} pictures, {len(images.classes)} classes; "
+        + ", ".join(f"{p} {len(split.part(p)):,}" for p in PARTS)
+    )
+    if images.bad:
+        LOG.info(f"left out {len(images.bad)} unusable pictures (listed in run.json)")
+    for _, paths in conflicting_duplicates(images)[:5]:
+        LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
+
+
+def _training_data(
+    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
+) -> tuple[CachedViews | PictureViews, CachedViews | PictureViews]:
+    """Stored features where something is frozen and views are fixed, pictures otherwise."""
+    preprocessing, labels = backbone.preprocessing, images.labels
+    if cut.trunk is None or config.fresh_views or not config.cache:
+        views = 0 if config.fresh_views else config.views
+        train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
+        return train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard")
+    arguments = (cut, preprocessing, config.engine, config.workers)
+    train_features = extract_features(images, split.train, config.views, *arguments)
+    # Test features are computed here too: one pass over the pictures, one export of the trunk.
+    rest = extract_features(images, np.concatenate([split.val, split.test]), 1, *arguments)
+    val_features = type(rest)(rest.store, rest.rows[: len(split.val)], rest.computed)
+    return CachedViews(train_features, labels[split.train]), CachedViews(val_features, labels[split.val])
+
+
+def _evaluate(images: ImageSet, indices: Any, part: str, backbone: Backbone, cut: Cut, config: TrainConfig) -> Evaluation:
+    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache)
+
+
+# ---------------------------------------------------------------- places
+
+
+def choose_places(config: TrainConfig, out: Path | None, resume: bool) -> Places:
+    """`out`, or the first free runs/NAME; with `resume` the place of the unfinished or finished run of this name."""
+    if out is not None:
+        target = out
+    else:
+        data = config.data if config.data in DATASETS else Path(config.data).resolve().name
+        name = re.sub(r"[^\w.-]", "_", f"{data}-{config.backbone}-unfreeze{config.unfreeze}-seed{config.seed}")
+        target = Path("runs") / name
+        number = 2
+        while target.exists() and not resume:
+            target = Path("runs") / f"{name}-{number}"
+            number += 1
+    if not resume and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target}: exists already; choose another --out or remove it")
+    return Places(target.parent / f".{target.name}.partial", target)
+
+
+def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
+    """Makes or reopens the work folder and holds its lock, so that two trainings never share one."""
+    lock = FileLock(places.target.parent / f".{places.target.name}.lock")
+    try:
+        places.target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{places.target}: another training writes it right now; choose another --out") from error
+    except OSError as error:
+        raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
+    try:
+        record = places.work / "config.json"
+        if places.work.exists():
+            if not resume:
+                raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
+            if record.is_file() and json.loads(record.read_text()) != dump_config(config):
+                raise RunError(f"{places.work}: holds an unfinished run with other options; repeat its options, or choose another --out")
+        places.work.mkdir(exist_ok=True)
+        write_json(record, dump_config(config))
+    except OSError as error:
+        lock.release()
+        raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_run(
+    places: Places,
+    config: TrainConfig,
+    images: ImageSet,
+    split: Split,
+    backbone: Backbone,
+    cut: Cut,
+    fitted: Fit,
+    evaluations: dict[str, Evaluation],
+    seconds: dict[str, float],
+    began: float,
+) -> Run:
+    """Everything but the manifest into the work folder, then the manifest, then the rename."""
+    work, mark = places.work, time.perf_counter()
+    metrics = {part: evaluation.metrics for part, evaluation in evaluations.items()}
+    try:
+        backbone.model.requires_grad_(False)
+        save_weights(backbone, work)
+        record = split.record(images)
+        write_json(work / "split.json", record)
+        write_json(work / "metrics.json", metrics)
+        _write_history(work / "history.csv", fitted)
+        _write_answers(work / "predictions_test.csv", evaluations["test"])
+        save_png(training_curves(fitted.history, fitted.best_epoch), work / "figures" / "training_curves.png")
+        save_png(confusion_figure(evaluations["test"].confusion, images.classes), work / "figures" / "confusion_matrix.png")
+        facts = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": {
+                "name": images.name,
+                "pictures": len(images),
+                "hash": images.content_hash,
+                "bad": [{"path": path, "reason": reason} for path, reason in images.bad],
+                "conflicting_duplicates": [list(paths) for _, paths in conflicting_duplicates(images)],
+            },
+            "split": {"protocol": split.protocol, "hash": record["hash"], **{part: len(split.part(part)) for part in PARTS}},
+            "best_epoch": fitted.best_epoch,
+            "epochs_run": len(fitted.history),
+            "metrics": metrics,
+            "hardware": hardware(),
+        }
+        manifest = make_manifest(config, images.classes, backbone, facts)
+        run = Run(places.target, config, images.classes, backbone, cut, manifest)
+        write_report(run, fitted.history, evaluations["test"], work)
+        remove_tree(work / "checkpoints")
+        (work / "config.json").unlink()
+        seconds["report"] = time.perf_counter() - mark
+        seconds["total"] = time.perf_counter() - began
+        manifest["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
+        finish(work, places.target, manifest)
+    except OSError as error:
+        raise OutputError(f"{places.target}: the run cannot be written ({error.strerror}); free space or choose another --out") from error
+    return run
+
+
+def _write_history(path: Path, fitted: Fit) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(fitted.history[0]))
+        writer.writeheader()
+        writer.writerows(fitted.history)
+
+
+def _write_answers(path: Path, evaluation: Evaluation) -> None:
+    """One row a test picture: path, true class, predicted class and its probability."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "true", "predicted", "prob"])
+        for n, name in enumerate(evaluation.paths):
+            best = int(evaluation.predicted[n])
+            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], f"{evaluation.probs[n, best]:.6f}"]
+            writer.writerow(row)
+
+
+# ---------------------------------------------------------------- later
+
+
+def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evaluation:
+    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
+
+    Raises SplitError if the data has changed since, DataError for classes the run does not know.
+    """
+    config = run.config
+    images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
+    if data is not None:
+        indices, part = np.arange(len(images)), "all"
+    else:
+        indices = read_split(run.path, images).part(part)
+    unknown = sorted(set(images.classes) - set(run.classes))
+    if unknown:
+        raise DataError(
+            f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
+        )
+    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
+        place = np.array([run.classes.index(name) for name in images.classes])
+        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
+    return evaluate_network(run.backbone, run.cut, images, indices, part, config.engine, config.workers, config.cache)
