@@ -137,12 +137,21 @@ def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, prep
     return Backbone(name, timm_name, model.eval(), preprocessing, _stages(model), source)
 
 
-def _build(name: str, timm_name: str, classes: int) -> nn.Module:
-    if not timm.is_model(timm_name):
-        known = [*BACKBONES, *timm.list_models()]
-        near = difflib.get_close_matches(name, known, n=3)
+def check_request(name: str, weights: str | None) -> None:
+    """The mistakes that can be seen at once, before any picture is read: an unknown name, a missing file.
+
+    Raises BackboneError or WeightsError.
+    """
+    if not timm.is_model(BACKBONES[name].timm if name in BACKBONES else name):
+        near = difflib.get_close_matches(name, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=3)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise BackboneError(f"unknown backbone {name!r}{hint}; named ones: {', '.join(BACKBONES)}; any timm model works too")
+    if weights not in (None, "none") and not Path(str(weights)).is_file():
+        raise WeightsError(f"{weights}: no such weights file")
+
+
+def _build(name: str, timm_name: str, classes: int) -> nn.Module:
+    check_request(name, None)
     try:
         model = timm.create_model(timm_name, pretrained=False, num_classes=classes)
     except RuntimeError as error:  # an unknown pretrained tag

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -14,6 +14,9 @@ from seewhy import __version__
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import SeewhyError
 from seewhy.progress import show_log_lines
+
+if TYPE_CHECKING:
+    from seewhy.run import Run
 
 app = typer.Typer(
     name="seewhy",
@@ -51,7 +54,7 @@ def _main(
 
 def _train(
     data: str | None, out: Path | None, resume: bool, config_file: Path | None, settings: list[str], as_json: bool, given: dict[str, Any]
-) -> None:
+) -> Run:
     values = read_config(config_file) if config_file else {}
     values |= parse_settings(settings) | {name: value for name, value in given.items() if value is not None}
     if data is not None:
@@ -68,6 +71,7 @@ def _train(
         )
     else:
         typer.echo(f"run     {run.path}\nreport  {run.path / 'report.html'}")
+    return run
 
 
 def _option_type(annotation: Any) -> Any:
@@ -111,9 +115,9 @@ def _derive_train_command() -> Any:
         for name, annotation, default in [*fixed, *derived]
     ]
 
-    def command(**values: Any) -> None:
+    def command(**values: Any) -> Run:
         own = {name: values.pop(name) for name, _, _ in fixed}
-        _train(own["data"], own["out"], own["resume"], own["config"], own["set"] or [], own["json"], values)
+        return _train(own["data"], own["out"], own["resume"], own["config"], own["set"] or [], own["json"], values)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -123,6 +127,12 @@ def _derive_train_command() -> Any:
 app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
     _derive_train_command()
 )
+
+
+def train_from_arguments(arguments: list[str]) -> Run:
+    """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
+    run: Run = app(["train", *arguments], standalone_mode=False)
+    return run
 
 
 # ---------------------------------------------------------------- evaluate, predict, explain, cache
@@ -239,10 +249,8 @@ def run_guarded(work: Any) -> int:
         return status if isinstance(status, int) else 0
     except SeewhyError as error:
         return _complain(" ".join(str(error).splitlines()))
-    except KeyboardInterrupt as error:
-        if type(error).__name__ == "FitInterrupted":
-            return _complain("interrupted; finished epochs are kept: repeat the command with --resume to go on", status=130)
-        return _complain("interrupted; computed features are kept, repeat the command to go on", status=130)
+    except KeyboardInterrupt:
+        return _complain("interrupted; `seewhy train ... --resume` goes on with the features and epochs that were finished", status=130)
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from seewhy.backbones import Backbone, Cut, create_backbone, cut_backbone
+from seewhy.backbones import Backbone, Cut, check_request, create_backbone, cut_backbone
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.errors import DataError, OutputError, RunError
 from seewhy.evaluate import Evaluation, evaluate_network
@@ -34,6 +35,7 @@ class Places:
 
     work: Path
     target: Path
+    new_parent: bool  # whether the folder above has to be made
 
 
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, **options: Any) -> Run:
@@ -50,8 +52,12 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
     config = config.resolved()
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
+        finished = load(places.target)
+        if finished.config != config:
+            raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
-        return load(places.target)
+        return finished
+    check_request(config.backbone, config.weights)
     lock = _open_work(places, config, resume)
     try:
         return _train_in(places, config)
@@ -62,7 +68,7 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
             remove_tree(places.work)
         raise
     finally:
-        lock.release()
+        _give_back(lock, places)
 
 
 def _train_in(places: Places, config: TrainConfig) -> Run:
@@ -139,13 +145,19 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool) -> Places
         data = config.data if config.data in DATASETS else Path(config.data).resolve().name
         name = re.sub(r"[^\w.-]", "_", f"{data}-{config.backbone}-unfreeze{config.unfreeze}-seed{config.seed}")
         target = Path("runs") / name
-        number = 2
-        while target.exists() and not resume:
-            target = Path("runs") / f"{name}-{number}"
-            number += 1
+        candidates = [target] + [target.with_name(f"{name}-{number}") for number in range(2, 1000)]
+        unfinished = [place for place in candidates if _work_of(place).exists()] if resume else []
+        if unfinished:
+            target = unfinished[0]
+        elif not resume:
+            target = next(place for place in candidates if not place.exists())
     if not resume and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
-    return Places(target.parent / f".{target.name}.partial", target)
+    return Places(_work_of(target), target, not target.parent.exists())
+
+
+def _work_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
 
 
 def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
@@ -158,8 +170,8 @@ def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
         raise RunError(f"{places.target}: another training writes it right now; choose another --out") from error
     except OSError as error:
         raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
+    record = places.work / "config.json"
     try:
-        record = places.work / "config.json"
         if places.work.exists():
             if not resume:
                 raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
@@ -168,12 +180,22 @@ def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
         places.work.mkdir(exist_ok=True)
         write_json(record, dump_config(config))
     except OSError as error:
-        lock.release()
+        _give_back(lock, places)
         raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
     except BaseException:
-        lock.release()
+        _give_back(lock, places)
         raise
     return lock
+
+
+def _give_back(lock: FileLock, places: Places) -> None:
+    """Removes the lock file, and the parent folder if nothing was left in it."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+    if places.new_parent:
+        with suppress(OSError):
+            places.target.parent.rmdir()  # succeeds only where it is empty
 
 
 # ---------------------------------------------------------------- writing

@@ -1,0 +1,81 @@
+"""What the tests share: a cache of their own, small picture folders, the real pictures where present."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def data_root() -> Path | None:
+    """The folder that holds caltech101, from $SEEWHY_DATA or beside the checkout."""
+    for place in (os.environ.get("SEEWHY_DATA"), REPOSITORY.parent / "shared"):
+        if place and (Path(place) / "caltech101" / "101_ObjectCategories").is_dir():
+            return Path(place)
+    return None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, away from the user's; the demo set is drawn into it once."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SEEWHY_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for one test."""
+    folder = tmp_path / "fresh-cache"
+    monkeypatch.setenv("SEEWHY_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def caltech_root() -> Path:
+    """The real pictures, or a skip."""
+    root = data_root()
+    if root is None:
+        pytest.skip("Caltech-101 is not here: set SEEWHY_DATA to the folder that holds caltech101")
+    return root
+
+
+@pytest.fixture(scope="session")
+def resnet18_weights() -> Path:
+    """A weights file of ResNet-18, or a skip."""
+    file = Path(os.environ.get("SEEWHY_RESNET18", REPOSITORY.parent / "shared/weights/resnet18_reconstructed.safetensors"))
+    if not file.is_file():
+        pytest.skip("no ResNet-18 weights here: set SEEWHY_RESNET18 to a weights file")
+    return file
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """make_folder({"cat": 5, "dog": 4}) -> a folder of small pictures, each class in a colour of its own."""
+
+    def make(classes: dict[str, int], name: str = "pictures", size: tuple[int, int] = (48, 40)) -> Path:
+        root = tmp_path / name
+        for c, (label, count) in enumerate(classes.items()):
+            (root / label).mkdir(parents=True)
+            for n in range(count):
+                rng = np.random.default_rng([c, n])
+                noise = rng.integers(0, 90, size=(size[1], size[0], 3))
+                noise[..., c % 3] += 150
+                Image.fromarray(noise.astype(np.uint8)).save(root / label / f"{n}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path):  # type: ignore[no-untyped-def]
+    """A run trained once on the demo set, for every test that needs a finished one."""
+    import seewhy
+
+    return seewhy.train("scenes", backbone="efficientnet_lite0", unfreeze=0, out=tmp_path_factory.mktemp("runs") / "demo")

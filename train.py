@@ -1,0 +1,30 @@
+"""The classic way in: Caltech-101 -> data/, models/best_model.pth and results/*.png, from the same job as `seewhy train caltech101`.
+
+    python train.py                                  ResNet-18, early layers frozen, deeper ones trained
+    python train.py --weights resnet18.safetensors   any option of `seewhy train`
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from seewhy import export_state_dict
+from seewhy.cli import run_guarded, train_from_arguments
+
+FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples", "confusion_matrix": "confusion_matrix"}
+
+
+def main() -> None:
+    run = train_from_arguments(["caltech101", *sys.argv[1:]])
+    export_state_dict(run, "models/best_model.pth")
+    Path("models/run.txt").write_text(f"{run.path}\n")  # where predict.py finds the run
+    Path("results").mkdir(exist_ok=True)
+    for ours, classic in FIGURES.items():
+        shutil.copy(run.path / "figures" / f"{ours}.png", f"results/{classic}.png")
+    print("models/best_model.pth", *(f"results/{name}.png" for name in FIGURES.values()), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
