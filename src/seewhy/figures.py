@@ -90,7 +90,7 @@ def confusion_figure(confusion: npt.NDArray[np.int64], classes: Sequence[str], t
             axis.set_yticks(range(count), classes)
         if count <= 15:
             for row, column in np.argwhere(confusion > 0):
-                dark_cell = (shares[row, column] > 55) == (theme == "light")
+                dark_cell = (shares[row, column] > 65) == (theme == "light")  # where both inks stand out alike
                 ink = "#ffffff" if dark_cell else "#1f2430"
                 axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=9, color=ink)
         bar = figure.colorbar(image, ax=axis, shrink=0.75, label="share of the true class (%)")

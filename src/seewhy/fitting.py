@@ -190,6 +190,7 @@ class FitModule(LightningModule):
         self._metrics = nn.ModuleList(self.metrics.values())  # so that they move to the device with the module
 
     def on_fit_start(self) -> None:
+        self.train()
         if self.frozen[0] is not None:
             self.frozen[0].to(self.device).eval()
 
@@ -200,11 +201,11 @@ class FitModule(LightningModule):
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
         if inputs.dtype == torch.uint8:
             inputs = (inputs.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-            if self.mixer is not None and targets is not None and self.training:
-                inputs, targets = self.mixer(inputs, targets)
             if self.frozen[0] is not None:
                 with torch.no_grad():
                     inputs = round_like_stored(self.frozen[0](inputs))
+        if self.mixer is not None and targets is not None and self.training:
+            inputs, targets = self.mixer(inputs, targets)
         logits: Tensor = self.tail(inputs)
         return logits, targets
 
@@ -400,7 +401,6 @@ def fit(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        module.train()
         try:
             trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         except SystemExit as error:  # how Lightning ends after Ctrl-C, with the signal switched off

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import io
 import os
+import shutil
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seewhy.cache import cache_dir
-from seewhy.errors import DataError, ImageError
+from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.progress import progress
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -86,6 +87,8 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
+    except Image.DecompressionBombError:  # Pillow's own limit lies above ours
+        raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of hostile files raise nearly anything
         raise ValueError(_reason(error)) from None
     width, height = image.size
@@ -179,8 +182,12 @@ def _stat_key(path: Path) -> str:
 
 def _open_record() -> sqlite3.Connection:
     # The rules for what counts as usable are part of the name: new rules, new record.
-    record = sqlite3.connect(cache_dir() / "checked-1.sqlite", timeout=60)
-    record.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT)")
+    file = cache_dir() / "checked-1.sqlite"
+    try:
+        record = sqlite3.connect(file, timeout=60)
+        record.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT)")
+    except sqlite3.Error as error:
+        raise OutputError(f"{file}: {error}; remove it, or set SEEWHY_CACHE to a writable folder") from error
     return record
 
 
@@ -307,7 +314,13 @@ def list_caltech101(data_root: str | None) -> Listing:
     if root is None:
         root = places[0]
         download_caltech101(root)
-    dataset = Caltech101(root=str(root))
+    try:
+        dataset = Caltech101(root=str(root))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{root}/caltech101: not as published ({error}); 101_ObjectCategories must hold the class folders, "
+            "BACKGROUND_Google too, and nothing else"
+        ) from error
     pictures = Path(dataset.root) / "101_ObjectCategories"
     paths = [pictures / dataset.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(dataset.y, dataset.index, strict=True)]
     class_names = [dataset.categories[y] for y in dataset.y]
@@ -318,9 +331,15 @@ def download_caltech101(root: Path) -> None:
     """Downloads and unpacks Caltech-101 (137 MB, MD5-checked by torchvision) into root/caltech101."""
     from torchvision.datasets import Caltech101
 
+    pictures = root / "caltech101" / "101_ObjectCategories"
+    was_there = pictures.exists()
     try:
         Caltech101(root=str(root), download=True)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:  # Ctrl-C too: half unpacked, it would pass for the whole next time
+        if not was_there:
+            shutil.rmtree(pictures, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         reason = " ".join(str(error).split())
         # torchvision makes the folder before it knows that it can fill it.
         for left_over in (root / "caltech101", root):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,14 @@ class Predictions:
         writers = {".csv": _write_csv, ".parquet": _write_parquet, ".json": _write_json}
         if path.suffix not in writers:
             raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
-        work = ""
+        work = path.parent / f".{path.name}-{os.getpid()}"  # not by tempfile, whose files their owner alone may read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, work = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            os.close(handle)
-            writers[path.suffix](self.table(top_k), Path(work))
+            writers[path.suffix](self.table(top_k), work)
             os.replace(work, path)
         except OSError as error:
-            if work:
-                Path(work).unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
+                work.unlink()
             raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 

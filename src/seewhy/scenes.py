@@ -170,6 +170,7 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
     wanted = f"scenes {VERSION}, seed {SEED}, {per_class} a class"
     if marker.is_file() and marker.read_text() == wanted:
         return root
+    work: Path | None = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".scenes-", dir=root.parent))
@@ -186,4 +187,7 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
         os.replace(work, root)
     except OSError as error:
         raise OutputError(f"{root}: the demo set cannot be written ({error.strerror}); set SEEWHY_CACHE to a writable folder") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)  # gone already where all went well
     return root

@@ -1,0 +1,218 @@
+"""Explanations of a network whose evidence is known: where the heatmap peaks, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cheap_run import CLASSES, cheap_run
+from PIL import Image
+from torch import Tensor, nn
+
+from seewhy.backbones import Backbone, Cut
+from seewhy.config import make_config
+from seewhy.errors import ConfigError, DataError, ImageError, OutputError
+from seewhy.explain import class_index, explain, view_for_people
+from seewhy.predict import predict
+from seewhy.run import Run
+from seewhy.transforms import Preprocessing
+
+COLOURS = ("red", "green", "blue")
+PREPROCESSING = Preprocessing(56, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", 1.0)
+
+
+class ColourNetwork(nn.Module):
+    """Its three maps are how red, green and blue each of 7 x 7 places is; each class is the mean of its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3, 3, bias=False)
+        nn.init.eye_(self.classifier.weight)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.classifier
+
+    def forward_features(self, pictures: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(pictures, 8)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.classifier(features.mean(dim=(2, 3)))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(pictures))
+
+
+def colour_run(resize: str = "squash") -> Run:
+    model = ColourNetwork().eval()
+    backbone = Backbone("colours", "colours", model, replace(PREPROCESSING, resize=resize), (), "none")
+    config = make_config(data="x", weights="none").resolved()
+    return Run(Path("cheap"), config, COLOURS, backbone, Cut(None, model, "input"), {"metrics": {}})
+
+
+@pytest.fixture
+def left_red_right_blue(tmp_path: Path) -> Path:
+    """240 x 80: a dark picture with a red block in the left third and a smaller blue one at the bottom right."""
+    picture = Image.new("RGB", (240, 80), (20, 20, 20))
+    picture.paste((220, 20, 20), (0, 0, 80, 80))
+    picture.paste((20, 20, 220), (180, 40, 240, 80))
+    picture.save(tmp_path / "blocks.png")
+    return tmp_path / "blocks.png"
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+# ---------------------------------------------------------------- maps
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
+def test_map_lies_where_the_evidence_lies(left_red_right_blue: Path, method: str) -> None:
+    run = colour_run()
+    red = explain(run, [left_red_right_blue], method, target="red").maps[0]
+    blue = explain(run, [left_red_right_blue], method, target="blue").maps[0]
+    assert red.shape == blue.shape == (7, 7)
+    assert red[:, :2].min() > 0.9  # 80 of 240 pixels are 2.3 of 7 columns
+    assert red[:, 3:].max() < 0.15
+    assert blue[4:, 6].min() > 0.9  # the lower half, 180 of 240 pixels from the left
+    assert blue[:3].max() < 0.15
+    assert blue[:, :5].max() < 0.15
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
+def test_map_is_the_map_of_the_class_over_its_maximum(left_red_right_blue: Path, method: str) -> None:
+    # with one channel a class both methods only scale it: the weights of the other channels are 0
+    found = explain(colour_run(), [left_red_right_blue], method, target="red").maps[0]
+    picture = Image.open(left_red_right_blue).resize((56, 56), Image.Resampling.BILINEAR)
+    means = np.asarray(picture, dtype=np.float64)[..., 0].reshape(7, 8, 7, 8).mean(axis=(1, 3))
+    np.testing.assert_allclose(found, means / means.max(), rtol=1e-5)
+
+
+def test_without_a_target_the_predicted_class_is_explained(left_red_right_blue: Path) -> None:
+    explanation = explain(colour_run(), [left_red_right_blue])
+    assert explanation.targets.tolist() == [0]  # more red than blue
+    assert explanation.method == "gradcam++"
+    np.testing.assert_array_equal(explanation.maps, explain(colour_run(), [left_red_right_blue], target="red").maps)
+    assert explanation.maps.dtype == np.float32
+
+
+def test_maps_of_a_real_network_are_scaled_and_probabilities_those_of_predict(tmp_path: Path) -> None:
+    run = cheap_run()
+    for n in range(3):
+        noise = np.random.default_rng(n).integers(0, 256, size=(50, 60, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{n}.png")
+    explanation, predictions = explain(run, [tmp_path]), predict(run, [tmp_path])
+    assert explanation.paths == predictions.paths
+    np.testing.assert_allclose(explanation.probs, predictions.probs, rtol=1e-3, atol=1e-5)
+    assert explanation.targets.tolist() == predictions.probs.argmax(axis=1).tolist()
+    np.testing.assert_allclose(explanation.maps.max(axis=(1, 2)), 1, rtol=1e-6)
+    assert explanation.maps.min() >= 0
+    other = explain(run, [tmp_path], target="cat")
+    assert other.targets.tolist() == [CLASSES.index("cat")] * 3
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_more_pictures_than_a_batch_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, colour in enumerate(["blue", "red", "lime", "red", "blue"]):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{n}.png")
+    monkeypatch.setattr("seewhy.explain.BATCH", 2)
+    explanation = explain(colour_run(), [tmp_path])
+    assert explanation.targets.tolist() == [2, 0, 1, 0, 2]
+    assert explanation.maps.shape == (5, 7, 7)
+    assert explanation.probs.shape == (5, 3)
+
+
+def test_no_evidence_gives_an_empty_map_and_an_overlay_without_glow(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), (255, 0, 0)).save(tmp_path / "red.png")
+    explanation = explain(colour_run(), [tmp_path / "red.png"], target="blue")
+    assert (explanation.maps == 0).all()
+    overlay = np.asarray(explanation.overlay(0))
+    assert (overlay == overlay[0, 0]).all()
+    assert overlay[0, 0].tolist() == [round(0.55 * 255 + 0.25 * 85), 21, 21]
+
+
+def test_records_name_the_explained_and_the_predicted_class(left_red_right_blue: Path) -> None:
+    explanation = explain(colour_run(), [left_red_right_blue], "gradcam", target="blue")
+    (record,) = json.loads(json.dumps(explanation.records()))
+    assert record.pop("prob") == pytest.approx(explanation.probs[0, 2])
+    assert record == {"path": str(left_red_right_blue), "class": "blue", "predicted": "red", "method": "gradcam"}
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_unknown_class_names_the_nearest(left_red_right_blue: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown class 'bleu'; did you mean blue\? \(the run has 3 classes\)"):
+        explain(colour_run(), [left_red_right_blue], target="bleu")
+    with pytest.raises(ConfigError, match="did you mean red or green or blue"):
+        explain(colour_run(), [left_red_right_blue], target="zzz")
+    assert class_index("blue", COLOURS) == 2
+
+
+def test_unknown_method_lists_the_known_ones(left_red_right_blue: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown method 'grad-cam'; use one of gradcam, gradcam\+\+"):
+        explain(colour_run(), [left_red_right_blue], "grad-cam")
+
+
+def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file, folder or pattern"):
+        explain(colour_run(), [tmp_path / "none.png"])
+    (tmp_path / "bad.png").write_text("x")
+    with pytest.raises(ImageError, match=r"bad\.png: not an image"):
+        explain(colour_run(), [tmp_path / "bad.png"])
+
+
+# ---------------------------------------------------------------- overlays
+
+
+def test_overlay_keeps_the_proportions_of_the_picture(left_red_right_blue: Path) -> None:
+    assert explain(colour_run("squash"), [left_red_right_blue]).overlay(0).size == (448, 149)  # 240 x 80
+    assert explain(colour_run("crop"), [left_red_right_blue]).overlay(0).size == (448, 448)  # the centred square
+
+
+def test_overlay_of_a_crop_shows_the_centre(left_red_right_blue: Path) -> None:
+    shown = view_for_people(left_red_right_blue, replace(PREPROCESSING, resize="crop"), long_side=80)
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(left_red_right_blue))[:, 80:160])
+
+
+def test_overlay_glows_where_the_map_is_hot(left_red_right_blue: Path) -> None:
+    overlay = np.asarray(explain(colour_run(), [left_red_right_blue], target="blue").overlay(0)).astype(int)
+    warmth = overlay[..., 0] - overlay[..., 2]  # red less blue
+    hot, cold = warmth[100:140, 400:440], warmth[100:140, 180:300]
+    assert hot.mean() > 0.55 * (20 - 220) + 100  # the blue block itself is cold; the glow over it is not
+    assert abs(cold.mean()) < 10
+    assert overlay[100:140, 400:440].mean() > 2 * overlay[100:140, 180:300].mean()
+
+
+def test_overlays_are_saved_under_safe_names(left_red_right_blue: Path, tmp_path: Path) -> None:
+    run = replace(colour_run(), classes=("dark red/\\: *", "green", "bläu"))
+    odd = left_red_right_blue.rename(tmp_path / "my block; $(x).png")
+    written = explain(run, [odd]).save(tmp_path / "out" / "deeper")
+    assert [path.name for path in written] == ["my_block____x_.dark_red_____.gradcam__.png"]
+    assert picture_size(written[0]) == (448, 149)
+    (other,) = explain(run, [odd], "gradcam", target="bläu").save(tmp_path / "out" / "deeper")
+    assert other.name == "my_block____x_.bläu.gradcam.png"
+    assert sorted((tmp_path / "out" / "deeper").iterdir()) == sorted([written[0], other])
+
+
+def test_equal_names_in_two_folders_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    for folder, size in (("a", (40, 20)), ("b", (20, 40)), ("c", (30, 30))):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", size, "red").save(tmp_path / folder / "one.png")
+    written = explain(colour_run(), [tmp_path / "a", tmp_path / "b", tmp_path / "c"]).save(tmp_path / "out")
+    assert len(set(written)) == 3
+    assert [picture_size(path) for path in written] == [(448, 224), (224, 448), (448, 448)]
+
+
+def test_unwritable_folder_is_one_line(left_red_right_blue: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a regular file")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match=r"overlays cannot be written.*--out") as caught:
+            explain(colour_run(), [left_red_right_blue]).save(place)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,367 @@
+"""The feature store row by row, extraction that never computes twice, engines that agree."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from seewhy import features
+from seewhy.backbones import Cut, create_backbone, cut_backbone
+from seewhy.errors import OutputError
+from seewhy.features import FeatureStore, extract_features, make_engine, render_view, row_key, stored_dtype
+from seewhy.images import ImageSet, open_images, read_image
+from seewhy.transforms import Preprocessing, normalise, view_of
+
+TINY = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
+ALL = np.arange(8)
+
+MakeFolder = Callable[..., Path]
+
+
+def tiny_cut(seed: int = 0, scale: float = 1.0) -> Cut:
+    """A trunk of one convolution, (N, 3, 16, 16) -> (N, 4, 2, 2): quick, and its answer easy to repeat."""
+    convolution = nn.Conv2d(3, 4, kernel_size=8, stride=8)
+    nn.init.normal_(convolution.weight, std=0.1 * scale, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(convolution.bias)
+    return Cut(nn.Sequential(convolution), nn.Identity(), "tiny")
+
+
+def expected_features(images: ImageSet, cut: Cut, views: int) -> np.ndarray:
+    """(N, V, 4, 2, 2) straight from the pictures."""
+    squares = [render_view(read_image(p), v, h, TINY) for p, h in zip(images.paths, images.hashes, strict=True) for v in range(views)]
+    with torch.no_grad():
+        found = cut.trunk(torch.from_numpy(normalise(np.stack(squares), TINY))).numpy()
+    return found.astype(np.float16).astype(np.float32).reshape(len(images), views, *found.shape[1:])
+
+
+@pytest.fixture
+def pictures(cache: Path, make_folder: MakeFolder) -> ImageSet:
+    return open_images(str(make_folder({"cat": 5, "dog": 3})))
+
+
+def batch(*numbers: int) -> tuple[list[bytes], np.ndarray]:
+    """Keys and rows (2 values each) of the given numbers."""
+    return [row_key(str(n), 0) for n in numbers], np.array([[n, n + 0.5] for n in numbers])
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_store_gives_back_its_rows_under_their_keys(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    assert store.keys() == {}
+    store.append(iter([batch(1, 2), batch(3)]))
+    store.append(iter([batch(4)]))
+    assert store.keys() == {row_key(str(n), 0): n - 1 for n in (1, 2, 3, 4)}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5], [4, 4.5]])
+    assert (tmp_path / "keys.bin").stat().st_size == 4 * 32
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * 2 * 4
+
+
+@pytest.mark.parametrize("extra", [3, 8, 11])  # half a row, a row, a row and a half without keys
+def test_rows_without_keys_are_dropped_and_overwritten(tmp_path: Path, extra: int) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2)]))
+    with (tmp_path / "rows.bin").open("ab") as rows:
+        rows.write(b"\xff" * extra)
+    assert len(store.keys()) == 2
+    store.append(iter([batch(3)]))
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5]])
+    assert store.keys()[row_key("3", 0)] == 2
+
+
+def test_truncated_keys_lose_only_the_cut_row(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2, 3)]))
+    keys = tmp_path / "keys.bin"
+    keys.write_bytes(keys.read_bytes()[:-5])
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
+    store.append(iter([batch(4)]))
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1, row_key("4", 0): 2}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [4, 4.5]])
+
+
+def test_keys_without_rows_do_not_count(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2, 3)]))
+    rows = tmp_path / "rows.bin"
+    rows.write_bytes(rows.read_bytes()[: 8 + 3])
+    assert store.keys() == {row_key("1", 0): 0}
+    store.append(iter([batch(2)]))
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5]])
+
+
+def test_append_that_breaks_off_keeps_the_batches_before(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+
+    def two_batches_and_an_end() -> Iterator[tuple[list[bytes], np.ndarray]]:
+        yield batch(1, 2)
+        yield batch(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.append(two_batches_and_an_end())
+    assert len(store.keys()) == 3
+    store.append(iter([batch(4)]))
+    np.testing.assert_array_equal(store.open_rows()[:, 0], [1, 2, 3, 4])
+
+
+def test_maps_are_stored_in_half_and_vectors_in_single_precision(tmp_path: Path) -> None:
+    assert stored_dtype((512, 7, 7)) is np.float16
+    assert stored_dtype((101, 64)) is np.float16
+    assert stored_dtype((512,)) is np.float32
+    store = FeatureStore(tmp_path, (3, 2, 2))
+    store.append(iter([([row_key("1", 0)], np.full((1, 3, 2, 2), 1 / 3))]))
+    assert (tmp_path / "rows.bin").stat().st_size == 3 * 2 * 2 * 2
+    assert (store.open_rows() == np.float16(1 / 3)).all()
+
+
+def test_rounding_of_uncached_features_is_that_of_the_store() -> None:
+    maps = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(features.round_like_stored(maps).numpy(), maps.numpy().astype(np.float16).astype(np.float32))
+    vectors = maps.flatten(1)
+    assert torch.equal(features.round_like_stored(vectors), vectors)
+
+
+def test_row_keys_are_of_picture_and_view() -> None:
+    keys = {row_key(picture, view) for picture in ("aa", "ab", "aa 1") for view in (0, 1, 10)}
+    assert len(keys) == 9
+    assert {len(key) for key in keys} == {32}
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def test_features_are_those_of_the_trunk(pictures: ImageSet) -> None:
+    cut = tiny_cut()
+    found = extract_features(pictures, ALL, 3, cut, TINY)
+    expected = expected_features(pictures, cut, 3)
+    assert found.computed == 24
+    assert found.rows.shape == (8, 3)
+    for view in range(3):
+        np.testing.assert_allclose(found.get(ALL, view), expected[:, view], rtol=2e-3, atol=1e-4)
+    one_view_each = found.get(np.array([5, 0]), np.array([2, 1]))
+    np.testing.assert_allclose(one_view_each, [expected[5, 2], expected[0, 1]], rtol=2e-3, atol=1e-4)
+    assert one_view_each.dtype == np.float32
+
+
+def test_nothing_is_computed_twice(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = extract_features(pictures, ALL, 2, tiny_cut(), TINY)
+    assert first.computed == 16
+    assert extract_features(pictures, ALL, 3, tiny_cut(), TINY).computed == 8  # the third view alone
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a picture was read again")
+
+    monkeypatch.setattr(features, "read_image", never)
+    again = extract_features(pictures, ALL[::-1], 2, tiny_cut(), TINY)
+    assert again.computed == 0
+    np.testing.assert_array_equal(again.get(ALL[::-1], 1), first.get(ALL, 1))
+
+
+def test_a_new_picture_alone_is_computed(pictures: ImageSet, make_folder: MakeFolder) -> None:
+    extract_features(pictures, ALL, 2, tiny_cut(), TINY)
+    Image.new("RGB", (40, 30), "orange").save(pictures.root / "cat" / "new.png")
+    more = open_images(str(pictures.root))
+    found = extract_features(more, np.arange(9), 2, tiny_cut(), TINY)
+    assert found.computed == 2
+    np.testing.assert_allclose(found.get(np.arange(9), 0), expected_features(more, tiny_cut(), 2)[:, 0], rtol=2e-3, atol=1e-4)
+
+
+def test_a_changed_picture_under_an_old_name_is_computed_again(pictures: ImageSet) -> None:
+    extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    Image.new("RGB", (40, 30), "orange").save(pictures.paths[0])
+    assert extract_features(open_images(str(pictures.root)), ALL, 1, tiny_cut(), TINY).computed == 1
+
+
+def test_another_dataset_with_the_same_pictures_reuses_them(pictures: ImageSet, tmp_path: Path) -> None:
+    first = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    other = tmp_path / "other"
+    for n, path in enumerate(reversed(pictures.paths)):  # other names, another order, other classes
+        (other / f"class{n % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other / f"class{n % 2}" / f"{n}.png")
+    others = open_images(str(other))
+    found = extract_features(others, ALL, 1, tiny_cut(), TINY)
+    assert found.computed == 0
+    same = [pictures.hashes.index(sha256) for sha256 in others.hashes]
+    assert same != ALL.tolist()
+    np.testing.assert_array_equal(found.get(ALL), first.get(np.array(same)))
+
+
+def test_equal_pictures_of_one_dataset_are_computed_once(pictures: ImageSet) -> None:
+    shutil.copy(pictures.paths[0], pictures.root / "dog" / "copy.png")
+    twice = open_images(str(pictures.root))
+    for keep in (True, False):
+        found = extract_features(twice, np.arange(9), 2, tiny_cut(), TINY, keep=keep)
+        assert found.computed == 16
+        copy = [str(path.name) for path in twice.paths].index("copy.png")
+        np.testing.assert_array_equal(found.rows[copy], found.rows[0])
+
+
+def test_other_weights_place_or_preprocessing_take_another_store(pictures: ImageSet, cache: Path) -> None:
+    extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    for cut, preprocessing in (
+        (tiny_cut(seed=1), TINY),
+        (replace(tiny_cut(), place="elsewhere"), TINY),
+        (tiny_cut(), replace(TINY, mean=(0.4, 0.5, 0.5))),
+        (tiny_cut(), replace(TINY, resize="crop")),
+    ):
+        assert extract_features(pictures, ALL, 1, cut, preprocessing).computed == 8
+    assert len(list((cache / "features").iterdir())) == 5
+
+
+def test_interruption_keeps_the_finished_batches(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = features.make_engine
+
+    def two_batches(*arguments: Any) -> features.Engine:
+        run, done = original(*arguments), []
+
+        def engine(squares: np.ndarray) -> np.ndarray:
+            done.append(len(squares))
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            return run(squares)
+
+        return engine
+
+    monkeypatch.setattr(features, "BATCH", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "make_engine", two_batches)
+        with pytest.raises(KeyboardInterrupt):
+            extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    resumed = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    assert resumed.computed == 2  # 8 pictures less two batches of 3
+    np.testing.assert_allclose(resumed.get(ALL), expected_features(pictures, tiny_cut(), 1)[:, 0], rtol=2e-3, atol=1e-4)
+
+
+def test_what_another_process_writes_while_one_waits_is_not_computed(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    other: list[int] = []
+    lock = FeatureStore.lock
+
+    @contextmanager
+    def held_by_another(store: FeatureStore) -> Iterator[None]:
+        monkeypatch.setattr(FeatureStore, "lock", lock)
+        other.append(extract_features(pictures, ALL[:6], 1, tiny_cut(), TINY).computed)
+        with store.lock():
+            yield
+
+    monkeypatch.setattr(FeatureStore, "lock", held_by_another)
+    found = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    assert (other, found.computed) == ([6], 2)
+    assert sorted(found.rows[:, 0]) == list(range(8))
+
+
+def test_without_keeping_the_disk_stays_empty(pictures: ImageSet, cache: Path) -> None:
+    found = extract_features(pictures, ALL, 2, tiny_cut(), TINY, keep=False)
+    assert found.computed == 16
+    assert not (cache / "features").exists()
+    kept = extract_features(pictures, ALL, 2, tiny_cut(), TINY)
+    np.testing.assert_array_equal(found.get(ALL, 1), kept.get(ALL, 1))
+    assert found.store.dtype == kept.store.dtype == np.float16
+
+
+def test_trunk_is_left_as_it_was(pictures: ImageSet) -> None:
+    cut = tiny_cut()
+    weight = cut.trunk[0].weight
+    strides = weight.stride()
+    extract_features(pictures, ALL, 1, cut, TINY, engine="torch")
+    assert cut.trunk[0].weight is weight
+    assert weight.stride() == strides  # the engine's layout and device are its own
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_maps_beyond_half_precision_are_refused(pictures: ImageSet) -> None:
+    with pytest.raises(OutputError, match=r"exceed half precision.*--unfreeze 0 or all"):
+        extract_features(pictures, ALL, 1, tiny_cut(scale=1e6), TINY)
+    flat = tiny_cut(scale=1e6)
+    vectors = Cut(nn.Sequential(flat.trunk[0], nn.Flatten()), nn.Identity(), "pooled")
+    assert np.abs(extract_features(pictures, ALL, 1, vectors, TINY).get(ALL)).max() > 65_504
+
+
+def test_full_disk_is_one_line_that_names_the_cache(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(store: FeatureStore, batches: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FeatureStore, "append", full)
+    with pytest.raises(OutputError, match=r"No space left on device\); free some space or set SEEWHY_CACHE") as caught:
+        extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    assert "\n" not in str(caught.value)
+
+
+def test_unwritable_cache_is_one_line_that_names_the_cache(pictures: ImageSet, cache: Path) -> None:
+    (cache / "features").write_text("a file where the folder should be")
+    with pytest.raises(OutputError, match="set SEEWHY_CACHE to another folder") as caught:
+        extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
+    backbone = create_backbone(name, 5, weights="none")
+    cut = cut_backbone(backbone, unfreeze)
+    preprocessing = replace(backbone.preprocessing, size=64)
+    squares = np.random.default_rng(0).integers(0, 256, size=(3, 64, 64, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = cut.trunk(torch.from_numpy(normalise(squares, preprocessing))).numpy()
+    found = make_engine(cut.trunk, preprocessing, 3, "onnx")
+    scale = np.abs(expected).max()
+    assert scale > 0.01
+    for n in (3, 1):  # any number of pictures
+        assert np.abs(found(squares[:n]) - expected[:n]).max() < 1e-4 * scale
+    assert np.abs(make_engine(cut.trunk, preprocessing, 3, "torch")(squares) - expected).max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
+def test_auto_takes_onnx_for_many_pictures_on_a_cpu(monkeypatch: pytest.MonkeyPatch, pictures: int, cuda: bool, expected: str) -> None:
+    monkeypatch.setattr(features, "ENGINES", {name: lambda trunk, preprocessing, name=name: name for name in ("onnx", "torch")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert make_engine(nn.Identity(), TINY, pictures) == expected
+
+
+# ---------------------------------------------------------------- views
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, size=(30, 40, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_view_1_is_view_0_of_the_mirrored_picture(photo: Image.Image, resize: str) -> None:
+    preprocessing = replace(TINY, size=64, crop=0.875, resize=resize)
+    plain = render_view(photo, 0, "ab" * 32, preprocessing)
+    mirrored = render_view(photo, 1, "ab" * 32, preprocessing)
+    np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+    of_mirror = render_view(ImageOps.mirror(photo), 0, "ab" * 32, preprocessing)
+    assert np.abs(mirrored.astype(int) - of_mirror).max() <= 1
+    assert np.abs(mirrored.astype(int) - plain).mean() > 10
+
+
+def test_random_views_depend_on_picture_and_number_alone(photo: Image.Image) -> None:
+    one = render_view(photo, 2, "ab" * 32, TINY)
+    np.testing.assert_array_equal(one, render_view(photo, 2, "ab" * 32, TINY))
+    for number, sha256 in ((3, "ab" * 32), (2, "cd" * 32), (0, "ab" * 32)):
+        assert np.abs(render_view(photo, number, sha256, TINY).astype(int) - one).max() > 10
+    left, top, right, bottom = view_of(2, "ab" * 32, 160, 120, TINY).box
+    assert 0 <= left < right <= 160
+    assert 0 <= top < bottom <= 120
+    assert 0.35 <= (right - left) * (bottom - top) / (160 * 120) <= 1

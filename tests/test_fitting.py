@@ -1,0 +1,218 @@
+"""The fit: schedules and groups by hand, cached equals uncached, best weights restored, resume repeats the uninterrupted fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+
+from seewhy import fitting
+from seewhy.backbones import Backbone, Cut, create_backbone, cut_backbone
+from seewhy.config import TrainConfig, make_config
+from seewhy.errors import ConfigError
+from seewhy.features import Features, extract_features
+from seewhy.fitting import CachedViews, EpochSampler, Fit, PictureViews, StandardisedLinear, cosine_with_warmup, fit
+from seewhy.images import ImageSet, open_images
+from seewhy.split import Split, split_images
+
+Setup = tuple[ImageSet, Split, Backbone, Cut]
+
+
+def test_cosine_by_hand() -> None:
+    # 4 steps of warm-up at 1/5, 2/5, 3/5, 4/5; then half a cosine over the remaining 8.
+    assert [cosine_with_warmup(step, 4, 12) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert cosine_with_warmup(4, 4, 12) == 1.0
+    assert cosine_with_warmup(8, 4, 12) == pytest.approx(0.5)
+    assert cosine_with_warmup(6, 4, 12) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert cosine_with_warmup(12, 4, 12) == pytest.approx(0.0)
+
+
+def test_parameter_groups_fall_by_stage_and_spare_norms() -> None:
+    backbone = create_backbone("resnet18", 3, "none")
+    cut_backbone(backbone, 2)
+    config = make_config(data="x", unfreeze=2, lr=1e-2, weight_decay=0.1, stage_lr_decay=0.5)
+    groups = fitting.parameter_groups(backbone, config.resolved())
+    rates = {(group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"]) for group in groups}
+    assert set(rates) == {(1e-2, 0.0), (1e-2, 0.1), (5e-3, 0.0), (5e-3, 0.1), (2.5e-3, 0.0), (2.5e-3, 0.1)}
+    assert rates[(1e-2, 0.1)] == 512 * 3
+    assert rates[(1e-2, 0.0)] == 3
+    layer4 = backbone.model.get_submodule("layer4")
+    assert rates[(5e-3, 0.1)] == sum(p.numel() for p in layer4.parameters() if p.ndim > 1)
+
+
+def test_inverse_size_weights_are_scikit_learns_balanced() -> None:
+    labels = np.array([0] * 7 + [1] * 2 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(fitting.inverse_size_weights(labels, 3).numpy(), expected, rtol=1e-6)
+
+
+def test_sampler_is_a_new_permutation_each_epoch_and_repeats_itself() -> None:
+    sampler = EpochSampler(10, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == list(range(10))
+    assert sorted(second) == list(range(10, 20))
+    assert [i - 10 for i in second] != first
+    again = EpochSampler(10, seed=3)
+    again.set_epoch(1)
+    assert list(again) == second
+
+
+def test_cached_views_take_turns() -> None:
+    # Row 10 n + v holds the number itself: picture n, view v.
+    rows = np.array([[10 * n + v for v in range(3)] for n in range(4)])
+    data = CachedViews(Features(np.arange(40, dtype=np.float32)[:, None], rows, 0), np.arange(4))
+    seen = {n: [] for n in range(4)}
+    for epoch in range(3):
+        values, labels = data.__getitems__([epoch * 4 + n for n in range(4)])
+        for value, label in zip(values[:, 0].tolist(), labels.tolist(), strict=True):
+            seen[label].append(value - 10 * label)
+    assert all(sorted(views) == [0, 1, 2] for views in seen.values())
+    assert seen[0] != seen[1]  # not all pictures show the same view in the same epoch
+
+
+def test_standardised_linear_folds_into_the_classifier() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 3)
+    head = StandardisedLinear(linear)
+    batches = torch.randn(4, 16, 5) * torch.tensor([1.0, 10, 0.1, 3, 100]) + torch.tensor([0.0, 5, -1, 2, 300])
+    head.train()
+    for batch in batches:
+        head(batch)
+    # momentum=None: the plain mean of the batches' means.
+    assert head.norm.running_mean is not None
+    torch.testing.assert_close(head.norm.running_mean, batches.mean(dim=(0, 1)))
+    head.eval()
+    expected = head(batches[0])
+    head.fold()
+    torch.testing.assert_close(linear(batches[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def setup(make_folder: Callable[..., Path], cache: Path) -> Callable[[int | str], Setup]:
+    folder = make_folder({"ant": 12, "bee": 12, "cow": 12})
+    images = open_images(str(folder))
+    split = split_images(images, seed=1)
+
+    def make(unfreeze: int | str) -> Setup:
+        backbone = create_backbone("test_resnet.r160_in1k", 3, "none", seed=1)
+        return images, split, backbone, cut_backbone(backbone, unfreeze)
+
+    return make
+
+
+def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tuple[Fit, dict[str, torch.Tensor]]:
+    images, split, backbone, cut = setup
+    values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3, **options}
+    config: TrainConfig = make_config(**values).resolved()
+    train_data: CachedViews | PictureViews
+    val_data: CachedViews | PictureViews
+    if cached:
+        train_data = CachedViews(extract_features(images, split.train, 3, cut, backbone.preprocessing, "torch"), images.labels[split.train])
+        val_data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch"), images.labels[split.val])
+    else:
+        train_data = PictureViews(images, split.train, backbone.preprocessing, config.views, 1, config.augment)
+        val_data = PictureViews(images, split.val, backbone.preprocessing, 1, 1, "standard")
+    result = fit(backbone, cut, train_data, val_data, images.labels[split.train], 3, config, folder)
+    return result, {k: v.clone() for k, v in backbone.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1, 2])
+def test_cached_and_uncached_are_the_same_mathematics(setup: Callable[[int], Setup], tmp_path: Path, unfreeze: int) -> None:
+    options = {"unfreeze": unfreeze}
+    one, _ = run_fit(setup(unfreeze), tmp_path / "cached", cached=True, **options)
+    two, _ = run_fit(setup(unfreeze), tmp_path / "uncached", cached=False, **options)
+    for name in ("train_loss", "val_loss"):
+        np.testing.assert_allclose([r[name] for r in one.history], [r[name] for r in two.history], atol=1e-4)
+    losses = [row["train_loss"] for row in one.history]
+    assert losses[-1] < losses[0]  # it did learn something meanwhile
+
+
+def test_frozen_stages_do_not_move_and_the_others_do(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    parts = setup(1)
+    before = {k: v.clone() for k, v in parts[2].model.state_dict().items()}
+    _, after = run_fit(parts, tmp_path, cached=True, unfreeze=1)
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"layer4", "fc"}
+
+
+def test_best_epoch_is_restored(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    parts = setup(0)
+    images, split, backbone, cut = parts
+    result, _ = run_fit(parts, tmp_path, cached=True, unfreeze=0, epochs=12, lr=0.5, patience=2)
+    losses = [row["val_loss"] for row in result.history]
+    assert result.best_epoch == 1 + int(np.argmin(losses))
+    features = extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch")
+    logits = cut.tail(torch.from_numpy(features.get(np.arange(len(split.val)))))
+    loss = nn.functional.cross_entropy(logits, torch.from_numpy(images.labels[split.val])).item()
+    assert loss == pytest.approx(min(losses), abs=1e-4)
+    assert len(losses) <= result.best_epoch + 2  # patience
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_resumed_fit_ends_with_the_same_weights(
+    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    options = {"unfreeze": 1, "epochs": 4, "schedule": schedule}
+    whole, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
+
+    original = fitting.ProgressCallback.on_train_batch_end
+    calls = {"left": 2 * 4 + 2}  # 4 batches an epoch: in the middle of the third
+
+    def stop(self: fitting.ProgressCallback, *args: object, **kwargs: object) -> None:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise KeyboardInterrupt
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", stop)
+    with pytest.raises(fitting.FitInterrupted):
+        run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", original)
+    resumed, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    assert [r["epoch"] for r in resumed.history] == [1, 2, 3, 4]
+    assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in whole.history]
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_random_state_of_the_caller_is_left_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run_fit(setup(0), tmp_path, cached=True, unfreeze=0, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("options", [{"mix": "mixup"}, {"mix": "cutmix"}, {"augment": "randaugment"}, {"class_weights": True}])
+def test_fresh_views_train_the_whole_network(setup: Callable[[str], Setup], tmp_path: Path, options: dict[str, object]) -> None:
+    result, weights = run_fit(setup("all"), tmp_path, cached=False, unfreeze="all", views=0, epochs=2, optimizer="sgd", lr=0.01, **options)
+    assert len(result.history) == 2
+    assert all(math.isfinite(row["train_loss"]) for row in result.history)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], Setup]) -> None:
+    images, split, backbone, _ = setup("all")
+    n = len(split.train)
+
+    def square(seed: int, epoch: int, augment: str = "standard") -> torch.Tensor:
+        data = PictureViews(images, split.train, backbone.preprocessing, 0, seed, augment)
+        return data.__getitems__([epoch * n])[0]
+
+    assert torch.equal(square(0, 0), square(0, 0))
+    assert not torch.equal(square(0, 0), square(0, 1))
+    assert not torch.equal(square(0, 0), square(1, 0))
+    assert torch.equal(square(0, 0, "randaugment"), square(0, 0, "randaugment"))
+    assert not torch.equal(square(0, 0, "randaugment"), square(0, 0))
+
+
+def test_a_loss_that_explodes_is_one_clear_error(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lower --lr"):
+        run_fit(setup(1), tmp_path, cached=True, unfreeze=1, lr=1e30, optimizer="sgd", epochs=5, patience=5)

@@ -1,0 +1,311 @@
+"""Splits: sizes worked by hand, seeded and stratified, equal pictures together, kept and read back by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seewhy.errors import SplitError
+from seewhy.images import ImageSet
+from seewhy.split import PARTS, Split, read_split, split_images
+
+
+def image_set(rows: Sequence[tuple[str, str, str]]) -> ImageSet:
+    """(class, content, part) of each picture -> an ImageSet whose files do not exist."""
+    classes = tuple(sorted({name for name, _, _ in rows}))
+    return ImageSet(
+        name="fake",
+        root=Path("/fake"),
+        paths=tuple(Path(f"/fake/{part}/{name}/{i}.jpg") for i, (name, _, part) in enumerate(rows)),
+        labels=np.array([classes.index(name) for name, _, _ in rows], dtype=np.int64),
+        classes=classes,
+        hashes=tuple(hashlib.sha256(content.encode()).hexdigest() for _, content, _ in rows),
+        parts=tuple(part for _, _, part in rows),
+        masks=(None,) * len(rows),
+    )
+
+
+def plain(sizes: dict[str, int], part: str = "") -> list[tuple[str, str, str]]:
+    return [(name, f"{name}-{part}-{n}", part) for name, count in sizes.items() for n in range(count)]
+
+
+def counts(split: Split, images: ImageSet) -> dict[str, list[int]]:
+    """Part -> pictures of each class in it."""
+    return {name: np.bincount(images.labels[split.part(name)], minlength=len(images.classes)).tolist() for name in PARTS}
+
+
+def hashes_of(split: Split, images: ImageSet) -> dict[str, set[str]]:
+    return {name: {images.hashes[i] for i in split.part(name)} for name in PARTS}
+
+
+@pytest.mark.parametrize(
+    ("size", "train", "val", "test"),
+    [(10, 7, 1, 2), (3, 1, 1, 1), (4, 2, 1, 1), (31, 22, 3, 6), (40, 28, 4, 8), (100, 70, 10, 20), (800, 560, 80, 160)],
+)
+def test_sizes_of_one_class_by_hand(size: int, train: int, val: int, test: int) -> None:
+    images = image_set(plain({"a": size, "b": 10}))
+    assert counts(split_images(images), images) == {"train": [train, 7], "val": [val, 1], "test": [test, 2]}
+
+
+def test_other_fractions() -> None:
+    images = image_set(plain({"a": 20}))
+    assert counts(split_images(images, val_fraction=0.25, test_fraction=0.5), images) == {"train": [5], "val": [5], "test": [10]}
+
+
+def test_every_picture_once_and_sorted() -> None:
+    images = image_set(plain({"a": 17, "b": 5, "c": 40}))
+    split = split_images(images, seed=3)
+    assert sorted([*split.train, *split.val, *split.test]) == list(range(62))
+    assert all(np.all(np.diff(split.part(name)) > 0) and split.part(name).dtype == np.int64 for name in PARTS)
+    assert (split.protocol, split.seed) == ("ratio", 3)
+
+
+def test_same_seed_same_split_other_seed_another() -> None:
+    images = image_set(plain({"a": 30, "b": 30}))
+    one, two, other = split_images(images, seed=5), split_images(images, seed=5), split_images(images, seed=6)
+    assert [one.part(n).tolist() for n in PARTS] == [two.part(n).tolist() for n in PARTS]
+    assert one.hash(images) == two.hash(images)
+    assert one.test.tolist() != other.test.tolist()
+    assert one.hash(images) != other.hash(images)
+
+
+def test_split_is_at_random_and_not_by_file_order() -> None:
+    images = image_set(plain({"a": 200, "b": 200}))
+    assert 60 < split_images(images).test[:40].mean() < 140  # mean of the 40 test indices of class a: 99.5 +- 8.2
+
+
+def test_independent_of_file_order() -> None:
+    rows = [*plain({"a": 25, "b": 13}), ("a", "a--0", ""), ("b", "a--1", "")]
+    images, turned = image_set(rows), image_set(rows[::-1])
+    assert hashes_of(split_images(images, seed=2), images) == hashes_of(split_images(turned, seed=2), turned)
+    assert split_images(images, seed=2).hash(images) == split_images(turned, seed=2).hash(turned)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_pictures_stay_in_one_part(seed: int) -> None:
+    same = [("a", "twin", "")] * 3 + [("a", "shared", ""), ("b", "shared", ""), ("b", "double", ""), ("b", "double", "")]
+    images = image_set([*plain({"a": 12, "b": 12}), *same])
+    split = split_images(images, seed=seed)
+    train, val, test = hashes_of(split, images).values()
+    assert not train & val
+    assert not train & test
+    assert not val & test
+    assert sorted([*split.train, *split.val, *split.test]) == list(range(31))
+    assert all(min(row) >= 1 for row in counts(split, images).values())
+
+
+def test_twins_count_once_when_parts_are_filled() -> None:
+    """Three different pictures, one of them 8 times: one each to test and val, the rest to train."""
+    images = image_set([("a", "x", ""), ("a", "y", "")] + [("a", "z", "")] * 8)
+    split = split_images(images)
+    assert [len(split.part(n)) for n in PARTS] == [8, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([("few", "x", ""), ("few", "y", "")], "2 different pictures"),
+        ([("few", "x", "")], "1 picture,"),
+        ([("few", "x", ""), ("few", "y", "")] + [("few", "y", "")] * 20, "2 different pictures"),
+    ],
+)
+def test_too_few_pictures_names_the_class(rows: list[tuple[str, str, str]], found: str) -> None:
+    with pytest.raises(SplitError, match=f"^class 'few' has {found}.* too few for one in each of train, val, test; add"):
+        split_images(image_set([*plain({"enough": 10}), *rows]))
+
+
+def test_fractions_that_leave_a_small_class_without_training_pictures() -> None:
+    images = image_set(plain({"a": 4}))
+    with pytest.raises(SplitError, match="class 'a' has 4"):
+        split_images(images, val_fraction=0.45, test_fraction=0.45)
+
+
+def test_caltech30_is_27_3_and_the_rest() -> None:
+    images = image_set(plain({"a": 31, "b": 60, "c": 800}))
+    split = split_images(images, protocol="caltech30")
+    assert counts(split, images) == {"train": [27, 27, 27], "val": [3, 3, 3], "test": [1, 30, 770]}
+    assert split.protocol == "caltech30"
+
+
+def test_caltech30_of_a_small_class_names_it_and_the_way_out() -> None:
+    with pytest.raises(SplitError, match=r"^class 'b' has 30 different pictures; caltech30 needs at least 31: use --protocol ratio$"):
+        split_images(image_set(plain({"a": 40, "b": 30})), protocol="caltech30")
+
+
+def test_parts_of_the_folders_are_kept() -> None:
+    images = image_set([*plain({"a": 6, "b": 4}, "train"), *plain({"a": 2, "b": 3}, "val"), *plain({"a": 5, "b": 1}, "test")])
+    split = split_images(images, seed=9)
+    assert split.protocol == "folders"
+    assert split.train.tolist() == list(range(10))
+    assert split.val.tolist() == list(range(10, 15))
+    assert split.test.tolist() == list(range(15, 21))
+
+
+def test_missing_val_is_cut_out_of_train() -> None:
+    images = image_set([*plain({"a": 20, "b": 10}, "train"), *plain({"a": 7, "b": 8}, "test")])
+    split = split_images(images)
+    assert counts(split, images) == {"train": [18, 9], "val": [2, 1], "test": [7, 8]}
+    assert all(images.parts[i] == "train" for i in [*split.train, *split.val])
+
+
+def test_missing_test_is_cut_out_of_train() -> None:
+    images = image_set([*plain({"a": 20}, "train"), *plain({"a": 3}, "val")])
+    assert counts(split_images(images), images) == {"train": [16], "val": [3], "test": [4]}
+
+
+def test_train_folder_alone_is_cut_in_three() -> None:
+    images = image_set(plain({"a": 20, "b": 10}, "train"))
+    assert counts(split_images(images), images) == {"train": [14, 7], "val": [2, 1], "test": [4, 2]}
+
+
+def test_class_without_training_folder_is_named() -> None:
+    rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 2, "b": 2, "only": 4}, "val"), *plain({"a": 2, "b": 2, "only": 4}, "test")]
+    with pytest.raises(SplitError, match=r"^class 'only' has 0"):
+        split_images(image_set(rows))
+
+
+def test_same_picture_in_two_given_parts_is_an_error_that_names_the_files() -> None:
+    rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 5, "b": 5}, "test"), ("a", "a-train-0", "test")]
+    with pytest.raises(SplitError, match=r"same picture lies in test and train \(/fake/train/a/0\.jpg, /fake/test/a/20\.jpg\); remove"):
+        split_images(image_set(rows))
+
+
+def test_same_picture_of_two_classes_in_two_given_parts_is_an_error_too() -> None:
+    rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 5, "b": 5}, "val"), ("b", "a-train-0", "val")]
+    with pytest.raises(SplitError, match="same picture lies in train and val"):
+        split_images(image_set(rows))
+
+
+def test_unknown_part_is_named() -> None:
+    split = split_images(image_set(plain({"a": 10})))
+    with pytest.raises(SplitError, match="unknown part 'dev'; use one of train, val, test"):
+        split.part("dev")
+
+
+# ---------------------------------------------------------------- split.json
+
+
+def save(split: Split, images: ImageSet, folder: Path) -> Path:
+    (folder / "split.json").write_text(json.dumps(split.record(images)))
+    return folder / "split.json"
+
+
+def test_split_json_round_trip_from_file_and_from_run_folder(tmp_path: Path) -> None:
+    images = image_set([*plain({"a": 12, "b": 15}), ("a", "a--1", "")])
+    split = split_images(images, seed=4)
+    file = save(split, images, tmp_path)
+    for place in (file, tmp_path):
+        again = read_split(place, images)
+        assert [again.part(n).tolist() for n in PARTS] == [split.part(n).tolist() for n in PARTS]
+        assert (again.protocol, again.seed) == ("ratio", 4)
+        assert again.hash(images) == split.hash(images)
+
+
+def test_split_json_goes_by_content_and_not_by_path_or_order(tmp_path: Path) -> None:
+    rows = plain({"a": 12, "b": 15})
+    images, turned = image_set(rows), image_set(rows[::-1])
+    split = split_images(images)
+    again = read_split(save(split, images, tmp_path), turned)
+    assert hashes_of(again, turned) == hashes_of(split, images)
+    assert again.test.tolist() == sorted(26 - split.test)
+
+
+def test_split_of_a_subset_of_the_pictures(tmp_path: Path) -> None:
+    rows = plain({"a": 10, "b": 10})
+    images = image_set(rows)
+    split = split_images(images)
+    fewer = image_set([row for i, row in enumerate(rows) if i != split.train[0]])
+    assert len(read_split(save(split, images, tmp_path), fewer).train) == 13
+
+
+def test_pictures_that_are_in_no_part_are_counted_and_one_is_named(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 10, "b": 10}))
+    file = save(split_images(images), images, tmp_path)
+    more = image_set([*plain({"a": 10, "b": 10}), ("b", "new-1", ""), ("b", "new-2", "")])
+    with pytest.raises(SplitError, match=r"2 of 22 pictures are not in this split, /fake//?b/20\.jpg for one; use the data"):
+        read_split(file, more)
+
+
+def test_data_without_any_picture_of_a_part(tmp_path: Path) -> None:
+    rows = plain({"a": 10, "b": 10})
+    images = image_set(rows)
+    split = split_images(images)
+    file = save(split, images, tmp_path)
+    with pytest.raises(SplitError, match="no picture of its val part is in the data"):
+        read_split(file, image_set([row for i, row in enumerate(rows) if i not in split.val]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"train": [], "val": [], "test": []}',
+        '{"protocol": "ratio", "seed": 0, "train": 1, "val": [], "test": []}',
+    ],
+)
+def test_damaged_split_file_is_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "split.json"
+    file.write_text(content)
+    with pytest.raises(SplitError) as caught:
+        read_split(file, image_set(plain({"a": 10})))
+    assert str(caught.value).startswith(f"{file}: not a split (")
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_and_missing_split_files(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 10}))
+    (tmp_path / "weights.json").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(SplitError, match="not a split"):
+        read_split(tmp_path / "weights.json", images)
+    with pytest.raises(SplitError, match="no such split"):
+        read_split(tmp_path / "absent.json", images)
+    with pytest.raises(SplitError, match=r"split\.json: no such split"):
+        read_split(tmp_path, images)
+
+
+# ---------------------------------------------------------------- any data
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(3, 40), min_size=1, max_size=4),
+    repeats=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 3)), max_size=12),
+    seed=st.integers(0, 2**32 - 1),
+    val_fraction=st.sampled_from([0.05, 0.1, 0.2]),
+    test_fraction=st.sampled_from([0.1, 0.2, 0.3]),
+)
+def test_any_data(sizes: list[int], repeats: list[tuple[int, int]], seed: int, val_fraction: float, test_fraction: float) -> None:
+    """Disjoint and complete, equal pictures together, every class everywhere; within one picture of the shares without duplicates."""
+    rows = plain({f"c{n}": size for n, size in enumerate(sizes)})
+    for source, target in repeats:  # a copy of some picture in some class
+        rows.append((f"c{target % len(sizes)}", rows[source % len(rows)][1], ""))
+    images = image_set(rows)
+    different = {c: {h for h, y in zip(images.hashes, images.labels, strict=True) if y == c} for c in range(len(sizes))}
+    try:
+        split = split_images(images, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
+    except SplitError:
+        # Only where copies in an earlier class leave fewer than three pictures of a class' own.
+        taken = [len(different[c] - set().union(*(different[d] for d in range(c)))) for c in range(len(sizes))]
+        assert min(taken) < 3
+        return
+    assert sorted([*split.train, *split.val, *split.test]) == list(range(len(rows)))
+    train, val, test = hashes_of(split, images).values()
+    assert len(train) + len(val) + len(test) == len(train | val | test)
+    found = counts(split, images)
+    assert all(min(row) >= 1 for row in found.values())
+    if not repeats:
+        for c, size in enumerate(sizes):
+            assert abs(found["test"][c] - test_fraction * size) <= 1
+            assert abs(found["val"][c] - val_fraction * size) <= 1
+            assert found["train"][c] == size - found["val"][c] - found["test"][c]
