@@ -1,7 +1,7 @@
 """The classic way in: Caltech-101 -> data/, models/best_model.pth and results/*.png, from the same job as `seewhy train caltech101`.
 
-    python train.py                                  ResNet-18, early layers frozen, deeper ones trained
-    python train.py --weights resnet18.safetensors   any option of `seewhy train`
+python train.py                                  ResNet-18, early layers frozen, deeper ones trained
+python train.py --weights resnet18.safetensors   any option of `seewhy train`
 """
 
 from __future__ import annotations

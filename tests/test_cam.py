@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,15 @@ from seewhy.errors import BackboneError
 TARGET_LAYERS = {"resnet18": "layer4", "efficientnet_lite0": "bn2"}
 SMALL = {"resnet18": 96, "efficientnet_lite0": 96, "test_convnext": 160, "test_mambaout": 160, "test_vit": 160, "test_vit2": 160}
 PEERS = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take many times as long as one, on pictures this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -42,8 +52,8 @@ def resnet() -> nn.Module:
     return network("resnet18")
 
 
-def noise(n: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
+def noise(n: int, size: int) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n))
 
 
 def autograd_gradients(model: nn.Module, features: Tensor, targets: list[int]) -> Tensor:
@@ -168,8 +178,9 @@ def test_closed_form_equals_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_head_with_a_norm_takes_autograd(frozen: bool) -> None:
-    model = network("test_convnext", gain=30).double().requires_grad_(not frozen)
-    features = cam.feature_maps(model, noise(2, 160, torch.float64)).detach()
+    model = network("test_convnext", gain=30).requires_grad_(not frozen)
+    features = cam.feature_maps(model, noise(2, 160)).detach().double()
+    model.double()
     logits, _, gradients = cam.head_gradients(model, features, torch.tensor([4, 1]))
     assert cam.linear_head(model, features, logits) is None
     np.testing.assert_allclose(gradients.numpy(), autograd_gradients(model, features, [4, 1]).numpy(), rtol=1e-12, atol=1e-15)

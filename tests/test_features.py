@@ -29,6 +29,15 @@ ALL = np.arange(8)
 MakeFolder = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take many times as long as one, on pictures this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny_cut(seed: int = 0, scale: float = 1.0) -> Cut:
     """A trunk of one convolution, (N, 3, 16, 16) -> (N, 4, 2, 2): quick, and its answer easy to repeat."""
     convolution = nn.Conv2d(3, 4, kernel_size=8, stride=8)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import io
 import os
 import struct
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -272,6 +274,16 @@ def test_a_missing_file_is_looked_for_again(cache: Path, tmp_path: Path) -> None
     assert check_files([path])[0].problem == ""
 
 
+def test_an_unreadable_file_is_looked_at_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its permissions may change without its size and time."""
+    path = tmp_path / "locked.png"
+    path.write_bytes(encoded(two_tone()))
+    with monkeypatch.context() as locked:
+        locked.setattr(images_module, "check_file", lambda path: Checked("", 0, 0, "permission denied"))
+        assert check_files([path])[0].problem == "permission denied"
+    assert check_files([path])[0].problem == ""
+
+
 def test_more_files_than_one_query_holds(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(encoded(two_tone()))
     paths = [tmp_path / f"{n}.png" for n in range(1100)]
@@ -530,6 +542,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, byt
     yield f"http://127.0.0.1:{httpd.server_port}", files
     httpd.shutdown()
     httpd.server_close()
+    with warnings.catch_warnings():  # urllib leaves the socket of a 404 to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def caltech_archive(tmp_path: Path) -> bytes:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from seewhy import scenes
 from seewhy.errors import OutputError
-from seewhy.images import open_images
+from seewhy.images import open_images, read_image
 from seewhy.scenes import OBJECTS, draw_scene, draw_scenes
 
 
@@ -63,6 +63,11 @@ def test_mask_marks_the_object_and_not_the_background(monkeypatch: pytest.Monkey
     changed = np.any(np.asarray(picture) != np.asarray(empty), axis=-1)
     on = np.asarray(mask) == 255
     assert changed[on].mean() > 0.99
+    # Objects are painted in four flat colours, which the grainy rest of the picture has nowhere.
+    colours, counts = np.unique(np.asarray(picture)[on], axis=0, return_counts=True)
+    flat = np.any(np.all(np.asarray(picture)[:, :, None] == colours[np.argsort(counts)[-4:]], axis=-1), axis=-1)
+    assert flat[on].mean() > 0.5
+    assert flat[~on].sum() < 0.001 * flat.sum()
     rows, columns = np.nonzero(on)
     far = np.ones_like(on)
     far[max(0, rows.min() - 25) : rows.max() + 25, max(0, columns.min() - 25) : columns.max() + 25] = False
@@ -124,4 +129,4 @@ def test_scenes_are_a_dataset_with_masks(cache: Path, monkeypatch: pytest.Monkey
     for path, mask in zip(images.paths, images.masks, strict=True):
         assert mask is not None
         assert mask.relative_to(cache / "scenes" / "masks").with_suffix("") == path.relative_to(images.root).with_suffix("")
-        assert Image.open(mask).size == Image.open(path).size
+        assert read_image(mask).size == read_image(path).size

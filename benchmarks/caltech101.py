@@ -1,0 +1,166 @@
+"""How accurate and how fast is `seewhy train caltech101`, from pictures on disk to the report?
+
+    python benchmarks/caltech101.py [--data-root DIR] [--weights FILE] [--seeds 0 1 2]   all rows, into results.json
+    python benchmarks/caltech101.py --quick                                              10 classes x 40 pictures, one JSON line
+
+Each row trains with every seed (a new split each) as a whole process with an own cache: the first seed
+starts cold, and is then repeated warm. Test accuracy is of the test part, which nothing was chosen on.
+Peer: scikit-learn's LogisticRegression on the same features, trained and tested on the same split.
+The figures stand in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import measure, record, seewhy
+
+# Row -> options of `seewhy train caltech101`.
+ROWS: dict[str, list[str]] = {
+    "efficientnet_lite0, frozen, 80/20": ["--backbone", "efficientnet_lite0", "--unfreeze", "0"],
+    "resnet18, last stage trained, 80/20": ["--backbone", "resnet18", "--unfreeze", "1"],
+    "efficientnet_lite0, frozen, caltech30": ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--protocol", "caltech30"],
+    "resnet18, last stage trained, caltech30": ["--backbone", "resnet18", "--unfreeze", "1", "--protocol", "caltech30"],
+}
+
+
+def train_once(data: str, options: list[str], seed: int, cache: Path, out: Path) -> dict[str, Any]:
+    """One `seewhy train` as a process."""
+    command = seewhy("train", data, *options, "--seed", str(seed), "--out", str(out), "--json")
+    return measure(command, {"SEEWHY_CACHE": str(cache)})
+
+
+def measure_row(data: str, options: list[str], seeds: list[int]) -> dict[str, Any]:
+    """All seeds of one row; seconds cold and warm of the first seed."""
+    with tempfile.TemporaryDirectory() as place:
+        cache = Path(place) / "cache"
+        cold = train_once(data, options, seeds[0], cache, Path(place) / "cold")
+        warm = train_once(data, options, seeds[0], cache, Path(place) / "warm")
+        others = [train_once(data, options, seed, cache, Path(place) / f"seed{seed}") for seed in seeds[1:]]
+    tests = [run["answer"]["metrics"]["test"] for run in [cold, *others]]
+    return {
+        "accuracy": [test["accuracy"] for test in tests],
+        "mean_per_class": [test["mean_per_class_accuracy"] for test in tests],
+        "val_accuracy": [run["answer"]["metrics"]["val"]["accuracy"] for run in [cold, *others]],
+        "n_test": tests[0]["n"],
+        "cold_s": cold["seconds"],
+        "warm_s": warm["seconds"],
+        "peak_gb": max(run["peak_gb"] for run in [cold, warm, *others]),
+        "stages_s": cold["answer"]["seconds"],
+    }
+
+
+def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
+    """scikit-learn's LogisticRegression with its defaults on the same pooled features, standardised, and the same splits."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.features import extract_features
+    from seewhy.images import open_images
+    from seewhy.split import split_images
+
+    images = open_images("caltech101", data_root)
+    backbone = create_backbone("efficientnet_lite0", len(images.classes))
+    features = extract_features(images, np.arange(len(images)), 1, cut_backbone(backbone, 0), backbone.preprocessing)
+    found = []
+    for seed in seeds:
+        split = split_images(images, "ratio", seed)
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+        model.fit(features.get(split.train), images.labels[split.train])
+        found.append(float(model.score(features.get(split.test), images.labels[split.test])))
+    return found
+
+
+def percent(values: list[float]) -> str:
+    """'95.4 ± 0.3' (sample standard deviation) or '95.4'."""
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def quick(data_root: str | None) -> dict[str, Any]:
+    """The frozen row on 10 classes x 40 pictures (linked, not copied), cold; the demo set without Caltech-101."""
+    options = ROWS["efficientnet_lite0, frozen, 80/20"]
+    pictures = Path(data_root or os.environ.get("SEEWHY_DATA") or "data") / "caltech101" / "101_ObjectCategories"
+    with tempfile.TemporaryDirectory() as place:
+        data = "scenes"
+        if pictures.is_dir():
+            data = str(Path(place) / "subset")
+            folders = sorted(f for f in pictures.iterdir() if f.name != "BACKGROUND_Google" and len(list(f.iterdir())) >= 40)[:10]
+            for folder in folders:
+                (Path(data) / folder.name).mkdir(parents=True)
+                for file in sorted(folder.iterdir())[:40]:
+                    (Path(data) / folder.name / file.name).symlink_to(file.resolve())
+        run = train_once(data, options, 0, Path(place) / "cache", Path(place) / "run")
+    test = run["answer"]["metrics"]["test"]
+    return {"name": "caltech101", "data": Path(data).name, "test_accuracy": test["accuracy"], "n": test["n"], "seconds": run["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--precision", default="32-true", help="arithmetic of the resnet18 rows")
+    parser.add_argument("--quick", action="store_true", help="the same question on less work, under a minute")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        print(json.dumps(quick(arguments.data_root)))
+        return
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
+    for name, options in ROWS.items():
+        extra = ["--data-root", arguments.data_root] if arguments.data_root else []
+        if "resnet18" in name:
+            extra += ["--weights", arguments.weights] if arguments.weights else []
+            extra += ["--set", f"precision={arguments.precision}"]
+        found = raw[name] = measure_row("caltech101", options + extra, arguments.seeds)
+        rows.append(
+            {
+                "backbone, what trains, protocol": name,
+                "test accuracy %": percent(found["accuracy"]),
+                "mean per-class %": percent(found["mean_per_class"]),
+                "test pictures": found["n_test"],
+                "cold s": found["cold_s"],
+                "warm s": found["warm_s"],
+                "peak GB": found["peak_gb"],
+            }
+        )
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    peer = raw["peer"] = peer_accuracy(arguments.data_root, arguments.seeds)
+    rows.append(
+        {
+            "backbone, what trains, protocol": "peer: scikit-learn logistic regression on the same lite0 features, 80/20",
+            "test accuracy %": percent(peer),
+        }
+    )
+    seeds = " ".join(str(seed) for seed in arguments.seeds)
+    stand_in = (
+        f", weights {Path(arguments.weights).name} (a lossy stand-in for ImageNet's: slightly pessimistic)" if arguments.weights else ""
+    )
+    notes = [
+        f"Means ± sample standard deviation over seeds {seeds}, each with a split of its own: 70/10/20 of each class "
+        "(caltech30: 27 train, 3 val, the rest test). Exact duplicates are kept together; near-duplicates are not grouped yet.",
+        f"Seconds: the whole command from pictures to report, seed {arguments.seeds[0]}; cold = empty cache, warm = features cached. "
+        "Peak: resident memory, mapped cache pages included.",
+        f"resnet18 rows: arithmetic {arguments.precision}{stand_in}.",
+    ]
+    command = "python benchmarks/caltech101.py" + (f" --precision {arguments.precision}" if arguments.precision != "32-true" else "")
+    record(
+        "caltech101",
+        "Accuracy and time of `seewhy train caltech101`",
+        {"rows": rows, "raw": raw, "notes": notes, "seeds": arguments.seeds, "command": command},
+    )
+
+
+if __name__ == "__main__":
+    main()

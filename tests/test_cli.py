@@ -1,0 +1,168 @@
+"""The command line: results on stdout, one line and status 2 for every mistake, options that come from the config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from seewhy import cli
+from seewhy.config import TrainConfig
+from seewhy.run import Run
+from seewhy.scenes import draw_scenes
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """call("predict", ...) -> (status, stdout, stderr), as the console script gives them."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.run_guarded(lambda: cli.app([str(a) for a in arguments], standalone_mode=False))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def boats(session_cache: Path) -> list[Path]:
+    return sorted((draw_scenes(session_cache / "scenes") / "pictures" / "boat").iterdir())[:6]
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    status, out, err = result
+    lines = [line for line in err.strip().splitlines() if line.startswith("seewhy: ")]
+    assert (status, out, len(lines)) == (2, "", 1), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nosuch"], ["nosuch", "caltech101, scenes"]),
+        (["train", "scene"], ["did you mean scenes"]),
+        (["train"], ["name a dataset"]),
+        (["train", "scenes", "--frobnicate"], ["--frobnicate", "train --help"]),
+        (["train", "scenes", "--backbone", "resnet19"], ["resnet19", "did you mean resnet18"]),
+        (["train", "scenes", "--unfreeze", "some"], ["unfreeze", "0, 1, 2"]),
+        (["train", "scenes", "--protocol", "random"], ["protocol", "'caltech30'"]),
+        (["train", "scenes", "--views", "-1"], ["views"]),
+        (["train", "scenes", "--epochs", "many"], ["epochs", "many"]),
+        (["train", "scenes", "--set", "nonsense=1"], ["nonsense"]),
+        (["train", "scenes", "--set", "lr"], ["name=value"]),
+        (["train", "scenes", "--config", "no.yaml"], ["no.yaml", "no such config"]),
+        (["train", "scenes", "--weights", "no.pth"], ["no.pth", "no such weights"]),
+        (["train", "scenes", "--set", "mix=mixup", "--set", "views=no"], ["views"]),
+        (["evaluate", "runs/none"], ["runs/none", "no such run"]),
+        (["predict", "runs/none", "a.jpg"], ["runs/none"]),
+        (["predict"], ["RUN", "predict --help"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_mistakes_are_one_line(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(call(*arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_with_a_run(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    assert_one_line(call("predict", demo_run.path, "nowhere.jpg"), "nowhere.jpg")
+    assert_one_line(call("explain", demo_run.path, boats[0], "--target", "bat"), "bat", "did you mean boat")
+    assert_one_line(call("explain", demo_run.path, boats[0], "--method", "gradcam--"), "gradcam--", "gradcam++")
+    assert_one_line(call("evaluate", demo_run.path, "--part", "exam"), "exam", "train, val, test")
+    assert_one_line(call("predict", demo_run.path, boats[0], "--out", tmp_path / "a.xls"), "a.xls", ".parquet")
+    (tmp_path / "bad.jpg").write_text("no picture")
+    assert_one_line(call("predict", demo_run.path, tmp_path / "bad.jpg", boats[0]), "bad.jpg", "not an image", "--skip-bad")
+    assert_one_line(call("explain", demo_run.path, tmp_path / "bad.jpg", "--out", tmp_path / "maps"), "bad.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jpg"]
+
+
+def test_every_marked_field_is_an_option_and_help_fits(call: Call) -> None:
+    status, out, _ = call("train", "--help")
+    assert status == 0
+    marked = [n for n, f in TrainConfig.model_fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra["cli"]]
+    assert len(marked) >= 12
+    for name in marked:
+        assert f"--{name.replace('_', '-')}" in out
+
+
+def test_evaluate_prints_what_metrics_json_holds(call: Call, demo_run: Run) -> None:
+    status, out, _ = call("evaluate", demo_run.path, "--json")
+    assert status == 0
+    assert json.loads(out) == {"test": json.loads((demo_run.path / "metrics.json").read_text())["test"]}
+    status, out, _ = call("evaluate", demo_run.path)
+    assert f"accuracy                 {demo_run.metrics['test']['accuracy']:.2%}" in out
+
+
+def test_predict_table_json_and_files_agree(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    expected = demo_run.predict(boats).records(3)
+    status, out, _ = call("predict", demo_run.path, boats[0].parent / "00[0-5].jpg", "--top-k", 3, "--json")
+    assert status == 0
+    assert json.loads(out) == expected
+    call("predict", demo_run.path, *boats, "--top-k", 3, "--out", tmp_path / "a.csv")
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert list(table["class_1"]) == [record["top"][0]["class"] for record in expected]
+    assert table["prob_3"].tolist() == pytest.approx([record["top"][2]["prob"] for record in expected])
+    status, out, _ = call("predict", demo_run.path, boats[0])
+    assert out.startswith(f"{boats[0]}:  {expected[0]['top'][0]['class']} ")
+
+
+def test_predict_skip_bad(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    status, out, err = call("predict", demo_run.path, tmp_path / "bad.jpg", boats[0], "--skip-bad", "--json")
+    assert status == 0
+    assert [record["path"] for record in json.loads(out)] == [str(boats[0])]
+    assert "bad.jpg (empty file)" in err
+
+
+def test_explain_writes_overlays(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    status, out, _ = call("explain", demo_run.path, *boats[:2], "--method", "gradcam", "--target", "fish", "--out", tmp_path, "--json")
+    assert status == 0
+    assert [record["class"] for record in json.loads(out)] == ["fish", "fish"]
+    assert {path.name for path in tmp_path.iterdir()} == {"000.fish.gradcam.png", "001.fish.gradcam.png"}
+
+
+def test_train_json_config_file_and_out(call: Call, demo_run: Run, tmp_path: Path) -> None:
+    """A run from the demo run's own record, by --config: same numbers."""
+    shutil.copy(demo_run.path / "run.json", tmp_path / "run.json")
+    status, out, _ = call("train", "--config", tmp_path / "run.json", "--out", tmp_path / "again", "--json")
+    assert status == 0
+    answer = json.loads(out)
+    assert answer["run"] == str(tmp_path / "again")
+    assert answer["metrics"] == demo_run.metrics
+    assert Path(answer["report"]).is_file()
+
+
+def test_cache_lists_and_clears(call: Call, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "features" / "abc").mkdir(parents=True)
+    (cache / "features" / "abc" / "rows.bin").write_bytes(b"x" * 1000)
+    _, out, _ = call("cache", "--json")
+    assert json.loads(out)["entries"] == [{"name": "features/abc", "size_bytes": 1000}]
+    assert call("cache", "--clear")[1].startswith("freed 0.0 MB")
+    assert json.loads(call("cache", "--json")[1])["entries"] == []
+
+
+def test_the_console_script_itself(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("seewhy")
+    version = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.startswith("seewhy 0.")
+    bad = subprocess.run([script, "train", "nosuch"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("seewhy: nosuch")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, seewhy.cli; sys.exit(bool({'torch', 'timm', 'lightning', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,76 @@
+"""The public surface: what `__all__` names exists, is documented, and nothing else is promised."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import seewhy
+from seewhy import errors
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_all_is_sorted_complete_and_importable() -> None:
+    assert seewhy.__all__ == sorted(seewhy.__all__)
+    for name in seewhy.__all__:
+        assert getattr(seewhy, name).__doc__
+    with pytest.raises(AttributeError, match="nonsense"):
+        seewhy.nonsense  # noqa: B018  # the access itself is what is tested
+
+
+def test_every_public_name_stands_in_the_readme() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in seewhy.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def test_error_tree_is_drawn_in_its_docstring_and_public() -> None:
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
+    for error in classes:
+        assert error.__name__ in (errors.__doc__ or "")
+        assert issubclass(error, seewhy.SeewhyError)
+    assert {c.__name__ for c in classes} == {name for name in seewhy.__all__ if name.endswith("Error")}
+
+
+def test_version_is_the_packages() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    assert f'version = "{seewhy.__version__}"' in text
+
+
+def test_no_stage_imports_a_later_one() -> None:
+    """The order of ARCHITECTURE.md, by the imports at the top of each module."""
+    order = [
+        "errors",
+        "progress",
+        "cache",
+        "config",
+        "scenes",
+        "transforms",
+        "images",
+        "split",
+        "backbones",
+        "features",
+        "fitting",
+        "run",
+        "metrics",
+        "evaluate",
+        "predict",
+        "cam",
+        "figures",
+        "explain",
+        "export",
+        "report",
+        "workflow",
+        "cli",
+    ]
+    source = REPOSITORY / "src" / "seewhy"
+    assert sorted(order) == sorted(path.stem for path in source.glob("*.py") if path.stem != "__init__")
+    for number, name in enumerate(order):
+        text = (source / f"{name}.py").read_text()
+        found = re.findall(r"^from seewhy\.(\w+) import|^import seewhy\.(\w+)", text, flags=re.MULTILINE)
+        for imported in {a or b for a, b in found}:
+            assert order.index(imported) < number, f"{name} imports {imported}"

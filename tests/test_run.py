@@ -1,0 +1,136 @@
+"""A saved run: whole on disk, the same predictions when loaded elsewhere, one clear line when anything is off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import seewhy
+from seewhy.errors import RunError
+from seewhy.run import Run, load
+from seewhy.scenes import draw_scenes
+
+FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
+FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
+
+
+@pytest.fixture
+def copied(demo_run: Run, tmp_path: Path) -> Path:
+    """The demo run moved elsewhere, as to another machine."""
+    return Path(shutil.copytree(demo_run.path, tmp_path / "elsewhere"))
+
+
+@pytest.fixture
+def pictures(session_cache: Path) -> list[str]:
+    root = draw_scenes(session_cache / "scenes")
+    return [str(path) for path in sorted((root / "pictures").rglob("00[0-3].jpg"))]
+
+
+def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
+    assert {path.name for path in demo_run.path.iterdir()} >= FILES
+    assert {path.name for path in (demo_run.path / "figures").iterdir()} == FIGURES
+    assert not (demo_run.path / "checkpoints").exists()
+    assert not (demo_run.path / "config.json").exists()
+    assert [path.name for path in demo_run.path.parent.iterdir()] == [demo_run.path.name]  # no work folder, no lock
+    assert list((demo_run.path / "tensorboard").glob("events*"))
+
+
+def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures: list[str]) -> None:
+    expected = demo_run.predict(pictures)
+    found = load(copied).predict(pictures)
+    np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
+    assert found.classes == expected.classes
+    assert len(pictures) == 32
+
+
+def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
+    manifest = json.loads((demo_run.path / "run.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["config"]["backbone"] == "efficientnet_lite0"
+    assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
+    assert manifest["split"] | {"hash": ""} == {"protocol": "ratio", "hash": "", "train": 336, "val": 48, "test": 96}
+    assert len(manifest["data"]["hash"]) == 64
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(manifest["metrics"]) == {"val", "test"}
+    assert manifest["preprocessing"]["size"] == 224
+    metrics = json.loads((demo_run.path / "metrics.json").read_text())
+    assert metrics == manifest["metrics"] == demo_run.metrics
+    assert metrics["test"]["n"] == 96
+    low, high = metrics["test"]["accuracy_ci95"]
+    assert low < metrics["test"]["accuracy"] < high <= 1
+
+
+def test_split_file_names_every_picture_once(demo_run: Run) -> None:
+    split = json.loads((demo_run.path / "split.json").read_text())
+    hashes = [h for part in ("train", "val", "test") for h in split[part]]
+    assert len(hashes) == len(set(hashes)) == 480
+
+
+def test_public_load_is_the_same_function(demo_run: Run) -> None:
+    assert seewhy.load is load
+    assert "8 classes" in repr(demo_run)
+
+
+def check(path: Path, *words: str) -> None:
+    with pytest.raises(RunError) as caught:
+        load(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_missing_run(tmp_path: Path) -> None:
+    check(tmp_path / "nothing", "nothing", "no such run")
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    check(tmp_path / "file", "a file, not a run folder")
+
+
+def test_half_written_run(copied: Path) -> None:
+    (copied / "run.json").unlink()
+    check(copied, "no run.json")
+    work = copied.rename(copied.parent / ".mine.partial")
+    check(work, "unfinished", "--resume")
+
+
+def test_run_of_another_version(copied: Path) -> None:
+    manifest = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**manifest, "format": 99}))
+    check(copied, "format 99", "reads format 1")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": "x"}'])
+def test_damaged_manifest(copied: Path, text: str) -> None:
+    (copied / "run.json").write_text(text)
+    check(copied, "damaged")
+
+
+def test_manifest_with_a_wrong_field(copied: Path) -> None:
+    manifest = json.loads((copied / "run.json").read_text())
+    manifest["config"]["unfreeze"] = "seven"
+    (copied / "run.json").write_text(json.dumps(manifest))
+    check(copied, "unfreeze")
+
+
+def test_missing_and_damaged_weights(copied: Path) -> None:
+    data = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(data[: len(data) // 2])
+    check(copied, "model.safetensors", "damaged")
+    (copied / "model.safetensors").unlink()
+    check(copied, "model.safetensors", "missing")
+
+
+def test_weights_of_another_architecture(copied: Path) -> None:
+    state = load_file(copied / "model.safetensors")
+    state.pop("conv_stem.weight")
+    save_file(state, copied / "model.safetensors")
+    check(copied, "conv_stem.weight", "not the weights of efficientnet_lite0")
