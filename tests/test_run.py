@@ -33,7 +33,8 @@ def pictures(session_cache: Path) -> list[str]:
 
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
-    assert {path.name for path in demo_run.path.iterdir()} >= FILES
+    names = {path.name for path in demo_run.path.iterdir()}
+    assert names == FILES | {"figures", "tensorboard"}
     assert {path.name for path in (demo_run.path / "figures").iterdir()} == FIGURES
     assert not (demo_run.path / "checkpoints").exists()
     assert not (demo_run.path / "config.json").exists()
