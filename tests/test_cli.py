@@ -25,7 +25,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """call("predict", ...) -> (status, stdout, stderr), as the console script gives them."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run_guarded(lambda: cli.app([str(a) for a in arguments], standalone_mode=False))
+        status = cli.run_guarded(lambda: cli.call([str(a) for a in arguments]))
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -57,7 +57,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         (["train", "scenes", "--unfreeze", "some"], ["unfreeze", "0, 1, 2"]),
         (["train", "scenes", "--protocol", "random"], ["protocol", "'caltech30'"]),
         (["train", "scenes", "--views", "-1"], ["views"]),
-        (["train", "scenes", "--epochs", "many"], ["epochs", "many"]),
+        (["train", "scenes", "--epochs", "many"], ["--epochs", "valid integer", "train --help"]),
         (["train", "scenes", "--set", "nonsense=1"], ["nonsense"]),
         (["train", "scenes", "--set", "lr"], ["name=value"]),
         (["train", "scenes", "--config", "no.yaml"], ["no.yaml", "no such config"]),

@@ -78,7 +78,7 @@ def cli_help(command: str) -> str:
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        cli.run_guarded(lambda: cli.app([command, "--help"], standalone_mode=False))
+        cli.run_guarded(lambda: cli.call([command, "--help"]))
     return output.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -129,9 +130,14 @@ app.command("train", help="Train a classifier, measure it on pictures it has not
 )
 
 
+def call(arguments: list[str] | None = None) -> Any:
+    """`seewhy ARGUMENTS` (None: those of the process) without its shell: returns what the command returns, raises what it raises."""
+    return app(arguments, standalone_mode=False, prog_name="seewhy")
+
+
 def train_from_arguments(arguments: list[str]) -> Run:
     """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
-    run: Run = app(["train", *arguments], standalone_mode=False)
+    run: Run = call(["train", *arguments])
     return run
 
 
@@ -239,7 +245,7 @@ def cache(
 # ---------------------------------------------------------------- the shell
 
 
-def run_guarded(work: Any) -> int:
+def run_guarded(work: Callable[[], Any]) -> int:
     """Calls work() and turns what it raises into one line on stderr and an exit status.
 
     0 done, 2 something the user can mend, 130 interrupted.
@@ -267,7 +273,7 @@ def _complain(text: str, status: int = 2) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run_guarded(lambda: app(standalone_mode=False)))
+    sys.exit(run_guarded(call))
 
 
 if __name__ == "__main__":
