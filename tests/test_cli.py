@@ -62,7 +62,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         (["train", "scenes", "--set", "lr"], ["name=value"]),
         (["train", "scenes", "--config", "no.yaml"], ["no.yaml", "no such config"]),
         (["train", "scenes", "--weights", "no.pth"], ["no.pth", "no such weights"]),
-        (["train", "scenes", "--set", "mix=mixup", "--set", "views=no"], ["views"]),
+        (["train", "scenes", "--set", "mix=mixup", "--set", "views=two"], ["views"]),
         (["evaluate", "runs/none"], ["runs/none", "no such run"]),
         (["predict", "runs/none", "a.jpg"], ["runs/none"]),
         (["predict"], ["RUN", "predict --help"]),

@@ -198,6 +198,15 @@ def test_fresh_views_train_the_whole_network(setup: Callable[[str], Setup], tmp_
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_cached_features_mix_too(setup: Callable[[int], Setup], tmp_path: Path, mix: str) -> None:
+    plain, _ = run_fit(setup(1), tmp_path / "plain", cached=True, unfreeze=1, epochs=1)
+    mixed, _ = run_fit(setup(1), tmp_path / "mixed", cached=True, unfreeze=1, epochs=1, mix=mix)
+    again, _ = run_fit(setup(1), tmp_path / "again", cached=True, unfreeze=1, epochs=1, mix=mix)
+    assert mixed.history[0]["train_loss"] != pytest.approx(plain.history[0]["train_loss"], abs=1e-6)
+    assert mixed.history[0]["train_loss"] == again.history[0]["train_loss"]
+
+
 def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], Setup]) -> None:
     images, split, backbone, _ = setup("all")
     n = len(split.train)

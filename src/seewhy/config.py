@@ -15,7 +15,7 @@ from seewhy.errors import ConfigError
 # The figures behind each choice stand in benchmarks/RESULTS.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 40, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.1, "patience": 10, "label_smoothing": 0.0},
-    "tail": {"epochs": 8, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "patience": 3, "label_smoothing": 0.1},
+    "tail": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.1, "patience": 3, "label_smoothing": 0.1},
     "full": {"epochs": 12, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "patience": 4, "label_smoothing": 0.1},
 }
 
@@ -62,11 +62,13 @@ class TrainConfig(BaseModel):
     warmup_epochs: float = _fine(1.0, "epochs of linear warm-up (cosine)", ge=0)
     patience: int | None = _fine(None, "epochs without a better val loss before early stopping", ge=1)
     min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
-    stage_lr_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
+    stage_lr_decay: float = _fine(0.05, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
     label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
-    mix: Literal["none", "mixup", "cutmix"] = _fine("none", "MixUp or CutMix of the pictures of a batch (views = 0)")
+    mix: Literal["none", "mixup", "cutmix"] = _fine(
+        "none", "MixUp or CutMix of what a batch trains on: pictures, or features behind a frozen trunk"
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
     engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
     workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
@@ -98,9 +100,10 @@ class TrainConfig(BaseModel):
         """The same config with every None of the recipe filled in, and checked for contradictions."""
         filled = {name: value for name, value in RECIPES[self.recipe].items() if getattr(self, name) is None}
         config = self.model_copy(update=filled)
-        if not config.fresh_views and (config.mix != "none" or config.augment != "standard"):
-            name = "mix" if config.mix != "none" else "augment"
-            raise ConfigError(f"{name}={getattr(config, name)} needs fresh pictures every epoch; add --views 0")
+        if not config.fresh_views and config.augment != "standard":
+            raise ConfigError(f"augment={config.augment} needs fresh pictures every epoch; add --views 0")
+        if config.mix == "cutmix" and config.unfreeze == 0:
+            raise ConfigError("mix=cutmix cuts maps, and --unfreeze 0 trains on vectors; use mix=mixup, or --unfreeze 1")
         if config.val_fraction + config.test_fraction >= 1:
             raise ConfigError(
                 f"val_fraction {config.val_fraction} + test_fraction {config.test_fraction} leave nothing to train on; "

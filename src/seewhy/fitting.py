@@ -186,7 +186,10 @@ class FitModule(LightningModule):
         self.mixer = _make_mixer(config.mix, classes)
         self.metrics: dict[str, Metric] = {}
         for part in ("train", "val"):
-            self.metrics |= {f"{part}_loss": MeanMetric(), f"{part}_accuracy": MulticlassAccuracy(classes, average="micro")}
+            self.metrics |= {
+                f"{part}_loss": MeanMetric(nan_strategy="disable"),
+                f"{part}_accuracy": MulticlassAccuracy(classes, average="micro"),
+            }
         self._metrics = nn.ModuleList(self.metrics.values())  # so that they move to the device with the module
 
     def on_fit_start(self) -> None:
