@@ -168,7 +168,13 @@ def test_train_folder_alone_is_cut_in_three() -> None:
 
 def test_class_without_training_folder_is_named() -> None:
     rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 2, "b": 2, "only": 4}, "val"), *plain({"a": 2, "b": 2, "only": 4}, "test")]
-    with pytest.raises(SplitError, match=r"^class 'only' has 0"):
+    with pytest.raises(SplitError, match=r"^class 'only' has no picture in the train folder"):
+        split_images(image_set(rows))
+
+
+def test_class_missing_from_a_given_part_is_named() -> None:
+    rows = [*plain({"a": 5, "b": 5, "lost": 5}, "train"), *plain({"a": 2, "b": 2}, "test")]
+    with pytest.raises(SplitError, match=r"^class 'lost' has no picture in the test folder"):
         split_images(image_set(rows))
 
 

@@ -77,7 +77,7 @@ def split_images(
     for label, class_groups in enumerate(groups):
         name = images.classes[label]
         if given:
-            wanted = _divide_given(images, class_groups, given, val_fraction, test_fraction, assigned)
+            wanted = _divide_given(images, name, class_groups, given, val_fraction, test_fraction, assigned)
         elif protocol == "caltech30":
             wanted = {"val": CALTECH30_VAL, "train": CALTECH30_TRAIN - CALTECH30_VAL, "test": _size(class_groups) - CALTECH30_TRAIN}
         else:
@@ -118,6 +118,7 @@ def _ratio_sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str,
 
 def _divide_given(
     images: ImageSet,
+    name: str,
     class_groups: list[list[int]],
     given: set[str],
     val_fraction: float,
@@ -132,6 +133,9 @@ def _divide_given(
             raise SplitError(f"the same picture lies in {' and '.join(sorted(found))} ({where}); remove all but one")
         if found != {"train"}:
             assigned[found.pop()] += group
+    missing = sorted(given - {images.parts[group[0]] for group in class_groups})
+    if missing:
+        raise SplitError(f"class {name!r} has no picture in the {missing[0]} folder; add some, or remove the class from the others")
     n = _size([g for g in class_groups if images.parts[g[0]] == "train"])
     wanted = _ratio_sizes(n, val_fraction, test_fraction)
     for part in ("val", "test"):
@@ -155,7 +159,7 @@ def _check_enough(name: str, groups: Sequence[list[int]], wanted: dict[str, int]
 
 
 def _deal(groups: Sequence[list[int]], wanted: dict[str, int], assigned: dict[str, list[int]]) -> None:
-    """Whole groups to the part that is furthest from full; train takes what is over."""
+    """Whole groups to the first part that has room for them (test, val, train); train takes what is over."""
     order = sorted(wanted, key=lambda part: PARTS.index(part), reverse=True)  # test, val, train
     left = dict(wanted)
     # Every part gets a group before any gets a second one.
