@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import measure, record, seewhy
+from common import RESULTS, measure, record, seewhy
 
 # Row -> options of `seewhy train caltech101`.
 ROWS: dict[str, list[str]] = {
@@ -30,6 +30,7 @@ ROWS: dict[str, list[str]] = {
     "resnet18, last stage trained, 80/20": ["--backbone", "resnet18", "--unfreeze", "1"],
     "resnet18, last stage trained, caltech30": ["--backbone", "resnet18", "--unfreeze", "1", "--protocol", "caltech30"],
 }
+PEER = "peer: scikit-learn logistic regression on the same lite0 features, 80/20"
 
 
 def train_once(data: str, options: list[str], seed: int, cache: Path, out: Path) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tail-seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the rows that train a stage")
+    parser.add_argument("--only", default="", help="only rows whose name holds this (or: peer); the others keep their results")
     parser.add_argument("--precision", default="32-true", help="arithmetic of the resnet18 rows")
     parser.add_argument("--quick", action="store_true", help="the same question on less work, under a minute")
     arguments = parser.parse_args()
@@ -130,12 +132,14 @@ def main() -> None:
         f" {option} {value}"
         for option, value in (("--tail-seeds", " ".join(map(str, arguments.tail_seeds))), ("--precision", arguments.precision))
     )
-    rows: list[dict[str, Any]] = []
-    raw: dict[str, Any] = {}
+    kept = (json.loads(RESULTS.read_text()) if arguments.only and RESULTS.exists() else {}).get("caltech101", {"rows": [], "raw": {}})
+    rows: list[dict[str, Any]] = kept["rows"]
+    raw: dict[str, Any] = kept["raw"]
 
     def keep(row: dict[str, Any]) -> None:
         """Each row is on disk as soon as it is measured."""
-        rows.append(row)
+        name = "backbone, what trains, protocol"
+        rows[:] = [*(old for old in rows if old[name] != row[name]), row]
         record(
             "caltech101", "Accuracy and time of `seewhy train caltech101`", {"rows": rows, "raw": raw, "notes": notes, "command": command}
         )
@@ -143,6 +147,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as place:
         for name, options in ROWS.items():
+            if arguments.only not in name:
+                continue
             tail = "resnet18" in name
             extra = ["--data-root", arguments.data_root] if arguments.data_root else []
             if tail:
@@ -164,15 +170,12 @@ def main() -> None:
                     "peak GB": found["peak_gb"],
                 }
             )
+        if arguments.only not in PEER:
+            return
         os.environ["SEEWHY_CACHE"] = str(Path(place) / "efficientnet_lite0" / "cache")
         peer = raw["peer"] = peer_accuracy(arguments.data_root, arguments.seeds)
-    keep(
-        {
-            "backbone, what trains, protocol": "peer: scikit-learn logistic regression on the same lite0 features, 80/20",
-            "test accuracy %": percent(peer),
-            "seeds": " ".join(str(seed) for seed in arguments.seeds),
-        }
-    )
+        seeds = " ".join(str(seed) for seed in arguments.seeds)
+        keep({"backbone, what trains, protocol": PEER, "test accuracy %": percent(peer), "seeds": seeds})
 
 
 if __name__ == "__main__":
