@@ -48,7 +48,7 @@ def record(name: str, question: str, entry: dict[str, Any]) -> None:
         "versions": installed_versions(),
         **entry,
     }
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     (FOLDER / "RESULTS.md").write_text(render(results))
 
 
