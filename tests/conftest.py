@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from seewhy.run import Run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -55,6 +59,17 @@ def resnet18_weights() -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small networks: threads that wait for each other on a busy machine take many times as long as one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """make_folder({"cat": 5, "dog": 4}) -> a folder of small pictures, each class in a colour of its own."""
@@ -74,7 +89,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path):  # type: ignore[no-untyped-def]
+def demo_run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Run:
     """A run trained once on the demo set, for every test that needs a finished one."""
     import seewhy
 

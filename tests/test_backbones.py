@@ -42,13 +42,7 @@ from seewhy.transforms import eval_view, normalise, render
 SMALL = "test_resnet"  # timm's smallest chain: 0.5 M parameters, 160 x 160 pixels
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These networks and batches are small: more threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures(backbone: Backbone, count: int = 2) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -24,13 +23,7 @@ SMALL = {"resnet18": 96, "efficientnet_lite0": 96, "test_convnext": 160, "test_m
 PEERS = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take many times as long as one, on pictures this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

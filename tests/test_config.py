@@ -30,7 +30,7 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_is_frozen() -> None:
     config = make_config(data="pictures")
     with pytest.raises(ValidationError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]  # the point of the test
+        config.seed = 1  # type: ignore[misc]  # frozen on purpose, which is what is tested
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path) -> None:

@@ -29,13 +29,7 @@ ALL = np.arange(8)
 MakeFolder = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take many times as long as one, on pictures this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_cut(seed: int = 0, scale: float = 1.0) -> Cut:
