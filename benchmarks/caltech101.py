@@ -130,7 +130,12 @@ def main() -> None:
     ]
     command = "python benchmarks/caltech101.py" + "".join(
         f" {option} {value}"
-        for option, value in (("--tail-seeds", " ".join(map(str, arguments.tail_seeds))), ("--precision", arguments.precision))
+        for option, value in (
+            ("--tail-seeds", " ".join(map(str, arguments.tail_seeds))),
+            ("--precision", arguments.precision),
+            ("--only", arguments.only),
+        )
+        if value
     )
     kept = (json.loads(RESULTS.read_text()) if arguments.only and RESULTS.exists() else {}).get("caltech101", {"rows": [], "raw": {}})
     rows: list[dict[str, Any]] = kept["rows"]

@@ -119,7 +119,7 @@ def create_backbone(name: str, classes: int, weights: str | None = None, seed: i
 
 
 def _start_classifier(model: nn.Module) -> None:
-    """Small random weights: timm's own start gives logits of size 2, which a short fit never forgets."""
+    """Small random weights: timm's own start gives large logits, which a short fit never forgets."""
     classifier = cast(Any, model).get_classifier()
     if isinstance(classifier, nn.Linear):
         nn.init.normal_(classifier.weight, std=0.01)
@@ -173,7 +173,7 @@ def _preprocessing(model: nn.Module, resize: str) -> Preprocessing:
 
 
 def _pretrained_state(name: str, timm_name: str) -> State:
-    """timm's pretrained weights from the Hugging Face cache or hub, without its half-minute of retries offline."""
+    """timm's pretrained weights from the Hugging Face cache or hub, without its long retries offline."""
     remedies = "pass --weights FILE, or use --backbone efficientnet_lite0, which needs no download"
     config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
     if config is None or not config.has_weights:

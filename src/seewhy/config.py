@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from seewhy.errors import ConfigError
 
 # What a fit uses where the user says nothing, by how much is trained.
-# The figures behind each choice stand in benchmarks/RESULTS.md.
+# What they reach stands in benchmarks/RESULTS.md; the trials that led to them are not a benchmark yet.
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 40, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.1, "patience": 10, "label_smoothing": 0.0},
     "tail": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.1, "patience": 3, "label_smoothing": 0.1},

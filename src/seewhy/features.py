@@ -28,7 +28,7 @@ from seewhy.progress import progress
 from seewhy.transforms import Preprocessing, normalise, render, view_of
 
 BATCH = 32
-ONNX_WORTH_IT = 400  # pictures below which exporting the trunk (about 5 s) costs more than it saves
+ONNX_WORTH_IT = 400  # pictures below which exporting the trunk costs more than it saves
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 1
 
@@ -69,7 +69,7 @@ def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
 def make_engine(trunk: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
     """A function (N, size, size, 3) uint8 -> (N, *shape) float32.
 
-    onnx: ONNX Runtime on the CPU, 1.9-5 times eager PyTorch there. torch: PyTorch, on the GPU where there is one.
+    onnx: ONNX Runtime on the CPU, faster than eager PyTorch there. torch: PyTorch, on the GPU where there is one.
     auto takes onnx where it pays: on a CPU and for more than a few hundred pictures.
     """
     if engine == "auto":
