@@ -13,10 +13,10 @@ from seewhy.run import Run
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
 
-def cheap_run(name: str = "resnet18", classes: Sequence[str] = CLASSES, size: int = 64, resize: str = "squash") -> Run:
+def cheap_run(name: str = "resnet18", classes: Sequence[str] = CLASSES, size: int = 64, resize: str = "squash", **options: object) -> Run:
     """`size`: side of the network's square in pixels, small to be quick."""
     backbone = create_backbone(name, len(classes), weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=size, resize=resize))
     backbone.model.get_classifier().weight.data.mul_(100)  # the small start would leave all classes as good as equal
-    config = make_config(data="x", backbone=name, weights="none").resolved()
+    config = make_config(data="x", backbone=name, weights="none", **{"test_flip": False, **options}).resolved()
     return Run(Path("cheap"), config, tuple(classes), backbone, cut_backbone(backbone, 1), {"metrics": {}})

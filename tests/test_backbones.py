@@ -614,3 +614,14 @@ def test_timm_weights_come_from_the_hub_once_and_then_from_its_cache(hub: Hub, t
     assert hub.gets.count(file) == 1
     # Here nobody listens at the hub's address (`no_hub`), but the cache is the one that was just filled.
     assert loaded_exactly(create_backbone("test_resnet.r160_in1k", 5), state)
+
+
+def test_another_size_is_taken_by_convolutions_and_refused_by_fixed_positions() -> None:
+    backbone = create_backbone("resnet18", 3, "none", size=96)
+    assert backbone.preprocessing.size == 96
+    cut = cut_backbone(backbone, 1)
+    assert cut.trunk is not None
+    assert cut.trunk(torch.zeros(1, 3, 96, 96)).shape == (1, 256, 6, 6)
+    assert create_backbone("resnet18", 3, "none").preprocessing.size == 224
+    with pytest.raises(BackboneError, match="test_vit cannot take pictures of 96 pixels; leave size out"):
+        create_backbone("test_vit", 3, "none", size=96)

@@ -366,3 +366,35 @@ def test_averaged_patch_tokens_give_a_square_map_row_by_row() -> None:
 def test_class_token_has_no_map() -> None:
     with pytest.raises(BackboneError, match=r"no heatmaps for VisionTransformer.*use a convolutional backbone"):
         cam.class_activation_maps(network("test_vit"), noise(1, 160), "gradcam")
+
+
+# ---------------------------------------------------------------- all classes at once
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "test_convnext"])
+@pytest.mark.parametrize("method", cam.METHODS)
+def test_all_class_maps_are_the_single_ones(name: str, method: str) -> None:
+    model = network(name, gain=10)
+    features = cam.feature_maps(model, noise(2, SMALL.get(name, 96))).detach()
+    together, logits = cam.all_class_maps(model, features, method)
+    classes = logits.shape[1]
+    assert together.shape[:2] == (2, classes)
+    assert together.max() > 0
+    for target in range(classes):
+        alone, own, _ = cam.maps_of_features(model, features, method, torch.tensor([target, target]))
+        # Not each by its own maximum: among all classes some have no positive evidence, and a map of zeros.
+        np.testing.assert_allclose(together[:, target].numpy(), alone.numpy(), rtol=1e-4, atol=1e-5 * together.max().item())
+        np.testing.assert_allclose(own.numpy(), logits.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_all_class_weights_of_gradcam_plus_plus_by_hand() -> None:
+    # One picture, two channels with sum(A) = 4 and 0 over 4 places; W = 2, -1 for class 0 and 0, 4 for class 1.
+    weight, sums = torch.tensor([[2.0, -1.0], [0.0, 4.0]]), torch.tensor([[4.0, 0.0]])
+    # relu(W) / (2 + sum(A) W / 4): 2 / (2 + 2) = 0.5, 0; 0, 4 / 2 = 2.
+    assert cam.gradcam_plus_plus_all_weights(weight, sums, 4).tolist() == [[[0.5, 0.0], [0.0, 2.0]]]
+
+
+def test_all_class_weights_survive_a_vanishing_denominator() -> None:
+    # sum(A) = -4 over 4 places and W = 2: 2 - 2 = 0, where alpha is 0 by definition.
+    found = cam.gradcam_plus_plus_all_weights(torch.tensor([[2.0], [1.0]]), torch.tensor([[-4.0]]), 4)
+    assert found.tolist() == [[[0.0], [1.0]]]

@@ -216,3 +216,18 @@ def test_unwritable_folder_is_one_line(left_red_right_blue: Path, tmp_path: Path
         with pytest.raises(OutputError, match=r"overlays cannot be written.*--out") as caught:
             explain(colour_run(), [left_red_right_blue]).save(place)
         assert "\n" not in str(caught.value)
+
+
+def test_flip_means_the_maps_of_both_directions(left_red_right_blue: Path) -> None:
+    run = colour_run()
+    flipping = replace(run, config=run.config.model_copy(update={"test_flip": True}), engines={"network": {}, "maps": {}})
+    # This network sees no difference between directions: the mirrored map, turned back, is the plain one.
+    plain, both = (explain(r, [left_red_right_blue], "gradcam", target="blue") for r in (run, flipping))
+    np.testing.assert_allclose(both.maps, plain.maps, atol=1e-5)
+    np.testing.assert_allclose(both.probs, plain.probs, atol=1e-6)
+
+
+def test_flip_explains_what_predict_answers(tmp_path: Path) -> None:
+    run = cheap_run(test_flip=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    np.testing.assert_allclose(explain(run, [tmp_path / "noise.png"]).probs, predict(run, [tmp_path / "noise.png"]).probs, atol=1e-5)

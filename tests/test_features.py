@@ -17,9 +17,10 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from seewhy import features
-from seewhy.backbones import Cut, create_backbone, cut_backbone
+from seewhy.backbones import Cut
+from seewhy.engines import Engine
 from seewhy.errors import OutputError
-from seewhy.features import FeatureStore, extract_features, make_engine, render_view, row_key, stored_dtype
+from seewhy.features import FeatureStore, extract_features, render_view, row_key, stored_dtype
 from seewhy.images import ImageSet, open_images, read_image
 from seewhy.transforms import Preprocessing, normalise, view_of
 
@@ -228,7 +229,7 @@ def test_other_weights_place_or_preprocessing_take_another_store(pictures: Image
 def test_interruption_keeps_the_finished_batches(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     original = features.make_engine
 
-    def two_batches(*arguments: Any) -> features.Engine:
+    def two_batches(*arguments: Any) -> Engine:
         run, done = original(*arguments), []
 
         def engine(squares: np.ndarray) -> np.ndarray:
@@ -310,33 +311,6 @@ def test_unwritable_cache_is_one_line_that_names_the_cache(pictures: ImageSet, c
     with pytest.raises(OutputError, match="set SEEWHY_CACHE to another folder") as caught:
         extract_features(pictures, ALL, 1, tiny_cut(), TINY)
     assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------- engines
-
-
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
-@pytest.mark.parametrize("unfreeze", [0, 1])
-def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
-    backbone = create_backbone(name, 5, weights="none")
-    cut = cut_backbone(backbone, unfreeze)
-    preprocessing = replace(backbone.preprocessing, size=64)
-    squares = np.random.default_rng(0).integers(0, 256, size=(3, 64, 64, 3), dtype=np.uint8)
-    with torch.no_grad():
-        expected = cut.trunk(torch.from_numpy(normalise(squares, preprocessing))).numpy()
-    found = make_engine(cut.trunk, preprocessing, 3, "onnx")
-    scale = np.abs(expected).max()
-    assert scale > 0.01
-    for n in (3, 1):  # any number of pictures
-        assert np.abs(found(squares[:n]) - expected[:n]).max() < 1e-4 * scale
-    assert np.abs(make_engine(cut.trunk, preprocessing, 3, "torch")(squares) - expected).max() < 1e-4 * scale
-
-
-@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
-def test_auto_takes_onnx_for_many_pictures_on_a_cpu(monkeypatch: pytest.MonkeyPatch, pictures: int, cuda: bool, expected: str) -> None:
-    monkeypatch.setattr(features, "ENGINES", {name: lambda trunk, preprocessing, name=name: name for name in ("onnx", "torch")})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert make_engine(nn.Identity(), TINY, pictures) == expected
 
 
 # ---------------------------------------------------------------- views

@@ -225,3 +225,64 @@ def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], 
 def test_a_loss_that_explodes_is_one_clear_error(setup: Callable[[int], Setup], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lower --lr"):
         run_fit(setup(1), tmp_path, cached=True, unfreeze=1, lr=1e30, optimizer="sgd", epochs=5, patience=5)
+
+
+# ---------------------------------------------------------------- averaged weights, memory format
+
+
+def test_averaged_weights_are_the_moving_average_of_the_steps(
+    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[torch.Tensor] = []
+    original = fitting.ProgressCallback.on_train_batch_end
+
+    def look(self: fitting.ProgressCallback, trainer: object, module: fitting.FitModule, *rest: object, **kwargs: object) -> None:
+        steps.append(module.backbone.model.get_submodule("fc").weight.detach().clone())
+        original(self, trainer, module, *rest, **kwargs)
+
+    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", look)
+    result, weights = run_fit(setup(1), tmp_path, cached=True, unfreeze=1, epochs=2, ema_decay=0.8)
+    kept = steps[: 4 * result.best_epoch]  # 4 batches an epoch
+    expected = kept[0]
+    for step in kept[1:]:
+        expected = 0.8 * expected + 0.2 * step
+    torch.testing.assert_close(weights["fc.weight"], expected, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(weights["fc.weight"], kept[-1], rtol=1e-3)
+
+
+def test_resumed_fit_with_averaged_weights_ends_with_the_same(
+    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"unfreeze": 1, "epochs": 3, "ema_decay": 0.9}
+    _, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
+    original = fitting.ProgressCallback.on_train_batch_end
+    calls = {"left": 6}
+
+    def stop(self: fitting.ProgressCallback, *args: object, **kwargs: object) -> None:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise KeyboardInterrupt
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", stop)
+    with pytest.raises(fitting.FitInterrupted):
+        run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", original)
+    _, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_depthwise_networks_train_in_channels_last() -> None:
+    depthwise = cut_backbone(create_backbone("efficientnet_lite0", 3, "none"), 1).tail
+    plain = cut_backbone(create_backbone("resnet18", 3, "none"), 1).tail
+    assert fitting.best_memory_format(depthwise) is torch.channels_last
+    assert fitting.best_memory_format(plain) is torch.contiguous_format
+
+
+def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = run_fit(setup(1), tmp_path / "plain", cached=True, unfreeze=1, epochs=2)
+    monkeypatch.setattr(fitting, "best_memory_format", lambda tail: torch.channels_last)
+    parts = setup(1)
+    last, _ = run_fit(parts, tmp_path / "last", cached=True, unfreeze=1, epochs=2)
+    np.testing.assert_allclose([r["train_loss"] for r in last.history], [r["train_loss"] for r in plain.history], atol=1e-4)
+    assert all(parameter.is_contiguous() for parameter in parts[2].model.parameters())

@@ -199,3 +199,17 @@ def test_wilson_interval_narrows_with_more_pictures_and_less_confidence() -> Non
     assert widths[0] > 2 * widths[1] > 4 * widths[2]
     low90, high90 = metrics.wilson_interval(9, 10, 0.90)
     assert high90 - low90 < widths[0]
+
+
+def test_negative_log_likelihood_is_scikit_learns_and_by_hand() -> None:
+    from sklearn.metrics import log_loss
+
+    # Two classes with logits 0 and ln 3: probabilities 1/4 and 3/4.
+    assert metrics.negative_log_likelihood(np.array([1, 0]), np.array([[0, np.log(3)]] * 2)) == pytest.approx(
+        (np.log(4 / 3) + np.log(4)) / 2
+    )
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 7)) * 5, rng.integers(0, 7, 50)
+    expected = log_loss(labels, metrics.softmax(logits), labels=range(7))
+    assert metrics.negative_log_likelihood(labels, logits) == pytest.approx(expected)
+    assert metrics.negative_log_likelihood(np.array([0]), np.array([[1000.0, 0.0]])) == 0.0

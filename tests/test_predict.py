@@ -218,3 +218,24 @@ def test_many_bad_pictures_are_counted_not_all_listed(run: Run, folder: Path) ->
         predict(run, [folder])
     assert len(caught.value.bad) == 7
     assert "bad5" not in str(caught.value)
+
+
+def test_flip_answers_with_the_mean_over_both_directions(folder: Path) -> None:
+    run = cheap_run()
+    flipping = cheap_run(test_flip=True)
+    with Image.open(folder / "0.jpg") as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "mirrored.png")
+        picture.save(folder / "plain.png")
+    plain, mirrored = (np.log(predict(run, [folder / f"{name}.png"]).probs[0]) for name in ("plain", "mirrored"))
+    expected = softmax(((plain + mirrored) / 2)[None])[0]
+    assert np.abs(np.exp(plain) - np.exp(mirrored)).max() > 1e-3
+    for name in ("plain", "mirrored"):
+        # Resizing a mirrored picture rounds a little differently from mirroring a resized one.
+        np.testing.assert_allclose(predict(flipping, [folder / f"{name}.png"]).probs[0], expected, atol=2e-3)
+
+
+def test_a_second_call_does_not_build_its_engine_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cheap_run()
+    first = predict(run, [folder])
+    monkeypatch.setattr("seewhy.engines.ENGINES", {})
+    np.testing.assert_array_equal(predict(run, [folder]).probs, first.probs)

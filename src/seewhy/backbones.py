@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -91,11 +91,14 @@ class Cut:
 # ---------------------------------------------------------------- creating
 
 
-def create_backbone(name: str, classes: int, weights: str | None = None, seed: int = 0, resize: str = "squash") -> Backbone:
+def create_backbone(
+    name: str, classes: int, weights: str | None = None, seed: int = 0, resize: str = "squash", size: int | None = None
+) -> Backbone:
     """The network with a new classifier of `classes` outputs.
 
     weights: None for the pretrained ones, 'none' for a random start, else a file. resize: see Preprocessing.
-    Raises BackboneError for an unknown name, WeightsError where weights cannot be had or do not fit.
+    size: side of its pictures in pixels; None for what it was made for.
+    Raises BackboneError for an unknown name or a size it cannot take, WeightsError where weights cannot be had or do not fit.
     """
     named = BACKBONES.get(name)
     timm_name = named.timm if named else name
@@ -115,7 +118,20 @@ def create_backbone(name: str, classes: int, weights: str | None = None, seed: i
             load_state(model, _pretrained_state(name, timm_name), f"timm {timm_name}")
             source = f"timm {timm_name}"
         _start_classifier(model)
-    return Backbone(name, timm_name, model.eval(), _preprocessing(model, resize), _stages(model), source)
+    preprocessing = _preprocessing(model, resize)
+    if size is not None and size != preprocessing.size:
+        preprocessing = replace(preprocessing, size=size)
+        _check_size(name, model.eval(), size)
+    return Backbone(name, timm_name, model.eval(), preprocessing, _stages(model), source)
+
+
+@torch.inference_mode()
+def _check_size(name: str, model: nn.Module, size: int) -> None:
+    """Convolutional networks take pictures of any size; many transformers do not."""
+    try:
+        model(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        raise BackboneError(f"{name} cannot take pictures of {size} pixels; leave size out, or choose another backbone") from error
 
 
 def _start_classifier(model: nn.Module) -> None:
@@ -350,6 +366,9 @@ class _Trunk(nn.Module):
         if self.pooled:
             features = network.forward_head(features, pre_logits=True)
         return features
+
+    def extra_repr(self) -> str:
+        return f"pooled={self.pooled}"  # a kept export is found by what repr shows
 
 
 class _Tail(nn.Module):

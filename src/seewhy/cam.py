@@ -42,6 +42,32 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def gradcam_all_weights(weight: Tensor, sums: Tensor, places: int) -> Tensor:
+    """`gradcam_weights` of every class where the gradient is weight / places. (C, K) -> (1, C, K)."""
+    return weight[None] / places
+
+
+def gradcam_plus_plus_all_weights(weight: Tensor, sums: Tensor, places: int) -> Tensor:
+    """`gradcam_plus_plus_weights` of every class where the gradient is weight / places everywhere.
+
+    weight: (C, K). sums: (N, K), sum(A) of each channel. -> (N, C, K).
+    The sum over places of alpha relu(g) with g = W / places is relu(W) / (2 + sum(A) W / places).
+    Only positive W are left by the numerator; behind a ReLU the denominator is then at least 2.
+    """
+    positive = weight.clamp(min=0)
+    denominator = torch.addcmul(torch.full((), 2.0, dtype=weight.dtype, device=weight.device), sums[:, None], positive[None] / places)
+    if bool((sums < 0).any()):  # activations without a ReLU: the denominator may vanish, and alpha is 0 there
+        return torch.where(denominator != 0, positive / torch.where(denominator != 0, denominator, 1.0), 0.0)
+    return torch.div(positive, denominator, out=denominator)
+
+
+# The same methods for all classes at once, for a head of average pooling and one linear layer.
+ALL_CLASSES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "gradcam": gradcam_all_weights,
+    "gradcam++": gradcam_plus_plus_all_weights,
+}
+
+
 def combine(activations: Tensor, weights: Tensor) -> Tensor:
     """relu(sum over channels of weight * activation): (N, K, H, W) and (N, K, 1, 1) -> (N, H, W), at least 0."""
     return (weights * activations).sum(dim=1).clamp(min=0)
@@ -57,6 +83,17 @@ def feature_maps(model: nn.Module, pictures: Tensor) -> Tensor:
     """(N, 3, S, S) -> the last feature maps before pooling, as the network lays them out."""
     features: Tensor = cast(Any, model).forward_features(pictures)
     return features
+
+
+class FeatureMaps(nn.Module):
+    """A network up to its head, for an engine to run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return feature_maps(self.model, pictures)
 
 
 def as_channels_first(model: nn.Module, features: Tensor) -> Tensor:
@@ -120,6 +157,32 @@ def class_activation_maps(model: nn.Module, pictures: Tensor, method: str, targe
     """
     with torch.no_grad():
         features = feature_maps(model, pictures)
+    return maps_of_features(model, features, method, targets)
+
+
+def maps_of_features(model: nn.Module, features: Tensor, method: str, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_activation_maps` from feature maps that are there already, whichever engine computed them."""
     logits, chosen, gradients = head_gradients(model, features, targets)
     activations, gradients = as_channels_first(model, features), as_channels_first(model, gradients)
     return combine(activations, METHODS[method](activations, gradients)), logits, chosen
+
+
+def all_class_maps(model: nn.Module, features: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """Maps (N, C, h, w) >= 0 of every class, with logits (N, C).
+
+    One matrix product for a head of average pooling and a linear layer; else one backward pass through the head a class.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        features = features.detach().clone()
+        logits: Tensor = cast(Any, model).forward_head(features)
+        weight = linear_head(model, features, logits)
+        if weight is not None:
+            flat = features.flatten(2)  # (N, K, places)
+            weights = ALL_CLASSES[method](weight.detach(), flat.sum(dim=2), flat.shape[2])
+            maps = torch.matmul(weights, flat).clamp_(min=0)  # (N, C, K) x (N, K, places)
+            return maps.reshape(*maps.shape[:2], *features.shape[2:]), logits
+    each = []
+    for target in range(logits.shape[1]):
+        maps, _, _ = maps_of_features(model, features, method, torch.full((len(features),), target))
+        each.append(maps)
+    return torch.stack(each, dim=1), logits

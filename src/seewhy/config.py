@@ -50,10 +50,12 @@ class TrainConfig(BaseModel):
     lr: float | None = _main(None, "learning rate of the classifier", gt=0)
     batch_size: int | None = _main(None, "pictures a step", ge=1)
     seed: int = _main(0, "seed of the split, the classifier's start and the order", ge=0)
+    search: int = _main(0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000)
     skip_bad: bool = _main(False, "leave unusable pictures out instead of stopping; they are listed in run.json")
     cache: bool = _main(True, "keep frozen features on disk (same mathematics either way)")
 
     resize: Literal["squash", "crop"] = _fine("squash", "show the network the whole picture, or its centred square")
+    size: int | None = _fine(None, "side of the square the network sees, in pixels; default: what it was made for", ge=32, le=1024)
     val_fraction: float = _fine(0.1, "share of each class for validation", gt=0, lt=1)
     test_fraction: float = _fine(0.2, "share of each class for test", gt=0, lt=1)
     optimizer: Literal["adamw", "adam", "sgd"] = _fine("adamw", "optimiser")
@@ -64,11 +66,13 @@ class TrainConfig(BaseModel):
     min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
     stage_lr_decay: float = _fine(0.05, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
     label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
+    ema_decay: float = _fine(0.0, "moving average of the trained weights over the steps, which is validated and kept; 0 = off", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
     mix: Literal["none", "mixup", "cutmix"] = _fine(
         "none", "MixUp or CutMix of what a batch trains on: pictures, or features behind a frozen trunk"
     )
+    test_flip: bool | None = _fine(None, "answer with the mean over a picture and its mirror image; doubles the cost of an answer")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
     engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
     workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)

@@ -81,16 +81,21 @@ def evaluate_network(
     engine: str = "auto",
     workers: int = 2,
     keep: bool = True,
+    flip: bool = False,
 ) -> Evaluation:
-    """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache."""
+    """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache.
+
+    flip: logits are the mean of those of the picture and of its mirror image.
+    """
     trained_whole = cut.trunk is None
     halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
-    features = extract_features(images, indices, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole)
+    views = 2 if flip else 1  # view 1 is the mirrored one
+    features = extract_features(images, indices, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole)
     return Evaluation(
         part=part,
         paths=tuple(str(images.paths[i]) for i in indices),
         labels=images.labels[indices],
-        logits=tail_logits(halves.tail, features.store, features.rows[:, 0]),
+        logits=np.mean([tail_logits(halves.tail, features.store, features.rows[:, view]) for view in range(views)], axis=0),
         classes=images.classes,
     )
 

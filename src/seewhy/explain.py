@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
-from seewhy.cam import METHODS, class_activation_maps, scale_to_one
+from seewhy.cam import METHODS, FeatureMaps, maps_of_features, scale_to_one
+from seewhy.engines import Engine, kept_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, render_view
+from seewhy.features import BATCH, EVAL_VIEW, in_order, render_view
 from seewhy.figures import overlay_heatmap
 from seewhy.images import read_image
 from seewhy.metrics import softmax
 from seewhy.predict import find_pictures
 from seewhy.progress import progress
 from seewhy.run import Run
-from seewhy.transforms import Preprocessing, eval_view, normalise, render
+from seewhy.transforms import Preprocessing, eval_view, render
 
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
 
@@ -99,8 +101,12 @@ def class_index(name: str, classes: Sequence[str]) -> int:
     raise ConfigError(f"unknown class {name!r}; did you mean {' or '.join(near)}? (the run has {len(classes)} classes)")
 
 
-def explain(run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", target: str | None = None) -> Explanation:
+def explain(
+    run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", target: str | None = None, engine: str = "auto", workers: int = 2
+) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
+
+    The network below its head runs on the engine of `predict`; nothing of a map needs its gradients.
 
     Raises ConfigError for an unknown method or class, ImageError for an unusable picture.
     """
@@ -109,16 +115,17 @@ def explain(run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", t
     wanted = class_index(target, run.classes) if target is not None else None
     paths = find_pictures(inputs)
     preprocessing = run.backbone.preprocessing
+    forward = kept_engine(run.engines["maps"], FeatureMaps(run.backbone.model), preprocessing, len(paths), engine)
     maps, targets, logits = [], [], []
+
+    def square_of(path: Path) -> npt.NDArray[np.uint8]:
+        return render_view(read_image(path), EVAL_VIEW, "", preprocessing)
+
     with progress("explaining", len(paths)) as advance:
-        for start in range(0, len(paths), BATCH):
-            chunk = paths[start : start + BATCH]
-            squares = []
-            for path in chunk:
-                squares.append(render_view(read_image(path), EVAL_VIEW, "", preprocessing))
-            batch = torch.from_numpy(normalise(np.stack(squares), preprocessing))
+        squares = in_order(square_of, paths, workers)
+        while chunk := list(itertools.islice(squares, BATCH)):
             given = torch.full((len(chunk),), wanted) if wanted is not None else None
-            found, scores, chosen = class_activation_maps(run.backbone.model, batch, method, given)
+            found, scores, chosen = _maps(run, forward, np.stack(chunk), method, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
@@ -132,3 +139,22 @@ def explain(run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", t
         classes=run.classes,
         preprocessing=preprocessing,
     )
+
+
+def _maps(
+    run: Run, forward: Engine, squares: npt.NDArray[np.uint8], method: str, targets: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maps, logits and targets as `maps_of_features` gives them, of what `predict` answers.
+
+    Where the run answers with the mean over both directions, so are the maps: the mirrored one is turned back first.
+    """
+    model = run.backbone.model
+    plain = torch.from_numpy(forward(squares))
+    if not run.config.test_flip:
+        return maps_of_features(model, plain, method, targets)
+    mirrored = torch.from_numpy(forward(np.ascontiguousarray(squares[:, :, ::-1])))
+    with torch.no_grad():
+        logits = (cast(Any, model).forward_head(plain) + cast(Any, model).forward_head(mirrored)) / 2
+    chosen = logits.argmax(dim=1) if targets is None else targets
+    (one, _, _), (other, _, _) = (maps_of_features(model, features, method, chosen) for features in (plain, mirrored))
+    return (one + other.flip(2)) / 2, logits, chosen

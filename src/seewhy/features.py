@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,19 +19,18 @@ from torch import Tensor, nn
 
 from seewhy.backbones import Cut, weights_hash
 from seewhy.cache import cache_dir
+from seewhy.engines import make_engine
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet, read_image
 from seewhy.progress import progress
-from seewhy.transforms import Preprocessing, normalise, render, view_of
+from seewhy.transforms import Preprocessing, render, view_of
 
 BATCH = 32
-ONNX_WORTH_IT = 400  # pictures below which exporting the trunk costs more than it saves
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 1
 
 T = TypeVar("T")
 R = TypeVar("R")
-Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -61,59 +57,6 @@ def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
     What trains on pictures directly rounds the same way, so that cached or not is the same mathematics.
     """
     return np.float32 if len(shape) == 1 else np.float16
-
-
-# ---------------------------------------------------------------- engines
-
-
-def make_engine(trunk: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
-    """A function (N, size, size, 3) uint8 -> (N, *shape) float32.
-
-    onnx: ONNX Runtime on the CPU, faster than eager PyTorch there. torch: PyTorch, on the GPU where there is one.
-    auto takes onnx where it pays: on a CPU and for more than a few hundred pictures.
-    """
-    if engine == "auto":
-        engine = "onnx" if pictures >= ONNX_WORTH_IT and not torch.cuda.is_available() else "torch"
-    return ENGINES[engine](trunk.eval(), preprocessing)
-
-
-def _torch_engine(trunk: nn.Module, preprocessing: Preprocessing) -> Engine:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # A copy: the tail shares parameters with the trunk and must stay where it is.
-    trunk = copy.deepcopy(trunk).to(device).to(memory_format=torch.channels_last)
-
-    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            pictures = torch.from_numpy(normalise(squares, preprocessing)).to(device, memory_format=torch.channels_last)
-            features: npt.NDArray[np.float32] = trunk(pictures).float().cpu().contiguous().numpy()
-        return features
-
-    return run
-
-
-def _onnx_engine(trunk: nn.Module, preprocessing: Preprocessing) -> Engine:
-    import onnxruntime
-
-    size = preprocessing.size
-    example = torch.zeros(2, 3, size, size)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
-        program = torch.onnx.export(trunk, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        output: npt.NDArray[np.float32] = session.run(None, {name: normalise(squares, preprocessing)})[0]
-        return output
-
-    return run
-
-
-ENGINES: dict[str, Callable[[nn.Module, Preprocessing], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}
 
 
 # ---------------------------------------------------------------- the store
@@ -264,7 +207,7 @@ def _compute(
     names: list[bytes] = []
     squares: list[npt.NDArray[np.uint8]] = []
     with progress("features", len(missing)) as advance:
-        for found in _in_order(squares_of, jobs, workers):
+        for found in in_order(squares_of, jobs, workers):
             for name, square in found:
                 names.append(name)
                 squares.append(square)
@@ -292,7 +235,7 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
-def _in_order(work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
+def in_order(work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
     """work(job) for each job, in order, at most a few batches ahead of who takes them."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         ahead: list[Future[R]] = []

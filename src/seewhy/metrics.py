@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 from scipy.stats import binomtest
 
 Labels = npt.NDArray[np.int64]
@@ -19,6 +20,12 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
     exponentials = np.exp(shifted)
     probabilities: npt.NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
+
+
+def negative_log_likelihood(labels: Labels, logits: Floats) -> float:
+    """Mean of -log softmax(logits)[label], in nats; at least 0 (scikit-learn's `log_loss`)."""
+    scores = np.asarray(logits, dtype=np.float64)
+    return float(np.mean(logsumexp(scores, axis=1) - scores[np.arange(len(labels)), labels]))
 
 
 def accuracy(labels: Labels, predicted: Labels) -> float:

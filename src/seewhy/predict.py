@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from seewhy.engines import Engine, kept_engine
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, make_engine, render_view
+from seewhy.features import BATCH, EVAL_VIEW, render_view
 from seewhy.images import list_pictures, read_image
 from seewhy.metrics import softmax
 from seewhy.progress import progress
@@ -81,6 +82,12 @@ def _write_json(table: pd.DataFrame, path: Path) -> None:
     table.to_json(path, orient="records", indent=1)
 
 
+def both_ways(forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Mean logits of (N, size, size, 3) squares and their mirror images."""
+    mean: npt.NDArray[np.float32] = np.mean([forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))], axis=0)
+    return mean
+
+
 def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
     """Files, folders (with all below) and glob patterns -> files, in the order given."""
     found: list[Path] = []
@@ -110,7 +117,7 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
     """
     paths = find_pictures(inputs)
     preprocessing = run.backbone.preprocessing
-    forward = make_engine(run.backbone.model, preprocessing, len(paths), engine)
+    forward = kept_engine(run.engines["network"], run.backbone.model, preprocessing, len(paths), engine)
     bad: list[tuple[str, str]] = []
 
     def square_of(path: Path) -> npt.NDArray[np.uint8] | str:
@@ -132,7 +139,7 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
                     kept.append(path)
                     squares.append(square)
             if squares:
-                logits.append(forward(np.stack(squares)))
+                logits.append(both_ways(forward, np.stack(squares)) if run.config.test_flip else forward(np.stack(squares)))
             advance(len(chunk))
     if bad and (not skip_bad or not kept):
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 
 from seewhy.backbones import Backbone, Cut, cut_backbone, rebuild_backbone
 from seewhy.config import TrainConfig, dump_config, make_config
+from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
 from seewhy.transforms import Preprocessing
 
@@ -33,6 +34,7 @@ class Run:
     """A fitted classifier with its record.
 
     path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
+    engines: what has run the network so far, by use and kind; filled by `predict` and `explain`.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Run:
     backbone: Backbone
     cut: Cut
     manifest: dict[str, Any]
+    engines: dict[str, dict[str, Engine]] = field(default_factory=lambda: {"network": {}, "maps": {}}, compare=False)
 
     def __repr__(self) -> str:
         accuracy = self.metrics.get("test", {}).get("accuracy")

@@ -53,7 +53,7 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
-        if finished.config != config:
+        if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
         return finished
@@ -78,7 +78,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config)
     _tell_of(images, split)
     seconds["pictures"] = time.perf_counter() - began
-    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize)
+    config, found = _searched(places, config, images, split)
+    seconds["search"] = time.perf_counter() - began - seconds["pictures"]
+    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
     mark = time.perf_counter()
     train_data, val_data = _training_data(images, split, backbone, cut, config)
@@ -89,7 +91,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     mark = time.perf_counter()
     evaluations = {part: _evaluate(images, split.part(part), part, backbone, cut, config) for part in ("val", "test")}
     seconds["evaluation"] = time.perf_counter() - mark
-    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began)
+    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found)
     test = run.metrics["test"]
     LOG.info(
         f"test accuracy {test['accuracy']:.1%} ({test['n']} pictures, 95% interval {test['accuracy_ci95'][0]:.1%} to "
@@ -100,6 +102,25 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
 
 def _split(images: ImageSet, config: TrainConfig) -> Split:
     return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction)
+
+
+def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
+    """The best config of the trials asked for, and their record; kept, so that a resumed run does not search again."""
+    if not config.search:
+        return config, {}
+    record = places.work / "search.json"
+    if record.is_file():
+        found = json.loads(record.read_text())
+        return make_config(**found["chosen"]), found
+    from seewhy.search import search  # brings optuna, which few runs need
+
+    best, trials = search(images, split, config, config.search)
+    best = best.model_copy(update={"search": 0})  # what `--config run.json` repeats is the fit, not the search
+    found = {"asked": dump_config(config), "chosen": dump_config(best), "trials": trials}
+    work = record.with_suffix(".tmp")
+    write_json(work, found)
+    work.replace(record)
+    return best, found
 
 
 def _tell_of(images: ImageSet, split: Split) -> None:
@@ -125,13 +146,13 @@ def _training_data(
     arguments = (cut, preprocessing, config.engine, config.workers)
     train_features = extract_features(images, split.train, config.views, *arguments)
     # Test features are computed here too: one pass over the pictures, one export of the trunk.
-    rest = extract_features(images, np.concatenate([split.val, split.test]), 1, *arguments)
-    val_features = type(rest)(rest.store, rest.rows[: len(split.val)], rest.computed)
+    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, *arguments)
+    val_features = type(rest)(rest.store, rest.rows[: len(split.val), :1], rest.computed)  # the fit watches the plain view
     return CachedViews(train_features, labels[split.train]), CachedViews(val_features, labels[split.val])
 
 
 def _evaluate(images: ImageSet, indices: Any, part: str, backbone: Backbone, cut: Cut, config: TrainConfig) -> Evaluation:
-    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache)
+    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache, bool(config.test_flip))
 
 
 # ---------------------------------------------------------------- places
@@ -212,6 +233,7 @@ def _write_run(
     evaluations: dict[str, Evaluation],
     seconds: dict[str, float],
     began: float,
+    found: dict[str, Any],
 ) -> Run:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
@@ -240,12 +262,14 @@ def _write_run(
             "epochs_run": len(fitted.history),
             "metrics": metrics,
             "hardware": hardware(),
+            **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
         run = Run(places.target, config, images.classes, backbone, cut, manifest)
         write_report(run, fitted.history, evaluations["test"], work)
         remove_tree(work / "checkpoints")
         (work / "config.json").unlink()
+        (work / "search.json").unlink(missing_ok=True)  # run.json holds it
         seconds["report"] = time.perf_counter() - mark
         seconds["total"] = time.perf_counter() - began
         manifest["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -295,4 +319,4 @@ def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evalu
     if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
         place = np.array([run.classes.index(name) for name in images.classes])
         images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
-    return evaluate_network(run.backbone, run.cut, images, indices, part, config.engine, config.workers, config.cache)
+    return _evaluate(images, indices, part, run.backbone, run.cut, config)

@@ -1,0 +1,169 @@
+"""How many pictures a second does a training epoch of ResNet-18's last stage take in, the layers below frozen?
+
+    python benchmarks/epoch.py --data-root DIR [--pictures 960] [--rounds 5]     Caltech-101, into results.json
+    python benchmarks/epoch.py --quick                                           demo pictures, one JSON line
+
+seewhy: an epoch of `seewhy train --unfreeze 1` on cached features (its own record in history.csv, one batch of validation included).
+Peer: the same network in the same training step, frozen the usual way (requires_grad False, frozen BatchNorm in eval mode), pictures
+through torchvision transforms and a DataLoader. Limit: the last stage's training step on one batch in memory, nothing else.
+Weights are random: the work is the same. The figures stand in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import interleave, matrix_limit, rates, ratio, record
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+BATCH, CLASSES = 32, 101
+STAGE_GFLOP = 2.5  # of one training step of layer4 and the classifier, a picture: forward 0.82, backward twice that
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Files through torchvision's usual transforms."""
+
+    def __init__(self, paths: list[Path], labels: Any) -> None:
+        from torchvision import transforms
+
+        self.paths, self.labels = paths, labels
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((224, 224)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.open(self.paths[i]).convert("RGB")), int(self.labels[i])
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
+    loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def naive_epoch(paths: list[Path], labels: Any) -> Any:
+    """The peer: everything runs again in every epoch."""
+    import timm
+
+    model: Any = timm.create_model("resnet18", num_classes=CLASSES)
+    model.requires_grad_(False)
+    for part in (model.layer4, model.fc):
+        part.requires_grad_(True)
+    model.eval()
+    model.layer4.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loader = DataLoader(Pictures(paths, labels), BATCH, shuffle=True, num_workers=2)
+
+    def run() -> None:
+        for inputs, targets in loader:
+            step(model, optimizer, inputs, targets)
+
+    return run
+
+
+def synthetic_epoch(count: int) -> Any:
+    """The limit: the step alone."""
+    from seewhy.backbones import create_backbone, cut_backbone
+
+    tail = cut_backbone(create_backbone("resnet18", CLASSES, "none"), 1).tail.train()
+    optimizer = torch.optim.AdamW([p for p in tail.parameters() if p.requires_grad], lr=1e-3)
+    inputs, labels = torch.randn(BATCH, 256, 14, 14).relu(), torch.randint(0, CLASSES, (BATCH,))
+
+    def run() -> None:
+        for _ in range(count // BATCH):
+            step(tail, optimizer, inputs, labels)
+
+    return run
+
+
+def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
+    """Seconds of each epoch of seewhy's fit."""
+    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.config import make_config
+    from seewhy.features import Features, extract_features
+    from seewhy.fitting import CachedViews, fit
+
+    config = make_config(data=images.name, backbone="resnet18", weights="none", epochs=epochs, patience=epochs).resolved()
+    backbone = create_backbone("resnet18", CLASSES, "none")
+    cut = cut_backbone(backbone, 1)
+    features = extract_features(images, indices, 2, cut, backbone.preprocessing)
+    train = CachedViews(features, images.labels[indices])
+    val = CachedViews(Features(features.store, features.rows[:BATCH, :1], 0), images.labels[indices][:BATCH])
+    with tempfile.TemporaryDirectory() as folder:
+        fitted = fit(backbone, cut, train, val, images.labels[indices], CLASSES, config, Path(folder))
+    return [row["seconds"] for row in fitted.history]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--pictures", type=int, default=960)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
+    arguments = parser.parse_args()
+    count, rounds = (192, 2) if arguments.quick else (arguments.pictures // BATCH * BATCH, arguments.rounds)
+    from seewhy.images import open_images
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SEEWHY_CACHE"] = cache
+        images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
+        indices = np.random.default_rng(0).permutation(len(images))[:count]
+        paths, labels = [images.paths[i] for i in indices], images.labels[indices]
+        naive, synthetic = naive_epoch(paths, labels), synthetic_epoch(count)
+        ours: list[float] = []
+
+        def cached() -> None:
+            ours.append(cached_epochs(images, indices, 2)[1])  # the second epoch; the first starts everything up
+
+        seconds = interleave({"peer": naive, "seewhy": cached, "limit": synthetic}, rounds)
+    seconds["seewhy"] = ours[1:]
+    speed = rates(seconds, count)
+    ratios = {"naive freezing": ratio(seconds, "peer", "seewhy"), "the step alone": ratio(seconds, "limit", "seewhy")}
+    answer = {"name": "epoch", "ratios": ratios, "pictures_per_s": speed, "n": count, "rounds": rounds}
+    if not arguments.quick:
+        limit = matrix_limit()
+        rows = [
+            {"what": "seewhy, cached features", "pictures/s": speed["seewhy"], "seewhy is ahead": "–"},
+            {"what": "naive freezing, DataLoader", "pictures/s": speed["peer"], "seewhy is ahead": ratios["naive freezing"]},
+            {
+                "what": "limit: the step alone, one batch in memory",
+                "pictures/s": speed["limit"],
+                "seewhy is ahead": ratios["the step alone"],
+            },
+        ]
+        notes = [
+            f"ResNet-18 at 224 pixels, layer4 and classifier trained, batch {BATCH}, {count} pictures of Caltech-101 an epoch, {rounds} "
+            "interleaved rounds; medians, and the median of the rounds' ratios.",
+            f"A large float32 matrix product reached {limit:.0f} GFLOP/s in this run: at most {limit / STAGE_GFLOP:.0f} such training "
+            f"steps a second ({STAGE_GFLOP} GFLOP a picture).",
+            "GPU: not measured.",
+        ]
+        command = f"python benchmarks/epoch.py --pictures {count} --rounds {rounds}"
+        record(
+            "epoch", "A training epoch with frozen layers", {"rows": rows, "raw": {"seconds": seconds}, "notes": notes, "command": command}
+        )
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

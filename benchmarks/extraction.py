@@ -1,0 +1,143 @@
+"""How many pictures a second become features, from JPEG files on disk, against timm with a DataLoader?
+
+    python benchmarks/extraction.py --data-root DIR [--pictures 640] [--rounds 5]     Caltech-101, into results.json
+    python benchmarks/extraction.py --quick                                           demo pictures, one JSON line
+
+seewhy: `extract_features` with an empty cache, rows written to disk, one view and two. Peer: timm's own transform, a DataLoader with
+two workers, the eager network in inference mode, features kept in memory. Limit: the engine alone on one batch in memory.
+Pooled features (what --unfreeze 0 needs). Weights are random or the package's: the work is the same. The figures stand in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import interleave, matrix_limit, rates, ratio, record
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+BACKBONES = {"resnet18": "none", "efficientnet_lite0": None}  # name -> weights
+GFLOP = {"resnet18": 3.64, "efficientnet_lite0": 0.77}  # of one forward pass at 224 pixels
+
+
+class Pictures(Dataset[Tensor]):
+    """Files through timm's evaluation transform."""
+
+    def __init__(self, paths: list[Path], model: Any) -> None:
+        import timm
+
+        self.paths = paths
+        data: Any = timm.data
+        self.transform = data.create_transform(**data.resolve_model_data_config(model))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        from PIL import Image
+
+        tensor: Tensor = self.transform(Image.open(self.paths[i]).convert("RGB"))
+        return tensor
+
+
+def eager_peer(timm_name: str, paths: list[Path]) -> Callable[[], Any]:
+    import timm
+
+    model = timm.create_model(timm_name, num_classes=0).eval()
+    loader = DataLoader(Pictures(paths, model), 32, num_workers=2)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return torch.cat([model(batch) for batch in loader])
+
+    return run
+
+
+def candidates_of(name: str, images: Any, indices: Any, cache: Path) -> dict[str, Callable[[], Any]]:
+    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.engines import make_engine
+    from seewhy.features import extract_features
+
+    backbone = create_backbone(name, 2, BACKBONES[name])
+    cut = cut_backbone(backbone, 0)
+    assert cut.trunk is not None
+    engine = make_engine(cut.trunk, backbone.preprocessing, 1000, "onnx")
+    size = backbone.preprocessing.size
+    squares = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), dtype=np.uint8)
+
+    def extract(views: int) -> Callable[[], Any]:
+        def run() -> None:
+            shutil.rmtree(cache / "features", ignore_errors=True)
+            extract_features(images, indices[: len(indices) // views], views, cut, backbone.preprocessing, "onnx")
+
+        return run
+
+    def limit() -> None:
+        for _ in range(len(indices) // 32):
+            engine(squares)
+
+    return {
+        f"{name} | timm eager, DataLoader": eager_peer(backbone.timm_name, [images.paths[i] for i in indices]),
+        f"{name} | seewhy, 1 view": extract(1),
+        f"{name} | seewhy, 2 views": extract(2),
+        f"{name} | limit: the engine alone": limit,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--pictures", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
+    arguments = parser.parse_args()
+    count, rounds = (192, 2) if arguments.quick else (arguments.pictures // 64 * 64, arguments.rounds)
+    from seewhy.images import open_images
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SEEWHY_CACHE"] = cache
+        images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
+        indices = np.random.default_rng(0).permutation(len(images))[:count]
+        candidates: dict[str, Callable[[], Any]] = {}
+        for name in BACKBONES:
+            candidates |= candidates_of(name, images, indices, Path(cache))
+        seconds = interleave(candidates, rounds)
+    speed = rates(seconds, count)
+    ratios: dict[str, float] = {}
+    rows = []
+    for key in candidates:
+        name, what = key.split(" | ")
+        eager, limit = f"{name} | timm eager, DataLoader", f"{name} | limit: the engine alone"
+        row = {"backbone": name, "what": what, "pictures/s": speed[key], "over eager": "–", "share of the limit": "–"}
+        if "seewhy" in what:
+            row["over eager"] = ratios[f"timm eager {name}, {what}"] = ratio(seconds, eager, key)
+            row["share of the limit"] = ratios[f"engine alone {name}, {what}"] = ratio(seconds, limit, key)
+        rows.append(row)
+    answer = {"name": "extraction", "ratios": ratios, "pictures_per_s": speed, "n": count, "rounds": rounds}
+    if not arguments.quick:
+        product = matrix_limit()
+        at_most = ", ".join(f"{product / flop:.0f} {name}" for name, flop in GFLOP.items())
+        notes = [
+            f"{count} JPEG files of Caltech-101 (2 views: half as many files, as many pictures), batch 32, {rounds} interleaved rounds; "
+            "medians, and the median of the rounds' ratios.",
+            f"A large float32 matrix product reached {product:.0f} GFLOP/s in this run: at that rate {at_most} forward passes a second.",
+            "GPU: not measured.",
+        ]
+        command = f"python benchmarks/extraction.py --pictures {count} --rounds {rounds}"
+        record(
+            "extraction", "From picture files to features", {"rows": rows, "raw": {"ratios": ratios}, "notes": notes, "command": command}
+        )
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Network -> Engine: squares of a picture in, float32 features out, on whatever runs the network fastest."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from seewhy.backbones import weights_hash
+from seewhy.cache import cache_dir
+from seewhy.transforms import Preprocessing
+
+ONNX_WORTH_IT = 200  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
+FORMAT = 1  # of the kept exports
+
+Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+
+class FromSquares(nn.Module):
+    """(N, H, W, 3) uint8 RGB -> network((x / 255 - mean) / std): normalisation as the network's first step."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+
+    def forward(self, squares: Tensor) -> Tensor:
+        pictures = squares.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        features: Tensor = self.network(pictures)
+        return features
+
+
+def make_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
+    """A function (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode.
+
+    onnx: ONNX Runtime on the CPU, faster than eager PyTorch there. torch: PyTorch, on the GPU where there is one.
+    """
+    if engine == "auto":
+        engine = choose_engine(network, preprocessing, pictures)
+    return ENGINES[engine](FromSquares(network, preprocessing).eval(), preprocessing.size)
+
+
+def choose_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int) -> str:
+    """onnx where it pays: on a CPU, and for more than a few pictures or where the export is at hand already."""
+    if torch.cuda.is_available():
+        return "torch"
+    if pictures >= ONNX_WORTH_IT:
+        return "onnx"
+    return "onnx" if _export_place(FromSquares(network, preprocessing), preprocessing.size).is_file() else "torch"
+
+
+def kept_engine(kept: dict[str, Engine], network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
+    """`make_engine`, made once for all calls with the same `kept`, so that a loaded run answers its second picture at once."""
+    if engine == "auto":
+        known = "onnx" if "onnx" in kept else "torch" if "torch" in kept and pictures < ONNX_WORTH_IT else None
+        engine = known or choose_engine(network, preprocessing, pictures)
+    if engine not in kept:
+        kept[engine] = make_engine(network, preprocessing, pictures, engine)
+    return kept[engine]
+
+
+def _torch_engine(network: nn.Module, size: int) -> Engine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # A copy: a trunk shares its parameters with the tail, which must stay where it is.
+    network = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
+
+    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            features: npt.NDArray[np.float32] = network(torch.from_numpy(squares).to(device)).float().cpu().contiguous().numpy()
+        return features
+
+    return run
+
+
+def _onnx_engine(network: nn.Module, size: int) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        output: npt.NDArray[np.float32] = session.run(None, {name: squares})[0]
+        return output
+
+    return run
+
+
+ENGINES: dict[str, Callable[[nn.Module, int], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}
+
+
+def _exported(network: nn.Module, size: int) -> bytes:
+    """The network as an ONNX graph, from the cache where it was exported before."""
+    place = _export_place(network, size)
+    with suppress(OSError):
+        return place.read_bytes()
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+        program = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    graph: bytes = program.model_proto.SerializeToString()
+    work = place.with_name(f".{place.name}-{os.getpid()}")
+    with suppress(OSError):  # an export that cannot be kept is made again next time
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work.write_bytes(graph)
+        os.replace(work, place)
+    return graph
+
+
+def _export_place(network: nn.Module, size: int) -> Path:
+    """Where the export of this very network stands: its structure, weights, input and the exporter's version decide."""
+    facts: list[Any] = [FORMAT, version("torch"), version("timm"), size, repr(network), weights_hash(network)]
+    return cache_dir() / "engines" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.onnx"

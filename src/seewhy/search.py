@@ -1,0 +1,99 @@
+"""TrainConfig x N trials -> the options that validate best, and the record of all trials."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+from seewhy.backbones import create_backbone, cut_backbone
+from seewhy.config import RECIPES, TrainConfig
+from seewhy.errors import ConfigError
+from seewhy.evaluate import tail_logits
+from seewhy.features import extract_features
+from seewhy.fitting import CachedViews, fit
+from seewhy.images import ImageSet
+from seewhy.metrics import negative_log_likelihood
+from seewhy.progress import LOG
+from seewhy.split import Split
+
+
+def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> tuple[TrainConfig, list[dict[str, Any]]]:
+    """The best of `trials` configs near `config`, by the accuracy on val, and one row a trial.
+
+    Tree-structured Parzen estimation (optuna's TPESampler, seeded); the first trial is `config` itself.
+    Equal accuracies are told apart by the negative log-likelihood. The test part is not touched.
+    config must be resolved. Raises ConfigError where nothing is frozen: a trial would take hours.
+    """
+    if config.unfreeze == "all" or config.fresh_views or not config.cache:
+        raise ConfigError("--search tries fits on cached features; use it with --unfreeze 0, 1, 2, ... and --views 1 or more")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed))
+    study.enqueue_trial({name: getattr(config, name) for name in ("lr", "weight_decay", "label_smoothing", "views", "unfreeze")})
+    rows: list[dict[str, Any]] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        candidate = _suggest(trial, config)
+        try:
+            row = _try(images, split, candidate)
+        except ConfigError as error:  # the loss of this candidate exploded
+            LOG.info(f"trial left out: {error}")
+            raise optuna.TrialPruned from error
+        rows.append({**trial.params, **row})
+        LOG.info(f"trial {len(rows)}/{trials}: val accuracy {row['val_accuracy']:.2%}, " + _shown(trial.params))
+        return row["val_accuracy"] - 1e-4 * min(row["val_nll"], 10.0)  # one picture in 1,000 outweighs any likelihood
+
+    study.optimize(objective, n_trials=trials)
+    if not rows:
+        raise ConfigError(f"none of {trials} trials could be fitted; lower --lr (now {config.lr})")
+    best = config.model_copy(update=_complete(study.best_trial.params, config))
+    LOG.info(f"best of {trials} trials: " + _shown(study.best_trial.params))
+    return best, rows
+
+
+def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
+    """A config of the space: a decade around the given rate and decay, smoothing, views up to twice as many, frozen or as asked."""
+    assert config.lr is not None
+    assert config.weight_decay is not None
+    trial.suggest_categorical("unfreeze", sorted({0, int(config.unfreeze)}))
+    trial.suggest_float("lr", config.lr / 3.2, config.lr * 3.2, log=True)
+    trial.suggest_float("weight_decay", min(config.weight_decay, 0.01), max(config.weight_decay, 0.3))
+    trial.suggest_float("label_smoothing", 0.0, max(0.2, config.label_smoothing or 0.0))
+    trial.suggest_categorical("views", sorted({1, config.views, 2 * config.views}))
+    return config.model_copy(update=_complete(trial.params, config))
+
+
+def _complete(found: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What was found, with the epochs, batch size and patience of its recipe where it trains less than was asked."""
+    if found["unfreeze"] == config.unfreeze:
+        return found
+    recipe = RECIPES["linear"]
+    return {**found, **{name: recipe[name] for name in ("epochs", "batch_size", "patience")}}
+
+
+def _try(images: ImageSet, split: Split, config: TrainConfig) -> dict[str, float]:
+    """Fits one candidate and measures it on val."""
+    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
+    cut = cut_backbone(backbone, config.unfreeze)
+    arguments = (cut, backbone.preprocessing, config.engine, config.workers)
+    train = CachedViews(extract_features(images, split.train, config.views, *arguments), images.labels[split.train])
+    found = extract_features(images, split.val, 1, *arguments)
+    labels = images.labels[split.val]
+    with tempfile.TemporaryDirectory() as folder:
+        fitted = fit(
+            backbone, cut, train, CachedViews(found, labels), images.labels[split.train], len(images.classes), config, Path(folder)
+        )
+    logits = tail_logits(cut.tail, found.store, found.rows[:, 0])
+    return {
+        "val_accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
+        "val_nll": negative_log_likelihood(labels, logits),
+        "best_epoch": fitted.best_epoch,
+        "seconds": round(fitted.seconds, 2),
+    }
+
+
+def _shown(params: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())

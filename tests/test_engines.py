@@ -1,0 +1,89 @@
+"""Engines: ONNX Runtime and PyTorch say the same, exports are kept and found again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from seewhy import engines
+from seewhy.backbones import create_backbone, cut_backbone
+from seewhy.cam import FeatureMaps
+from seewhy.engines import FromSquares, make_engine
+from seewhy.transforms import Preprocessing, normalise
+
+TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)
+
+
+def squares(n: int, size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
+    backbone = create_backbone(name, 5, weights="none")
+    cut = cut_backbone(backbone, unfreeze)
+    preprocessing = replace(backbone.preprocessing, size=64)
+    pictures = squares(3, 64)
+    with torch.no_grad():
+        expected = cut.trunk(torch.from_numpy(normalise(pictures, preprocessing))).numpy()
+    found = make_engine(cut.trunk, preprocessing, 3, "onnx")
+    scale = np.abs(expected).max()
+    assert scale > 0.01
+    for n in (3, 1):  # any number of pictures
+        assert np.abs(found(pictures[:n]) - expected[:n]).max() < 1e-4 * scale
+    assert np.abs(make_engine(cut.trunk, preprocessing, 3, "torch")(pictures) - expected).max() < 1e-4 * scale
+
+
+def test_normalisation_is_the_networks_first_step() -> None:
+    pictures = squares(2, 8)
+    found = FromSquares(nn.Identity(), TINY)(torch.from_numpy(pictures)).numpy()
+    expected = (pictures / 255.0 - np.array(TINY.mean)) / np.array(TINY.std)
+    np.testing.assert_allclose(found, expected.transpose(0, 3, 1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(199, False, "torch"), (200, False, "onnx"), (10_000, True, "torch")])
+def test_auto_takes_onnx_for_many_pictures_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, pictures: int, cuda: bool, expected: str
+) -> None:
+    monkeypatch.setattr(engines, "ENGINES", {name: lambda network, size, name=name: name for name in ("onnx", "torch")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert make_engine(nn.Identity(), TINY, pictures) == expected
+
+
+def test_an_export_is_kept_and_taken_by_auto(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_engine(small_network(), TINY, 1, "onnx")(squares(2, 16))
+    assert len(list((cache / "engines").iterdir())) == 1
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("exported again")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    np.testing.assert_array_equal(make_engine(small_network(), TINY, 1, "auto")(squares(2, 16)), first)
+
+
+def test_other_weights_structure_or_preprocessing_are_other_exports(cache: Path) -> None:
+    cut_pooled, cut_map = (cut_backbone(create_backbone("resnet18", 5, "none"), n).trunk for n in (0, 1))
+    networks = [small_network(), small_network(1), nn.Sequential(small_network(), nn.Flatten()), cut_pooled, cut_map]
+    networks += [create_backbone("resnet18", 5, "none").model, FeatureMaps(create_backbone("resnet18", 5, "none").model)]
+    places = {engines._export_place(FromSquares(network, TINY), 16) for network in networks}
+    places |= {engines._export_place(FromSquares(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}
+    places |= {engines._export_place(FromSquares(small_network(), TINY), 32)}
+    assert len(places) == len(networks) + 2
+
+
+def test_an_export_that_cannot_be_kept_is_used_all_the_same(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "engines").write_text("a file where the folder should be")
+    found = make_engine(small_network(), TINY, 1, "onnx")(squares(2, 16))
+    np.testing.assert_allclose(found, make_engine(small_network(), TINY, 1, "torch")(squares(2, 16)), atol=1e-5)
