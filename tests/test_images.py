@@ -658,3 +658,38 @@ def test_data_root_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         list_caltech101(str(tmp_path / "file" / "data"))
     one_line(caught, tmp_path / "file" / "data")
+
+
+# ---------------------------------------------------------------- scaled decoding
+
+
+def photo(path: Path, size: tuple[int, int], **options: object) -> Path:
+    """A smooth picture with a few edges, as cameras give."""
+    x, y = np.meshgrid(np.linspace(0, 6, size[0]), np.linspace(0, 4, size[1]))
+    waves = np.stack([np.sin(x) + np.cos(y), np.sin(x * y / 3), np.cos(x - y)], axis=-1)
+    pixels = (110 + 45 * waves).clip(0, 255).astype(np.uint8)
+    pixels[size[1] // 3 : size[1] // 2, size[0] // 4 : size[0] // 2] = (250, 40, 10)
+    Image.fromarray(pixels).save(path, quality=95, **options)
+    return path
+
+
+@pytest.mark.parametrize(("size", "expected"), [((1800, 900), (900, 450)), ((1600, 1201), (800, 601)), ((899, 600), (899, 600))])
+def test_large_jpeg_is_decoded_to_no_less_than_enough(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    file = photo(tmp_path / "photo.jpg", size)
+    assert read_image(file, 448).size == expected
+    assert read_image(file).size == size
+
+
+def test_scaled_decoding_shows_the_same_picture(tmp_path: Path) -> None:
+    file = photo(tmp_path / "photo.jpg", (2000, 1500))
+    whole, scaled = (np.asarray(read_image(file, enough).resize((224, 224), Image.Resampling.BICUBIC), float) for enough in (None, 448))
+    assert np.abs(whole - scaled).mean() < 0.5  # of 255
+    assert np.abs(whole - scaled).max() < 40  # at the edges of the block
+
+
+def test_scaled_decoding_turns_upright_too_and_leaves_other_formats_alone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert read_image(photo(tmp_path / "turned.jpg", (1800, 900), exif=exif), 448).size == (450, 900)
+    Image.open(photo(tmp_path / "photo.jpg", (1800, 900))).save(tmp_path / "photo.png")
+    assert read_image(tmp_path / "photo.png", 448).size == (1800, 900)

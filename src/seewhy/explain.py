@@ -83,7 +83,7 @@ class Explanation:
 
 def view_for_people(path: Path | str, preprocessing: Preprocessing, long_side: int = OVERLAY_SIZE) -> npt.NDArray[np.uint8]:
     """The evaluation view in the picture's own proportions: (h, w, 3) uint8 RGB, the longer side `long_side`."""
-    picture = read_image(path)
+    picture = read_image(path, 2 * long_side)
     view = eval_view(picture.width, picture.height, preprocessing)
     left, top, right, bottom = view.box
     factor = long_side / max(right - left, bottom - top)
@@ -119,7 +119,7 @@ def explain(
     maps, targets, logits = [], [], []
 
     def square_of(path: Path) -> npt.NDArray[np.uint8]:
-        return render_view(read_image(path), EVAL_VIEW, "", preprocessing)
+        return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
 
     with progress("explaining", len(paths)) as advance:
         squares = in_order(square_of, paths, workers)

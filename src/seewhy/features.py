@@ -201,7 +201,7 @@ def _compute(
 
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
-        picture = read_image(images.paths[i])
+        picture = read_image(images.paths[i], preprocessing.enough)
         return [(row_key(images.hashes[i], v), render_view(picture, v, images.hashes[i], preprocessing)) for v in todo]
 
     names: list[bytes] = []

@@ -126,7 +126,9 @@ class PictureViews(Dataset[Batch]):
             i = int(self.indices[n])
             fresh = FIRST_RANDOM_VIEW + self.seed * VIEWS_A_SEED + epoch
             view = (n + epoch) % self.views if self.views else fresh
-            square = render_view(read_image(self.images.paths[i]), view, self.images.hashes[i], self.preprocessing)
+            square = render_view(
+                read_image(self.images.paths[i], self.preprocessing.enough), view, self.images.hashes[i], self.preprocessing
+            )
             if self.augment == "randaugment":
                 square = _randaugment(square, int(self.images.hashes[i][:12], 16) + view)
             squares.append(square)

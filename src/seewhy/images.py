@@ -75,11 +75,13 @@ class ImageSet:
 # ---------------------------------------------------------------- one picture
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, enough: int | None = None) -> Image.Image:
     """Bytes of an image file -> upright RGB picture; ValueError with the reason if that cannot be.
 
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
+    enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
+    transform), to at least that many pixels a side: a camera's photo in a fraction of the time.
     """
     if not data:
         raise ValueError("empty file")
@@ -99,6 +101,8 @@ def decode(data: bytes) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels without a known range; convert it to 8 or 16 bit")
     try:
+        if enough is not None and image.format == "JPEG":
+            image.draft(image.mode, (enough, enough))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # as above
@@ -120,8 +124,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Path | str) -> Image.Image:
-    """File -> upright RGB picture; ImageError with path and reason if that cannot be."""
+def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
+    """File -> upright RGB picture; ImageError with path and reason if that cannot be. enough: see `decode`."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -130,7 +134,7 @@ def read_image(path: Path | str) -> Image.Image:
         reason = error.strerror or "cannot be read"
         raise ImageError(f"{path}: {reason}", bad=((str(path), reason),)) from error
     try:
-        return decode(data)
+        return decode(data, enough)
     except ValueError as error:
         raise ImageError(f"{path}: {error}; replace or remove it", bad=((str(path), str(error)),)) from error
 

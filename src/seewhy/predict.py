@@ -122,7 +122,7 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
 
     def square_of(path: Path) -> npt.NDArray[np.uint8] | str:
         try:
-            return render_view(read_image(path), EVAL_VIEW, "", preprocessing)
+            return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
         except ImageError as error:
             return error.bad[0][1]
 

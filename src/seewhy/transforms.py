@@ -32,6 +32,14 @@ class Preprocessing:
     crop: float
     resize: str = "squash"
 
+    @property
+    def enough(self) -> int:
+        """Pixels a side of a picture beyond which decoding more of them shows in no view: twice the network's own.
+
+        A random view keeps at least 35% of the area, 0.6 of a side, and is still sampled down then.
+        """
+        return 2 * self.size
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
