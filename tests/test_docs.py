@@ -43,7 +43,10 @@ def test_recipes_in_the_readme_are_those_of_the_code() -> None:
     for name, recipe in RECIPES.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
         cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
-        assert cells == [str(recipe[key]) for key in ("epochs", "patience", "batch_size", "lr", "weight_decay", "label_smoothing")]
+        assert cells == [
+            str(recipe[key])
+            for key in ("epochs", "patience", "batch_size", "lr", "weight_decay", "label_smoothing", "ema_decay", "test_flip")
+        ]
 
 
 def test_architecture_names_every_module() -> None:

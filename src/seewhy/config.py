@@ -12,11 +12,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from seewhy.errors import ConfigError
 
 # What a fit uses where the user says nothing, by how much is trained.
-# What they reach stands in benchmarks/RESULTS.md; the trials that led to them are not a benchmark yet.
+# What they reach, and what else was tried on validation, stands in benchmarks/RESULTS.md.
 RECIPES: dict[str, dict[str, Any]] = {
-    "linear": {"epochs": 40, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.1, "patience": 10, "label_smoothing": 0.0},
-    "tail": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.1, "patience": 3, "label_smoothing": 0.1},
-    "full": {"epochs": 12, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "patience": 4, "label_smoothing": 0.1},
+    "linear": {
+        "epochs": 40,
+        "batch_size": 256,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "patience": 10,
+        "label_smoothing": 0.0,
+        "ema_decay": 0.0,
+        "test_flip": False,
+    },
+    "tail": {
+        "epochs": 8,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "weight_decay": 0.1,
+        "patience": 3,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.99,
+        "test_flip": True,
+    },
+    "full": {
+        "epochs": 12,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "patience": 4,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.0,
+        "test_flip": False,
+    },
 }
 
 
@@ -64,9 +91,9 @@ class TrainConfig(BaseModel):
     warmup_epochs: float = _fine(1.0, "epochs of linear warm-up (cosine)", ge=0)
     patience: int | None = _fine(None, "epochs without a better val loss before early stopping", ge=1)
     min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
-    stage_lr_decay: float = _fine(0.05, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
+    stage_lr_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
     label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
-    ema_decay: float = _fine(0.0, "moving average of the trained weights over the steps, which is validated and kept; 0 = off", ge=0, lt=1)
+    ema_decay: float | None = _fine(None, "moving average of the trained weights over the steps, validated and kept; 0 = off", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
     mix: Literal["none", "mixup", "cutmix"] = _fine(

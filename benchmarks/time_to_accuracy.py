@@ -1,0 +1,336 @@
+"""How long does each library need from Caltech-101 on disk to 92.5% validation accuracy, on the same split?
+
+    python benchmarks/time_to_accuracy.py --data-root DIR --weights FILE [--only NAME] [--limit-s 1500]     into results.json
+    python benchmarks/time_to_accuracy.py --quick                                                     demo pictures, 80%, one JSON line
+
+Candidates, all from the same ImageNet weights of ResNet-18 where not said otherwise, batch 32, seed 0, 70% of each class to train on:
+seewhy frozen and with its last stage trained (also with efficientnet_lite0), cold, process start included up to the epoch that reaches the
+goal; a Lightning module with the same frozen backbone; timm frozen up to the last stage; fastai's `vision_learner(...).fine_tune`;
+and the plain recipe of tutorials (everything trained, Adam 1e-3, PIL transforms, DataLoader with 2 workers).
+Each peer validates after every epoch and stops at the goal or at --limit-s; one that did not arrive is listed with what it had reached.
+The plain recipe is timed by the step and needs at least one epoch: its row is that lower bound. The figures stand in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, measure, record, seewhy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+GOAL = 0.925
+BATCH = 32
+SEEWHY = {
+    "seewhy efficientnet_lite0, frozen": ["--backbone", "efficientnet_lite0", "--unfreeze", "0"],
+    "seewhy resnet18, frozen": ["--backbone", "resnet18", "--unfreeze", "0"],
+    "seewhy efficientnet_lite0, last stage trained": ["--backbone", "efficientnet_lite0", "--unfreeze", "1"],
+    "seewhy resnet18, last stage trained": ["--backbone", "resnet18", "--unfreeze", "1"],
+}
+Reached = list[tuple[float, float]]  # (seconds since the start, validation accuracy) after each epoch
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Files through torchvision's transforms, as tutorials have them."""
+
+    def __init__(self, images: Any, indices: Any, train: bool) -> None:
+        from torchvision import transforms
+
+        self.images, self.indices = images, indices
+        views = [transforms.RandomResizedCrop(224, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose(
+            [
+                *(views if train else [transforms.Resize((224, 224))]),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        i = self.indices[n]
+        return self.transform(Image.open(self.images.paths[i]).convert("RGB")), int(self.images.labels[i])
+
+
+def network(weights: str | None, classes: int) -> Any:
+    """timm's ResNet-18 with the given weights and a new classifier; without weights, lite0 with those of its package."""
+    import timm
+
+    from seewhy.backbones import create_backbone, load_state, read_weights
+
+    if weights is None:
+        return create_backbone("efficientnet_lite0", classes).model
+    model = timm.create_model("resnet18", num_classes=classes)
+    load_state(model, read_weights(Path(weights)), weights)
+    return model
+
+
+def loaders(images: Any, split: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    train = DataLoader(Pictures(images, split.train, True), BATCH, shuffle=True, num_workers=2)
+    return train, DataLoader(Pictures(images, split.val, False), BATCH, num_workers=2)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
+    model.eval()
+    right = [(model(inputs).argmax(dim=1) == labels).float() for inputs, labels in loader]
+    return float(torch.cat(right).mean())
+
+
+def loop(model: Any, trained: list[nn.Module], lr: float, images: Any, split: Any, limit_s: float) -> Iterator[tuple[float, float]]:
+    """A plain training loop over the modules in `trained`; frozen BatchNorm stays in eval mode."""
+    began = time.perf_counter()
+    train, val = loaders(images, split)
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    while time.perf_counter() - began < limit_s:
+        model.eval()
+        for module in trained:
+            module.train()
+        for inputs, labels in train:
+            loss = F.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        yield time.perf_counter() - began, accuracy(model, val)
+
+
+def timm_last_stage(weights: str | None, images: Any, split: Any, goal: float, limit_s: float) -> Reached:
+    model = network(weights, len(images.classes))
+    return until(loop(model, [model.layer4, model.fc], 1e-3, images, split, limit_s), goal)
+
+
+def lightning_frozen(weights: str | None, images: Any, split: Any, goal: float, limit_s: float) -> Reached:
+    """A Lightning module with a frozen backbone and a trained head, run by its Trainer."""
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    model = network(weights, len(images.classes))
+    model.requires_grad_(False).eval()
+    head = model.get_classifier().requires_grad_(True)
+    reached: Reached = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            model.eval()
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(head.parameters(), lr=1e-3)
+
+    began = time.perf_counter()
+    train, val = loaders(images, split)
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            reached.append((time.perf_counter() - began, accuracy(model, val)))
+            trainer.should_stop = reached[-1][1] >= goal or reached[-1][0] > limit_s
+
+    trainer = Trainer(max_epochs=100, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Watch()])
+    trainer.fit(Module(), train)
+    return reached
+
+
+def fastai_fine_tune(weights: str | None, images: Any, split: Any, goal: float, limit_s: float) -> Reached:
+    """One frozen epoch, then one with everything trained: the least that fine_tune does."""
+    from fastai.vision.all import (
+        CategoryBlock,
+        DataBlock,
+        ImageBlock,
+        IndexSplitter,
+        Normalize,
+        Resize,
+        accuracy,
+        aug_transforms,
+        imagenet_stats,
+        vision_learner,
+    )
+    from torchvision.models import resnet18
+
+    chosen = np.concatenate([split.train, split.val])
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        get_x=lambda i: images.paths[i],
+        get_y=lambda i: images.classes[images.labels[i]],
+        splitter=IndexSplitter(range(len(split.train), len(chosen))),
+        item_tfms=Resize(224, method="squish"),
+        batch_tfms=[*aug_transforms(size=224), Normalize.from_stats(*imagenet_stats)],
+    )
+    began = time.perf_counter()
+    data = block.dataloaders(chosen.tolist(), bs=BATCH, num_workers=0)
+    learner = vision_learner(data, resnet18, metrics=accuracy, pretrained=False)
+    if weights:
+        body = resnet18()
+        from seewhy.backbones import read_weights
+
+        body.load_state_dict(read_weights(Path(weights)), strict=False)
+        theirs = [module.state_dict() for module in list(body.children())[:-2]]
+        for mine, state in zip(learner.model[0], theirs, strict=True):
+            mine.load_state_dict(state)
+    learner.freeze()
+    reached: Reached = []
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(1, freeze_epochs=1)
+    reached.append((time.perf_counter() - began, float(learner.validate()[1])))
+    return reached
+
+
+def plain_epoch(weights: str | None, images: Any, split: Any) -> float:
+    """Seconds of one epoch of the plain recipe, from 30 steps after 5 to warm up."""
+    model = network(weights, len(images.classes)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train, _ = loaders(images, split)
+    times = []
+    mark = time.perf_counter()
+    for n, (inputs, labels) in enumerate(train):
+        loss = F.cross_entropy(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        times.append(time.perf_counter() - mark)
+        mark = time.perf_counter()
+        if n == 34:
+            break
+    return float(np.median(times[5:])) * len(train)
+
+
+def until(epochs: Iterator[tuple[float, float]], goal: float) -> Reached:
+    """Epochs up to the first that reaches the goal."""
+    reached: Reached = []
+    for pair in epochs:
+        reached.append(pair)
+        print(f"  {pair[0]:.0f} s: {pair[1]:.1%}", file=sys.stderr)
+        if pair[1] >= goal:
+            break
+    return reached
+
+
+def seewhy_cold(options: list[str], data: str, extra: list[str], goal: float) -> dict[str, Any]:
+    """A whole `seewhy train` from an empty cache: seconds to the end of the first epoch at the goal, to the end, test accuracy."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "run"
+        run = measure(seewhy("train", data, *options, *extra, "--out", str(out), "--json"), {"SEEWHY_CACHE": str(Path(place) / "cache")})
+        with (out / "history.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    stages = run["answer"]["seconds"]
+    start = run["seconds"] - stages["total"]  # of the process, up to its first stage (its end included)
+    fit_start = stages["fit"] - sum(float(row["seconds"]) for row in rows)
+    passed = [n for n, row in enumerate(rows) if float(row["val_accuracy"]) >= goal]
+    epochs = rows[: passed[0] + 1] if passed else rows
+    reach = start + stages["pictures"] + stages["features"] + fit_start + sum(float(row["seconds"]) for row in epochs)
+    return {
+        "reach_s": round(reach, 1) if passed else None,
+        "total_s": run["seconds"],
+        "epochs": len(epochs),
+        "val_accuracy": run["answer"]["metrics"]["val"]["accuracy"],
+        "test_accuracy": run["answer"]["metrics"]["test"]["accuracy"],
+    }
+
+
+PEERS: dict[str, Callable[..., Reached]] = {
+    "Lightning module, frozen backbone": lightning_frozen,
+    "timm, frozen up to the last stage": timm_last_stage,
+    "fastai fine_tune(1)": fastai_fine_tune,
+}
+PLAIN = "plain recipe, everything trained: one epoch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
+    parser.add_argument("--only", default="", help="only candidates whose name holds this; the others keep their results")
+    parser.add_argument("--limit-s", type=float, default=1500.0, help="seconds after which a peer starts no further epoch")
+    parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
+    arguments = parser.parse_args()
+    from seewhy.images import open_images
+    from seewhy.split import split_images
+
+    if arguments.quick:
+        ours = seewhy_cold(SEEWHY["seewhy efficientnet_lite0, frozen"], "scenes", [], 0.8)
+        images = open_images("scenes")
+        peer = lightning_frozen(None, images, split_images(images), 0.8, 20.0)
+        ratios = {"Lightning module, same frozen backbone": round(peer[-1][0] / ours["reach_s"], 2)}
+        print(json.dumps({"name": "time_to_accuracy", "ratios": ratios, "seewhy": ours, "peer": peer}))
+        return
+    images = open_images("caltech101", arguments.data_root)
+    split = split_images(images, seed=0)
+    entry = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get("time_to_accuracy", {"raw": {}})
+    raw: dict[str, Any] = entry["raw"]
+    extra = ["--data-root", arguments.data_root] if arguments.data_root else []
+    for name, options in SEEWHY.items():
+        if arguments.only in name:
+            weights = ["--weights", arguments.weights] if arguments.weights and "resnet18" in name else []
+            raw[name] = seewhy_cold(options, "caltech101", extra + weights, GOAL)
+            keep(raw)
+    for name, peer_of in PEERS.items():
+        if arguments.only in name:
+            reached = peer_of(arguments.weights, images, split, GOAL, arguments.limit_s)
+            seconds, best = reached[-1]
+            raw[name] = {"reach_s": round(seconds, 1) if best >= GOAL else None, "total_s": round(seconds, 1), "epochs": len(reached)}
+            raw[name]["val_accuracy"] = best
+            keep(raw)
+    if arguments.only in PLAIN:
+        raw[PLAIN] = {"reach_s": None, "total_s": round(plain_epoch(arguments.weights, images, split), 1), "epochs": 1}
+        keep(raw)
+
+
+def keep(raw: dict[str, Any]) -> None:
+    """Renders what is measured so far; each candidate is on disk as soon as it has been timed."""
+    base = {kind: raw.get(f"seewhy resnet18, {kind}", {}).get("reach_s") for kind in ("frozen", "last stage trained")}
+    rows = []
+    ratios: dict[str, float] = {}
+    for name in [*SEEWHY, *PEERS, PLAIN]:
+        if name not in raw:
+            continue
+        found = raw[name]
+        ours = base["frozen" if "frozen backbone" in name else "last stage trained"]
+        if name not in SEEWHY and ours:
+            ratios[name] = round(found["total_s"] / ours, 1)
+        rows.append(
+            {
+                "candidate": name,
+                f"s to {GOAL:.1%} on val": found["reach_s"] or f"not within {found['total_s']:.0f}",
+                "epochs": found["epochs"],
+                "final val accuracy %": f"{100 * found['val_accuracy']:.1f}" if "val_accuracy" in found else "–",
+                "test accuracy %": f"{100 * found['test_accuracy']:.1f}" if "test_accuracy" in found else "–",
+                "over seewhy resnet18, same layers": ratios.get(name, "–"),
+            }
+        )
+    notes = [
+        "One run each (seed 0), one after another, cold; the whole machine to itself. The last column divides by seewhy's ResNet-18 row "
+        "with the same layers trained (fastai and the plain recipe, which train everything: by the row with the last stage). Where a "
+        "candidate did not arrive, its time so far is a lower bound.",
+        "The plain recipe's row is one epoch, timed by the step (median of 30); it needs several.",
+    ]
+    command = "python benchmarks/time_to_accuracy.py --only CANDIDATE"
+    record(
+        "time_to_accuracy",
+        f"Time to {GOAL:.1%} validation accuracy on Caltech-101",
+        {"rows": rows, "raw": raw, "notes": notes, "command": command},
+    )
+    print(json.dumps({"name": "time_to_accuracy", "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
