@@ -96,7 +96,7 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
     row = {
         "backbone": options["backbone"],
         "unfreeze": options["unfreeze"],
-        "differs from the defaults in": ", ".join(f"{name} {value}" for name, value in shown.items()) or "nothing",
+        "options": ", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults",
         "val accuracy %": mean("val_accuracy"),
         "with test_flip %": mean("val_accuracy_flip"),
         "val loss": mean("val_loss", 1, 4),
@@ -110,9 +110,9 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
     notes = [
         "Validation only. 60% of each class trains, 20% validates, 20% is set aside unseen. One standard error of an accuracy with 1,736 "
         "pictures is about 0.45 points; label smoothing enters the loss.",
-        "Each row is a call of its own, at the defaults of its day (see the CHANGELOG).",
+        "Each row is a call of its own. Seconds of the fit are no benchmark: other work ran beside some of them.",
     ]
-    command = "python benchmarks/recipes.py --set ..."
+    command = "python benchmarks/recipes.py --seeds SEEDS --set backbone=BACKBONE unfreeze=UNFREEZE OPTIONS"
     record("recipes", "Recipes tried, by validation", {"rows": rows, "notes": notes, "command": command})
     print(json.dumps(row), file=sys.stderr)
 
