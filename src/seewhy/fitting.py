@@ -7,7 +7,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -295,6 +295,19 @@ def cosine_with_warmup(step: int, warmup: float, total: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
 
 
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """(average, weights, n) -> the average after n + 1 steps; its decay rises to `decay` as (1 + n) / (10 + n).
+
+    The rise is timm's and TensorFlow's: without it, the average of a fit of a few dozen steps would hardly leave its start.
+    """
+
+    def average(averaged: Tensor, weights: Tensor, n: Tensor | int) -> Tensor:
+        share = min(decay, (1 + int(n)) / (10 + int(n)))
+        return share * averaged + (1 - share) * weights
+
+    return average
+
+
 def parameter_groups(backbone: Backbone, config: TrainConfig) -> list[dict[str, Any]]:
     """Discriminative learning rates: lr * stage_lr_decay ** depth; no weight decay on biases and norms."""
     depth_of = parameter_stages(backbone)
@@ -404,7 +417,7 @@ def fit(
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
-    averaging = [EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []
+    averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
     last = folder / "checkpoints" / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
     with isolate_rng(include_cuda=False), progress("training", epochs * steps) as advance:
