@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--caltech30-seeds", type=int, nargs="+", help="seeds of the caltech30 rows (default: the same)")
     parser.add_argument("--only", default="", help="only rows whose name holds this (or: peer); the others keep their results")
     parser.add_argument("--quick", action="store_true", help="the same question on less work, under a minute")
     arguments = parser.parse_args()
@@ -151,7 +152,7 @@ def main() -> None:
             extra = ["--data-root", arguments.data_root] if arguments.data_root else []
             if "resnet18" in name and arguments.weights:
                 extra += ["--weights", arguments.weights]
-            seeds = arguments.seeds
+            seeds = arguments.caltech30_seeds or arguments.seeds if "caltech30" in name else arguments.seeds
             home = Path(place) / f"{options[1]}-{options[3]}"  # features of one cut of one network
             home.mkdir(exist_ok=True)
             found = raw[name] = measure_row("caltech101", options + extra, seeds, home, repeat=not tail)
