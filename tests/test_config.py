@@ -58,7 +58,7 @@ def test_resolved_fills_in_the_recipe_of_what_is_trained(unfreeze: int | str, re
 
 def test_recipes_differ_where_it_matters() -> None:
     assert make_config(data="d", unfreeze=0).resolved().epochs == 40
-    assert make_config(data="d", unfreeze=1).resolved().epochs == 6
+    assert make_config(data="d", unfreeze=1).resolved().epochs == 8
     assert make_config(data="d", unfreeze="all").resolved().epochs == 12
     assert make_config(data="d", unfreeze=0).resolved().label_smoothing == 0.0
     assert make_config(data="d", unfreeze=1).resolved().label_smoothing == 0.1

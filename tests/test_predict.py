@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.features import render_view
 from seewhy.images import read_image
 from seewhy.metrics import softmax
-from seewhy.predict import Predictions, find_pictures, predict
+from seewhy.predict import Predictions, find_pictures, open_table, predict, predict_blocks
 from seewhy.run import Run
 from seewhy.transforms import normalise
 
@@ -147,8 +148,8 @@ def test_full_disk_keeps_the_older_table(tmp_path: Path, monkeypatch: pytest.Mon
     TABLE.save(tmp_path / "table.csv")
     before = (tmp_path / "table.csv").read_bytes()
 
-    def full(table: pd.DataFrame, path: Path, **options: object) -> None:
-        Path(path).write_text("half")
+    def full(table: pd.DataFrame, file: TextIO, **options: object) -> None:
+        file.write("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
@@ -239,3 +240,38 @@ def test_a_second_call_does_not_build_its_engine_again(folder: Path, monkeypatch
     first = predict(run, [folder])
     monkeypatch.setattr("seewhy.engines.ENGINES", {})
     np.testing.assert_array_equal(predict(run, [folder]).probs, first.probs)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_blocks_written_one_by_one_are_the_whole_table(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
+    whole = predict(run, [folder])
+    file = tmp_path / f"answers{suffix}"
+    blocks = list(predict_blocks(run, [folder], block=3))
+    assert [len(block.paths) for block in blocks] == [3, 1]
+    with open_table(file) as write:
+        for block in blocks:
+            write(block.table(2))
+        assert not file.exists()  # it appears when it is whole
+    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}[suffix]
+    pd.testing.assert_frame_equal(read(file), whole.table(2), rtol=1e-4)
+    assert sorted(path.name for path in tmp_path.glob("*answers*")) == [file.name]
+
+
+def test_a_table_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with open_table(tmp_path / "new" / "table.parquet") as write:
+            write(TABLE.table(2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_block_of_bad_pictures_alone(run: Run, folder: Path) -> None:
+    spoil(folder)
+    blocks = list(predict_blocks(run, [folder], skip_bad=True, block=1))
+    assert [len(block.paths) for block in blocks] == [1, 0, 0, 1]
+    assert [len(block.bad) for block in blocks] == [0, 1, 1, 0]
+    found = predict(run, [folder], skip_bad=True)
+    assert found.probs.shape == (2, len(CLASSES))

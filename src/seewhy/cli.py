@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -179,19 +180,27 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with probabilities."""
+    from seewhy.predict import open_table, predict_blocks
     from seewhy.run import load
 
-    predictions = load(run).predict(pictures, skip_bad)
-    for path, reason in predictions.bad:
-        typer.echo(f"left out: {path} ({reason})", err=True)
-    if out is not None:
-        predictions.save(out, top_k)
+    records: list[dict[str, Any]] = []
+    count = 0
+    loaded = load(run)
+    with open_table(out) if out is not None else nullcontext() as write:
+        for block in predict_blocks(loaded, pictures, skip_bad):
+            for path, reason in block.bad:
+                typer.echo(f"left out: {path} ({reason})", err=True)
+            if write is not None and block.paths:
+                write(block.table(top_k))
+            count += len(block.paths)
+            if as_json or out is None:
+                records += block.records(top_k)
     if as_json:
-        _print_json(predictions.records(top_k))
+        _print_json(records)
     elif out is not None:
-        typer.echo(f"{len(predictions.paths)} pictures -> {out}")
+        typer.echo(f"{count} pictures -> {out}")
     else:
-        for record in predictions.records(top_k):
+        for record in records:
             answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
             typer.echo(f"{record['path']}:  {answers}")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pandas as pd
 
 from seewhy.engines import Engine, kept_engine
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, render_view
+from seewhy.features import BATCH, EVAL_VIEW, in_order, render_view
 from seewhy.images import list_pictures, read_image
 from seewhy.metrics import softmax
 from seewhy.progress import progress
@@ -55,37 +56,93 @@ class Predictions:
 
     def save(self, path: Path | str, top_k: int = 5) -> None:
         """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
-        path = Path(path)
-        writers = {".csv": _write_csv, ".parquet": _write_parquet, ".json": _write_json}
-        if path.suffix not in writers:
-            raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
-        work = path.parent / f".{path.name}-{os.getpid()}"  # not by tempfile, whose files their owner alone may read
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writers[path.suffix](self.table(top_k), work)
-            os.replace(work, path)
-        except OSError as error:
-            with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
-                work.unlink()
-            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        with open_table(path) as write:
+            write(self.table(top_k))
 
 
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    table.to_csv(path, index=False)
+# ---------------------------------------------------------------- tables on disk
 
 
-def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    table.to_parquet(path, index=False)
+@contextmanager
+def open_table(path: Path | str) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A function that appends tables to a file of the kind its suffix names; the file appears when all is written.
+
+    Raises OutputError for an unknown suffix or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
+    work = path.parent / f".{path.name}-{os.getpid()}"  # not by tempfile, whose files their owner alone may read
+    new_parent = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WRITERS[path.suffix](work) as write:
+            yield write
+        os.replace(work, path)
+    except OSError as error:
+        _remove(work, new_parent)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    except BaseException:
+        _remove(work, new_parent)
+        raise
 
 
-def _write_json(table: pd.DataFrame, path: Path) -> None:
-    table.to_json(path, orient="records", indent=1)
+def _remove(work: Path, new_parent: bool) -> None:
+    with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
+        work.unlink()
+    if new_parent:
+        with suppress(OSError):
+            work.parent.rmdir()
 
 
-def both_ways(forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Mean logits of (N, size, size, 3) squares and their mirror images."""
-    mean: npt.NDArray[np.float32] = np.mean([forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))], axis=0)
-    return mean
+@contextmanager
+def _csv_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        header = iter([True])
+        yield lambda table: table.to_csv(file, index=False, header=next(header, False))
+
+
+@contextmanager
+def _parquet_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    opened: list[Any] = []
+
+    def write(table: pd.DataFrame) -> None:
+        block = pa.Table.from_pandas(table, preserve_index=False)
+        if not opened:
+            opened.append(pq.ParquetWriter(path, block.schema))
+        opened[0].write_table(block)
+
+    try:
+        yield write
+    finally:
+        for writer in opened:
+            writer.close()
+
+
+@contextmanager
+def _json_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    with path.open("w", encoding="utf-8") as file:
+        between = iter(["["])
+
+        def write(table: pd.DataFrame) -> None:
+            for record in table.to_dict("records"):
+                file.write(next(between, ",") + "\n" + json.dumps(record, ensure_ascii=False))
+
+        yield write
+        file.write(next(between, "") + "\n]\n")
+
+
+WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[pd.DataFrame], None]]]] = {
+    ".csv": _csv_writer,
+    ".parquet": _parquet_writer,
+    ".json": _json_writer,
+}
+
+
+# ---------------------------------------------------------------- predicting
 
 
 def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
@@ -110,15 +167,33 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def both_ways(forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Mean logits of (N, size, size, 3) squares and their mirror images."""
+    mean: npt.NDArray[np.float32] = np.mean([forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))], axis=0)
+    return mean
+
+
 def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
     """Class probabilities of files, folders and patterns.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
     """
+    blocks = list(predict_blocks(run, inputs, skip_bad, engine, workers))
+    return Predictions(
+        paths=tuple(path for block in blocks for path in block.paths),
+        probs=np.concatenate([block.probs for block in blocks]),
+        classes=run.classes,
+        bad=tuple(pair for block in blocks for pair in block.bad),
+    )
+
+
+def predict_blocks(
+    run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2, block: int = 4096
+) -> Iterator[Predictions]:
+    """The same, at most `block` pictures at a time, so that memory does not grow with their number."""
     paths = find_pictures(inputs)
     preprocessing = run.backbone.preprocessing
     forward = kept_engine(run.engines["network"], run.backbone.model, preprocessing, len(paths), engine)
-    bad: list[tuple[str, str]] = []
 
     def square_of(path: Path) -> npt.NDArray[np.uint8] | str:
         try:
@@ -126,25 +201,32 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
         except ImageError as error:
             return error.bad[0][1]
 
-    kept: list[Path] = []
-    logits: list[npt.NDArray[np.float32]] = []
-    with ThreadPoolExecutor(max(1, workers)) as pool, progress("predicting", len(paths)) as advance:
-        for start in range(0, len(paths), BATCH):
-            chunk = paths[start : start + BATCH]
-            squares = []
-            for path, square in zip(chunk, pool.map(square_of, chunk), strict=True):
-                if isinstance(square, str):
-                    bad.append((str(path), square))
-                else:
-                    kept.append(path)
-                    squares.append(square)
-            if squares:
-                logits.append(both_ways(forward, np.stack(squares)) if run.config.test_flip else forward(np.stack(squares)))
-            advance(len(chunk))
+    bad: list[tuple[str, str]] = []
+    kept = 0
+    with progress("predicting", len(paths)) as advance:
+        squares = zip(paths, in_order(square_of, paths, workers), strict=True)
+        for start in range(0, len(paths), block):
+            names: list[str] = []
+            logits: list[npt.NDArray[np.float32]] = []
+            new_bad: list[tuple[str, str]] = []
+            left = min(block, len(paths) - start)
+            while batch := list(itertools.islice(squares, min(BATCH, left))):
+                left -= len(batch)
+                new_bad += [(str(path), square) for path, square in batch if isinstance(square, str)]
+                good = [(str(path), square) for path, square in batch if not isinstance(square, str)]
+                if good and (skip_bad or not (bad or new_bad)):  # else there will be no answer, only the list
+                    stacked = np.stack([square for _, square in good])
+                    logits.append(both_ways(forward, stacked) if run.config.test_flip else forward(stacked))
+                    names += [path for path, _ in good]
+                kept += len(good)
+                advance(len(batch))
+            bad += new_bad
+            if logits and (skip_bad or not bad):
+                yield Predictions(tuple(names), softmax(np.concatenate(logits)), run.classes, tuple(new_bad))
+            elif new_bad and skip_bad:
+                yield Predictions((), np.empty((0, len(run.classes))), run.classes, tuple(new_bad))
     if bad and (not skip_bad or not kept):
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
         more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
         advice = "pass --skip-bad to leave them out" if kept else "none is left to predict"
         raise ImageError(f"{len(bad)} of {len(paths)} pictures cannot be used: {shown}{more}; {advice}", bad=tuple(bad))
-    probs = softmax(np.concatenate(logits))
-    return Predictions(tuple(str(path) for path in kept), probs, run.classes, tuple(bad))
