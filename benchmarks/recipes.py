@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import RESULTS, record
 
 from seewhy.backbones import create_backbone, cut_backbone
@@ -38,7 +39,7 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     cut = cut_backbone(backbone, config.unfreeze)
     began = time.perf_counter()
     train = extract_features(images, split.train, config.views, cut, backbone.preprocessing, config.engine)
-    val = extract_features(images, split.val, 2, cut, backbone.preprocessing, config.engine)
+    val = extract_features(images, split.val, 6, cut, backbone.preprocessing, config.engine)
     extracted = time.perf_counter() - began
     labels = images.labels[split.val]
     with tempfile.TemporaryDirectory() as folder:
@@ -52,10 +53,11 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
             config,
             Path(folder),
         )
-    plain, mirrored = (tail_logits(cut.tail, val.store, val.rows[:, view]) for view in (0, 1))
+    logits = np.stack([tail_logits(cut.tail, val.store, val.rows[:, view]) for view in range(6)])
     return {
-        "val_accuracy": float((plain.argmax(1) == labels).mean()),
-        "val_accuracy_flip": float(((plain + mirrored).argmax(1) == labels).mean()),
+        "val_accuracy": float((logits[0].argmax(1) == labels).mean()),
+        "val_accuracy_flip": float((logits[:2].sum(0).argmax(1) == labels).mean()),
+        "val_accuracy_6": float((logits.sum(0).argmax(1) == labels).mean()),
         "val_loss": min(row["val_loss"] for row in fitted.history),
         "n_val": len(labels),
         "fit_s": fitted.seconds,
@@ -99,6 +101,7 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
         "options": ", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults",
         "val accuracy %": mean("val_accuracy"),
         "with test_flip %": mean("val_accuracy_flip"),
+        "mean of 6 views %": mean("val_accuracy_6") if "val_accuracy_6" in trials[0] else "–",
         "val loss": mean("val_loss", 1, 4),
         "seeds": " ".join(map(str, seeds)),
         "val pictures": sum(int(t["n_val"]) for t in trials),

@@ -1,0 +1,66 @@
+"""The benchmarks' own arithmetic, and that each of them answers --help: their numbers are made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import common  # noqa: E402  # lies beside the benchmarks
+
+
+def test_candidates_take_turns_and_warm_up_once() -> None:
+    calls: list[str] = []
+    seconds = common.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_rates_and_ratios_by_hand() -> None:
+    seconds = {"ours": [2.0, 4.0, 1.0], "peer": [4.0, 4.0, 5.0]}
+    assert common.rates(seconds, 100) == {"ours": 50.0, "peer": 25.0}
+    assert common.ratio(seconds, "peer", "ours") == 2.0  # the median of 2, 1 and 5
+
+
+def test_measured_process() -> None:
+    code = "import json, time; block = bytearray(300_000_000); time.sleep(0.3); print('words'); print(json.dumps({'n': 3}))"
+    began = time.perf_counter()
+    found = common.measure([sys.executable, "-c", code])
+    assert 0.3 <= found["seconds"] <= time.perf_counter() - began + 0.01
+    assert found["answer"] == {"n": 3}
+    assert 0.25 < found["own_gb"] <= found["peak_gb"] + 0.01
+
+
+def test_a_failing_process_is_no_measurement() -> None:
+    with pytest.raises(SystemExit, match="status 3"):
+        common.measure([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_results_are_rendered_in_the_order_of_their_columns() -> None:
+    entry = {
+        "question": "How many?",
+        "rows": [{"b": 1, "a": 2}, {"b": 3}],
+        "hardware": {"cpu": "Some", "cores": 2, "memory_gb": 4.0, "gpu": None},
+        "versions": {"python": "3", "torch": "2", "timm": "1", "onnxruntime": "1"},
+        "command": "python benchmarks/x.py",
+        "date": "2026-01-01",
+    }
+    text = common.render({"x": json.loads(json.dumps(entry))})
+    assert "## How many?\n\n| b | a |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |" in text
+    assert "`python benchmarks/x.py`, 2026-01-01, Some, 2 cores, 4.0 GB, GPU: none" in text
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
+def test_every_benchmark_has_a_quick_answer(file: str) -> None:
+    text = (BENCHMARKS / file).read_text()
+    assert '"--quick"' in text
+    assert f"python benchmarks/{file}" in text.split('"""')[1]  # how to run it stands at its head
+    helped = subprocess.run([sys.executable, BENCHMARKS / file, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--quick" in helped
