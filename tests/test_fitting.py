@@ -110,7 +110,8 @@ def setup(make_folder: Callable[..., Path], cache: Path) -> Callable[[int | str]
 
 def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tuple[Fit, dict[str, torch.Tensor]]:
     images, split, backbone, cut = setup
-    values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3, **options}
+    values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3}
+    values |= {"classifier_first": False, "ema_decay": 0.0, **options}
     config: TrainConfig = make_config(**values).resolved()
     train_data: CachedViews | PictureViews
     val_data: CachedViews | PictureViews
@@ -126,7 +127,7 @@ def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tupl
 
 @pytest.mark.parametrize("unfreeze", [0, 1, 2])
 def test_cached_and_uncached_are_the_same_mathematics(setup: Callable[[int], Setup], tmp_path: Path, unfreeze: int) -> None:
-    options = {"unfreeze": unfreeze}
+    options = {"unfreeze": unfreeze, "classifier_first": True, "ema_decay": 0.9, "lr": 3e-5, "weight_decay": 0.0}
     one, _ = run_fit(setup(unfreeze), tmp_path / "cached", cached=True, **options)
     two, _ = run_fit(setup(unfreeze), tmp_path / "uncached", cached=False, **options)
     for name in ("train_loss", "val_loss"):
@@ -287,3 +288,53 @@ def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup],
     last, _ = run_fit(parts, tmp_path / "last", cached=True, unfreeze=1, epochs=2)
     np.testing.assert_allclose([r["train_loss"] for r in last.history], [r["train_loss"] for r in plain.history], atol=1e-4)
     assert all(parameter.is_contiguous() for parameter in parts[2].model.parameters())
+
+
+# ---------------------------------------------------------------- the classifier first
+
+
+def test_classifier_alone_is_fitted_before_the_stages_move(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    """At a rate of nothing the tail stays where the classifier's fit left it: that of a frozen network on the same pooled features."""
+    still = {"unfreeze": 1, "lr": 1e-12, "epochs": 1, "weight_decay": 0.0, "label_smoothing": 0.0}
+    parts = setup(1)
+    before = {k: v.clone() for k, v in parts[2].model.state_dict().items() if k.endswith("weight")}
+    first, weights = run_fit(parts, tmp_path / "first", cached=True, classifier_first=True, **still)
+    assert all(torch.allclose(before[name], weights[name], atol=1e-6) for name in before if name.startswith("layer"))
+    without, _ = run_fit(setup(1), tmp_path / "without", cached=True, classifier_first=False, **still)
+    assert without.history[0]["val_loss"] == pytest.approx(math.log(3), abs=0.05)  # the new classifier knows nothing
+    assert first.history[0]["val_loss"] < without.history[0]["val_loss"] - 0.1
+    assert not (tmp_path / "first" / "classifier").exists()
+
+
+def test_classifier_is_not_fitted_again_on_resume(setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"unfreeze": 1, "epochs": 3, "classifier_first": True}
+    whole, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
+    original = fitting.HistoryKeeper.on_train_epoch_start
+
+    def stop(self: fitting.HistoryKeeper, trainer: fitting.Trainer, module: fitting.FitModule) -> None:
+        if self.config.unfreeze == 1 and trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        original(self, trainer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.HistoryKeeper, "on_train_epoch_start", stop)
+        with pytest.raises(fitting.FitInterrupted):
+            run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(fitting, "fit_classifier_first", refuse)
+    resumed, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in whole.history]
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_networks_without_a_linear_classifier_on_vectors_are_left_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    images, split, backbone, cut = setup(1)
+    backbone.model.get_classifier = lambda: nn.Identity()  # type: ignore[operator]
+    before = backbone.model.fc.weight.clone()
+    data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch"), images.labels[split.val])
+    config = make_config(data="x", backbone=backbone.name).resolved()
+    fitting.fit_classifier_first(backbone, cut, data, data, 3, config, tmp_path)
+    assert torch.equal(backbone.model.fc.weight, before)

@@ -371,7 +371,7 @@ class _Trunk(nn.Module):
         return f"pooled={self.pooled}"  # a kept export is found by what repr shows
 
 
-class _Tail(nn.Module):
+class Tail(nn.Module):
     """Features -> logits through the unfrozen units and the head."""
 
     def __init__(self, model: nn.Module, units: Sequence[str], all_units: Sequence[str]) -> None:
@@ -382,6 +382,11 @@ class _Tail(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = cast(Any, self.head).forward_head(self.units(features))
         return logits
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """What the classifier sees: (N, K) for most networks."""
+        vectors: Tensor = cast(Any, self.head).forward_head(self.units(features), pre_logits=True)
+        return vectors
 
 
 def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
@@ -410,7 +415,7 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     for head_module in head.values():
         head_module.requires_grad_(True)
     # The trunk holds frozen weights alone: they are its identity in the cache.
-    cut = Cut(_Trunk(_without(model, [*units[first:], *head]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
+    cut = Cut(_Trunk(_without(model, [*units[first:], *head]), pooled=False), Tail(model, units[first:], units), units[first - 1])
     _check_cut(backbone, cut)
     return cut
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import time
 import warnings
@@ -25,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from seewhy.backbones import Backbone, Cut, parameter_stages
-from seewhy.config import TrainConfig
+from seewhy.backbones import Backbone, Cut, Tail, parameter_stages
+from seewhy.config import RECIPES, TrainConfig
 from seewhy.errors import ConfigError
 from seewhy.features import Features, render_view, round_like_stored
 from seewhy.images import ImageSet, read_image
@@ -38,6 +39,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 
 FIRST_RANDOM_VIEW = 2  # views 0 and 1 are the plain and the mirrored one
+MOST_PASSES = 2  # views, and rows in all, that the classifier is first fitted to
+MOST_ROWS = 50_000
 VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
 
 Batch = tuple[Tensor, Tensor]
@@ -89,6 +92,10 @@ class CachedViews(Dataset[Batch]):
     def __init__(self, features: Features, labels: npt.NDArray[np.int64]) -> None:
         self.features = features
         self.labels = labels
+
+    @property
+    def views(self) -> int:
+        return int(self.features.rows.shape[1])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -206,17 +213,20 @@ class FitModule(LightningModule):
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
+        inputs = self.tail_inputs(inputs)
+        if self.mixer is not None and targets is not None and self.training:
+            inputs, targets = self.mixer(inputs, targets)
+        logits: Tensor = self.tail(inputs)
+        return logits, targets
+
+    def tail_inputs(self, inputs: Tensor) -> Tensor:
+        """What the tail trains on: features as they are, uint8 squares through normalisation and the frozen trunk."""
         if inputs.dtype == torch.uint8:
             inputs = (inputs.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
             if self.frozen[0] is not None:
                 with torch.no_grad():
                     inputs = round_like_stored(self.frozen[0](inputs))
-        if self.mixer is not None and targets is not None and self.training:
-            inputs, targets = self.mixer(inputs, targets)
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=self.memory_format)
-        logits: Tensor = self.tail(inputs)
-        return logits, targets
+        return inputs.contiguous(memory_format=self.memory_format) if inputs.ndim == 4 else inputs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits, targets = self(batch[0], batch[1])
@@ -391,6 +401,65 @@ class ProgressCallback(Callback):
         self.advance(1)
 
 
+def fit_classifier_first(
+    backbone: Backbone,
+    cut: Cut,
+    train_data: CachedViews | PictureViews,
+    val_data: CachedViews | PictureViews,
+    classes: int,
+    config: TrainConfig,
+    folder: Path,
+) -> None:
+    """Fits the classifier of `cut.tail` alone, in place, to what the stages below it say before they train.
+
+    A random classifier's first gradients spoil pretrained features (LP-FT, Kumar et al., arXiv:2202.10054).
+    Leaves networks alone whose classifier is not one linear layer on a vector. At most MOST_ROWS pictures and views are used.
+    """
+    classifier = cast(Any, backbone.model).get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        return
+    module = FitModule(backbone, cut, config, classes, None, 1).eval()
+    passes = max(1, min(MOST_PASSES, train_data.views))
+    pictures = range(min(len(train_data), MOST_ROWS // passes))
+    train = _pooled(module, train_data, [n + epoch * len(train_data) for n in pictures for epoch in range(passes)])
+    val = _pooled(module, val_data, range(len(val_data)))
+    if train is None or val is None:
+        return
+    rows = np.arange(len(train[0])).reshape(-1, passes)
+    labels = train[1][::passes]
+    linear = config.model_copy(update={**RECIPES["linear"], "unfreeze": 0, "mix": "none", "label_smoothing": config.label_smoothing})
+    found = CachedViews(Features(train[0], rows, 0), labels), CachedViews(Features(val[0], np.arange(len(val[0]))[:, None], 0), val[1])
+    fitted = fit(backbone, Cut(cut.trunk, classifier, "pooled"), *found, labels, classes, linear, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    best = fitted.history[fitted.best_epoch - 1]
+    LOG.info(f"classifier alone    val loss {best['val_loss']:.3f}  val accuracy {best['val_accuracy']:.1%}  {fitted.seconds:.1f} s")
+
+
+@torch.inference_mode()
+def _pooled(
+    module: FitModule, data: CachedViews | PictureViews, positions: Sequence[int]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
+    """(N, K) vectors in front of the classifier and (N,) labels; None where the classifier does not see vectors."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device).eval()
+    if module.frozen[0] is not None:
+        module.frozen[0].to(device).eval()
+    vectors, labels = [], []
+    with progress("features of the classifier", len(positions)) as advance:
+        for start in range(0, len(positions), 128):
+            inputs, targets = data.__getitems__(list(positions[start : start + 128]))
+            pooled = cast(Tail, module.tail).pooled(module.tail_inputs(inputs.to(device)))
+            if pooled.ndim != 2:
+                return None
+            vectors.append(pooled.float().cpu().numpy())
+            labels.append(targets.numpy())
+            advance(len(targets))
+    module.cpu()
+    if module.frozen[0] is not None:
+        module.frozen[0].cpu()
+    return np.concatenate(vectors), np.concatenate(labels)
+
+
 def fit(
     backbone: Backbone,
     cut: Cut,
@@ -413,12 +482,14 @@ def fit(
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
     steps = len(train_loader)
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.classifier_first and isinstance(cut.tail, Tail) and not last.exists():
+        fit_classifier_first(backbone, cut, train_data, val_data, classes, config, folder / "classifier")
     module = FitModule(backbone, cut, config, classes, weights, steps)
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
     averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
-    last = folder / "checkpoints" / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
     with isolate_rng(include_cuda=False), progress("training", epochs * steps) as advance:
         trainer = Trainer(
