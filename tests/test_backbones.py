@@ -623,5 +623,5 @@ def test_another_size_is_taken_by_convolutions_and_refused_by_fixed_positions() 
     assert cut.trunk is not None
     assert cut.trunk(torch.zeros(1, 3, 96, 96)).shape == (1, 256, 6, 6)
     assert create_backbone("resnet18", 3, "none").preprocessing.size == 224
-    with pytest.raises(BackboneError, match="test_vit cannot take pictures of 96 pixels; leave size out"):
-        create_backbone("test_vit", 3, "none", size=96)
+    with pytest.raises(BackboneError, match="vit_tiny_patch16_224 cannot take pictures of 96 pixels; leave size out"):
+        create_backbone("vit_tiny_patch16_224", 3, "none", size=96)
