@@ -342,3 +342,21 @@ def test_random_views_depend_on_picture_and_number_alone(photo: Image.Image) -> 
     assert 0 <= left < right <= 160
     assert 0 <= top < bottom <= 120
     assert 0.35 <= (right - left) * (bottom - top) / (160 * 120) <= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
+def test_reading_a_mapped_store_does_not_fill_memory(tmp_path: Path) -> None:
+    def resident_mb() -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+
+    rows, width = 400, 250_000  # 200 MB of float16
+    store = np.memmap(tmp_path / "rows.bin", dtype=np.float16, mode="w+", shape=(rows, width))
+    store[:] = np.arange(rows, dtype=np.float16)[:, None]
+    store.flush()
+    store = np.memmap(tmp_path / "rows.bin", dtype=np.float16, mode="r", shape=(rows, width))
+    before = resident_mb()
+    for start in range(0, rows, 8):
+        taken = features.take_rows(store, np.arange(start, start + 8))
+        assert taken[:, 0].tolist() == list(range(start, start + 8))
+    assert resident_mb() - before < 60

@@ -13,7 +13,7 @@ from torch import nn
 
 from seewhy import metrics
 from seewhy.backbones import Backbone, Cut
-from seewhy.features import extract_features
+from seewhy.features import extract_features, take_rows
 from seewhy.images import ImageSet
 
 
@@ -106,6 +106,6 @@ def tail_logits(tail: nn.Module, store: npt.NDArray[Any], rows: npt.NDArray[np.i
     tail.eval()
     parts = []
     for start in range(0, len(rows), batch):
-        features = torch.from_numpy(np.asarray(store[rows[start : start + batch]], dtype=np.float32))
+        features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
         parts.append(tail(features).float().numpy())
     return np.concatenate(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,7 +49,19 @@ class Features:
 
     def get(self, pictures: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0) -> npt.NDArray[np.float32]:
         """(B, *shape) float32 of the given pictures (positions in `rows`) and views."""
-        return np.asarray(self.store[self.rows[pictures, views]], dtype=np.float32)
+        return take_rows(self.store, self.rows[pictures, views])
+
+
+def take_rows(store: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """A float32 copy of some rows. Pages of a mapped file are let go at once, so that memory does not grow to its size.
+
+    They stay in the system's cache, from where the next epoch has them back.
+    """
+    taken = np.asarray(store[rows], dtype=np.float32)
+    mapped = getattr(store, "_mmap", None)  # numpy's name for the mmap object of a memmap
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return taken
 
 
 def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
