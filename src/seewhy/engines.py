@@ -94,6 +94,8 @@ def _onnx_engine(network: nn.Module, size: int) -> Engine:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Idle threads sleep: spinning, they would take the cores from the threads that decode and from PyTorch's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
