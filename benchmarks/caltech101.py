@@ -66,7 +66,8 @@ def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.backbones import create_backbone
+    from seewhy.cutting import cut_backbone
     from seewhy.features import extract_features
     from seewhy.images import open_images
     from seewhy.split import split_images

@@ -9,13 +9,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from torch.utils.data import Dataset
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
+
+
+class Files(Dataset[tuple[Any, int]]):
+    """Picture files and labels through a transform of torchvision or timm: what a peer's DataLoader reads."""
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Callable[[Image.Image], Any]) -> None:
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return self.transform(Image.open(self.paths[i]).convert("RGB")), int(self.labels[i])
+
+
+def usual_transform(*views: Any) -> Callable[[Image.Image], Any]:
+    """`views`, then what every tutorial has: a tensor, normalised by ImageNet's mean and deviation."""
+    from torchvision import transforms
+
+    last = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    transform: Callable[[Image.Image], Any] = transforms.Compose([*views, *last])
+    return transform
 
 
 def measure(arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:

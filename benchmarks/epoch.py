@@ -20,50 +20,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleave, matrix_limit, rates, ratio, record
+from common import Files, interleave, matrix_limit, rates, ratio, record, usual_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 BATCH, CLASSES = 32, 101
 STAGE_GFLOP = 2.5  # of one training step of layer4 and the classifier, a picture: forward 0.82, backward twice that
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Files through torchvision's usual transforms."""
-
-    def __init__(self, paths: list[Path], labels: Any) -> None:
-        from torchvision import transforms
-
-        self.paths, self.labels = paths, labels
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((224, 224)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.open(self.paths[i]).convert("RGB")), int(self.labels[i])
-
-
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
     loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     optimizer.step()
 
 
 def naive_epoch(paths: list[Path], labels: Any) -> Any:
     """The peer: everything runs again in every epoch."""
     import timm
+    from torchvision import transforms
 
     model: Any = timm.create_model("resnet18", num_classes=CLASSES)
     model.requires_grad_(False)
@@ -72,7 +48,8 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
     model.eval()
     model.layer4.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    loader = DataLoader(Pictures(paths, labels), BATCH, shuffle=True, num_workers=2)
+    views = transforms.Resize((224, 224)), transforms.RandomHorizontalFlip()
+    loader = DataLoader(Files(paths, labels, usual_transform(*views)), BATCH, shuffle=True, num_workers=2)
 
     def run() -> None:
         for inputs, targets in loader:
@@ -83,7 +60,8 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
 
 def synthetic_epoch(count: int) -> Any:
     """The limit: the step alone."""
-    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.backbones import create_backbone
+    from seewhy.cutting import cut_backbone
 
     tail = cut_backbone(create_backbone("resnet18", CLASSES, "none"), 1).tail.train()
     optimizer = torch.optim.AdamW([p for p in tail.parameters() if p.requires_grad], lr=1e-3)
@@ -98,10 +76,12 @@ def synthetic_epoch(count: int) -> Any:
 
 def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     """Seconds of each epoch of seewhy's fit."""
-    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.backbones import create_backbone
+    from seewhy.batches import CachedViews
     from seewhy.config import make_config
+    from seewhy.cutting import cut_backbone
     from seewhy.features import Features, extract_features
-    from seewhy.fitting import CachedViews, fit
+    from seewhy.fitting import fit
 
     config = make_config(data=images.name, backbone="resnet18", weights="none", epochs=epochs, patience=epochs).resolved()
     backbone = create_backbone("resnet18", CLASSES, "none")

@@ -21,49 +21,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleave, matrix_limit, rates, ratio, record
+from common import Files, interleave, matrix_limit, rates, ratio, record
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 BACKBONES = {"resnet18": "none", "efficientnet_lite0": None}  # name -> weights
 GFLOP = {"resnet18": 3.64, "efficientnet_lite0": 0.77}  # of one forward pass at 224 pixels
-
-
-class Pictures(Dataset[Tensor]):
-    """Files through timm's evaluation transform."""
-
-    def __init__(self, paths: list[Path], model: Any) -> None:
-        import timm
-
-        self.paths = paths
-        data: Any = timm.data
-        self.transform = data.create_transform(**data.resolve_model_data_config(model))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> Tensor:
-        from PIL import Image
-
-        tensor: Tensor = self.transform(Image.open(self.paths[i]).convert("RGB"))
-        return tensor
 
 
 def eager_peer(timm_name: str, paths: list[Path]) -> Callable[[], Any]:
     import timm
 
     model = timm.create_model(timm_name, num_classes=0).eval()
-    loader = DataLoader(Pictures(paths, model), 32, num_workers=2)
+    data: Any = timm.data
+    transform = data.create_transform(**data.resolve_model_data_config(model))
+    loader = DataLoader(Files(paths, [0] * len(paths), transform), 32, num_workers=2)
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return torch.cat([model(batch) for batch in loader])
+        return torch.cat([model(batch) for batch, _ in loader])
 
     return run
 
 
 def candidates_of(name: str, images: Any, indices: Any, cache: Path) -> dict[str, Callable[[], Any]]:
-    from seewhy.backbones import create_backbone, cut_backbone
+    from seewhy.backbones import create_backbone
+    from seewhy.cutting import cut_backbone
     from seewhy.engines import make_engine
     from seewhy.features import extract_features
 

@@ -91,10 +91,10 @@ def main() -> None:
     factor = last["n"] / before["n"]
     # A ratio above 1: the larger size costs less a picture (time) or no more in all (memory).
     ratios = {
-        f"{stage} a picture, {before['n']} to {last['n']}": round(
+        f"{what} a picture, {before['n']} to {last['n']}": round(
             factor * before["train"]["answer"]["seconds"][stage] / last["train"]["answer"]["seconds"][stage], 2
         )
-        for stage in ("pictures", "features", "fit")
+        for what, stage in (("checking", "pictures"), ("features", "features"), ("fit", "fit"))
     }
     ratios["predict a picture"] = round(factor * before["predict"]["seconds"] / last["predict"]["seconds"], 2)
     ratios["memory of training"] = round(before["train"]["own_gb"] / last["train"]["own_gb"], 2)

@@ -100,7 +100,7 @@ def main() -> None:
     from timm import create_model
 
     from seewhy.backbones import create_backbone
-    from seewhy.transforms import normalise
+    from seewhy.engines import FromSquares
 
     torch.manual_seed(0)
 
@@ -111,7 +111,8 @@ def main() -> None:
         return network.eval()
 
     squares = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
-    pictures = torch.from_numpy(normalise(squares, create_backbone("resnet18", 2, "none").preprocessing))
+    preprocessing = create_backbone("resnet18", 2, "none").preprocessing
+    pictures = FromSquares(nn.Identity(), preprocessing)(torch.from_numpy(squares))
     onnx, eager = ours(fresh(), squares, "onnx"), ours(fresh(), squares, "torch")
     candidates: dict[str, Callable[[], Any]] = {}
     for method in ("gradcam", "gradcam++"):

@@ -14,20 +14,14 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import RESULTS, record
 
-from seewhy.backbones import create_backbone, cut_backbone
 from seewhy.config import make_config, parse_settings
-from seewhy.evaluate import tail_logits
-from seewhy.features import Features, extract_features
-from seewhy.fitting import CachedViews, fit
+from seewhy.evaluate import evaluate_network
 from seewhy.images import ImageSet, open_images
+from seewhy.search import fit_candidate
 from seewhy.split import split_images
 
 
@@ -35,33 +29,14 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     """Trains one variant; validation accuracy of the plain view, and averaged with the mirrored one."""
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
-    backbone = create_backbone(config.backbone, len(images.classes), config.weights, seed, config.resize, config.size)
-    cut = cut_backbone(backbone, config.unfreeze)
-    began = time.perf_counter()
-    train = extract_features(images, split.train, config.views, cut, backbone.preprocessing, config.engine)
-    val = extract_features(images, split.val, 6, cut, backbone.preprocessing, config.engine)
-    extracted = time.perf_counter() - began
-    labels = images.labels[split.val]
-    with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(
-            backbone,
-            cut,
-            CachedViews(train, images.labels[split.train]),
-            CachedViews(Features(val.store, val.rows[:, :1], 0), labels),
-            images.labels[split.train],
-            len(images.classes),
-            config,
-            Path(folder),
-        )
-    logits = np.stack([tail_logits(cut.tail, val.store, val.rows[:, view]) for view in range(6)])
+    backbone, cut, fitted = fit_candidate(images, split, config)
+    plain, both = (evaluate_network(backbone, cut, images, split.val, "val", flip=flip).metrics["accuracy"] for flip in (False, True))
     return {
-        "val_accuracy": float((logits[0].argmax(1) == labels).mean()),
-        "val_accuracy_flip": float((logits[:2].sum(0).argmax(1) == labels).mean()),
-        "val_accuracy_6": float((logits.sum(0).argmax(1) == labels).mean()),
+        "val_accuracy": plain,
+        "val_accuracy_flip": both,
         "val_loss": min(row["val_loss"] for row in fitted.history),
-        "n_val": len(labels),
+        "n_val": len(split.val),
         "fit_s": fitted.seconds,
-        "features_s": extracted,
     }
 
 
@@ -101,7 +76,6 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
         "options": ", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults",
         "val accuracy %": mean("val_accuracy"),
         "with test_flip %": mean("val_accuracy_flip"),
-        "mean of 6 views %": mean("val_accuracy_6") if "val_accuracy_6" in trials[0] else "–",
         "val loss": mean("val_loss", 1, 4),
         "seeds": " ".join(map(str, seeds)),
         "val pictures": sum(int(t["n_val"]) for t in trials),

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, measure, record, seewhy
+from common import RESULTS, Files, measure, record, seewhy, usual_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 GOAL = 0.925
 BATCH = 32
@@ -39,32 +39,6 @@ SEEWHY = {
     "seewhy resnet18, last stage trained": ["--backbone", "resnet18", "--unfreeze", "1"],
 }
 Reached = list[tuple[float, float]]  # (seconds since the start, validation accuracy) after each epoch
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Files through torchvision's transforms, as tutorials have them."""
-
-    def __init__(self, images: Any, indices: Any, train: bool) -> None:
-        from torchvision import transforms
-
-        self.images, self.indices = images, indices
-        views = [transforms.RandomResizedCrop(224, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()]
-        self.transform = transforms.Compose(
-            [
-                *(views if train else [transforms.Resize((224, 224))]),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        i = self.indices[n]
-        return self.transform(Image.open(self.images.paths[i]).convert("RGB")), int(self.images.labels[i])
 
 
 def network(weights: str | None, classes: int) -> Any:
@@ -81,8 +55,15 @@ def network(weights: str | None, classes: int) -> Any:
 
 
 def loaders(images: Any, split: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    train = DataLoader(Pictures(images, split.train, True), BATCH, shuffle=True, num_workers=2)
-    return train, DataLoader(Pictures(images, split.val, False), BATCH, num_workers=2)
+    """Training pictures in random views, validation pictures as they are."""
+    from torchvision import transforms
+
+    random = transforms.RandomResizedCrop(224, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()
+    train, val = (
+        Files([images.paths[i] for i in part], images.labels[part], usual_transform(*views))
+        for part, views in ((split.train, random), (split.val, (transforms.Resize((224, 224)),)))
+    )
+    return DataLoader(train, BATCH, shuffle=True, num_workers=2), DataLoader(val, BATCH, num_workers=2)
 
 
 @torch.inference_mode()
@@ -107,7 +88,7 @@ def loop(model: Any, trained: list[nn.Module], lr: float, images: Any, split: An
         for inputs, labels in train:
             loss = F.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
         yield time.perf_counter() - began, accuracy(model, val)
 
@@ -205,7 +186,7 @@ def plain_epoch(weights: str | None, images: Any, split: Any) -> float:
     for n, (inputs, labels) in enumerate(train):
         loss = F.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
         times.append(time.perf_counter() - mark)
         mark = time.perf_counter()

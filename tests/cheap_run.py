@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from seewhy.backbones import create_backbone, cut_backbone
+import numpy as np
+import numpy.typing as npt
+
+from seewhy.backbones import create_backbone
 from seewhy.config import make_config
+from seewhy.cutting import cut_backbone
 from seewhy.run import Run
+from seewhy.transforms import Preprocessing
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
+
+
+def normalised(squares: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, (x / 255 - mean) / std computed in float64."""
+    exact = (squares / 255.0 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
+    return np.ascontiguousarray(exact.transpose(0, 3, 1, 2), dtype=np.float32)
 
 
 def cheap_run(name: str = "resnet18", classes: Sequence[str] = CLASSES, size: int = 64, resize: str = "squash", **options: object) -> Run:

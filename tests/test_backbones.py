@@ -22,22 +22,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from cheap_run import normalised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seewhy.backbones import (
-    BACKBONES,
-    Backbone,
-    create_backbone,
-    cut_backbone,
-    parameter_stages,
-    read_weights,
-    rebuild_backbone,
-    weights_hash,
-)
+from seewhy.backbones import BACKBONES, Backbone, create_backbone, read_weights, rebuild_backbone, weights_hash
+from seewhy.cutting import cut_backbone, parameter_stages
 from seewhy.errors import BackboneError, ConfigError, WeightsError
 from seewhy.images import read_image
-from seewhy.transforms import eval_view, normalise, render
+from seewhy.transforms import eval_view, render
 
 SMALL = "test_resnet"  # timm's smallest chain: 0.5 M parameters, 160 x 160 pixels
 
@@ -345,7 +338,7 @@ def test_efficientnet_lite0_knows_a_dalmatian(caltech_root: Path) -> None:
         image = read_image(caltech_root / "caltech101" / "101_ObjectCategories" / "dalmatian" / f"image_{n:04d}.jpg")
         squares.append(render(image, eval_view(*image.size, p), (p.size, p.size), p.interpolation))
     with torch.inference_mode():
-        found = backbone.model(torch.from_numpy(normalise(np.stack(squares), p))).argmax(dim=1).tolist()
+        found = backbone.model(torch.from_numpy(normalised(np.stack(squares), p))).argmax(dim=1).tolist()
     assert found.count(251) >= 6, found  # ImageNet's class 251 is the dalmatian
 
 

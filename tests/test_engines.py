@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cheap_run import normalised
+from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 from seewhy import engines
-from seewhy.backbones import create_backbone, cut_backbone
+from seewhy.backbones import create_backbone
 from seewhy.cam import FeatureMaps
+from seewhy.cutting import cut_backbone
 from seewhy.engines import FromSquares, make_engine
-from seewhy.transforms import Preprocessing, normalise
+from seewhy.transforms import Preprocessing
 
 TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)
 
@@ -36,7 +40,7 @@ def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
     preprocessing = replace(backbone.preprocessing, size=64)
     pictures = squares(3, 64)
     with torch.no_grad():
-        expected = cut.trunk(torch.from_numpy(normalise(pictures, preprocessing))).numpy()
+        expected = cut.trunk(torch.from_numpy(normalised(pictures, preprocessing))).numpy()
     found = make_engine(cut.trunk, preprocessing, 3, "onnx")
     scale = np.abs(expected).max()
     assert scale > 0.01
@@ -45,14 +49,36 @@ def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
     assert np.abs(make_engine(cut.trunk, preprocessing, 3, "torch")(pictures) - expected).max() < 1e-4 * scale
 
 
-def test_normalisation_is_the_networks_first_step() -> None:
-    pictures = squares(2, 8)
-    found = FromSquares(nn.Identity(), TINY)(torch.from_numpy(pictures)).numpy()
-    expected = (pictures / 255.0 - np.array(TINY.mean)) / np.array(TINY.std)
-    np.testing.assert_allclose(found, expected.transpose(0, 3, 1, 2), atol=1e-6)
+def normalisation(squares: np.ndarray, preprocessing: Preprocessing = TINY) -> np.ndarray:
+    return FromSquares(nn.Identity(), preprocessing)(torch.from_numpy(squares)).numpy()
 
 
-@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(199, False, "torch"), (200, False, "onnx"), (10_000, True, "torch")])
+def all_grey_levels() -> np.ndarray:
+    """(2, 16, 16, 3): every value in every channel."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    return np.stack([np.stack([levels] * 3, axis=-1), np.stack([levels[::-1], levels.T, levels], axis=-1)])
+
+
+def test_normalisation_is_the_float64_formula() -> None:
+    found = normalisation(all_grey_levels())
+    assert found.shape == (2, 3, 16, 16)
+    assert found.dtype == np.float32
+    assert np.abs(found - normalised(all_grey_levels(), TINY)).max() < 1e-6
+
+
+def test_normalisation_is_torchvisions() -> None:
+    pipeline = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(TINY.mean, TINY.std)])
+    theirs = torch.stack([pipeline(Image.fromarray(square)) for square in all_grey_levels()])
+    assert np.abs(normalisation(all_grey_levels()) - theirs.numpy()).max() < 1e-6
+
+
+def test_normalisation_of_black_and_white() -> None:
+    squares = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, axis=3)
+    half = replace(TINY, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert normalisation(squares, half).tolist() == [[[[-1.0, 1.0]]] * 3]
+
+
+@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
 def test_auto_takes_onnx_for_many_pictures_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, cache: Path, pictures: int, cuda: bool, expected: str
 ) -> None:

@@ -13,8 +13,9 @@ from cheap_run import CLASSES, cheap_run
 from PIL import Image
 from torch import Tensor, nn
 
-from seewhy.backbones import Backbone, Cut
+from seewhy.backbones import Backbone
 from seewhy.config import make_config
+from seewhy.cutting import Cut
 from seewhy.errors import ConfigError, DataError, ImageError, OutputError
 from seewhy.explain import class_index, explain, view_for_people
 from seewhy.predict import predict

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cheap_run import normalised
 from PIL import Image, ImageOps
 from torch import nn
 
 from seewhy import features
-from seewhy.backbones import Cut
+from seewhy.cutting import Cut
 from seewhy.engines import Engine
 from seewhy.errors import OutputError
 from seewhy.features import FeatureStore, extract_features, render_view, row_key, stored_dtype
 from seewhy.images import ImageSet, open_images, read_image
-from seewhy.transforms import Preprocessing, normalise, view_of
+from seewhy.transforms import Preprocessing, view_of
 
 TINY = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 ALL = np.arange(8)
@@ -45,7 +46,7 @@ def expected_features(images: ImageSet, cut: Cut, views: int) -> np.ndarray:
     """(N, V, 4, 2, 2) straight from the pictures."""
     squares = [render_view(read_image(p), v, h, TINY) for p, h in zip(images.paths, images.hashes, strict=True) for v in range(views)]
     with torch.no_grad():
-        found = cut.trunk(torch.from_numpy(normalise(np.stack(squares), TINY))).numpy()
+        found = cut.trunk(torch.from_numpy(normalised(np.stack(squares), TINY))).numpy()
     return found.astype(np.float16).astype(np.float32).reshape(len(images), views, *found.shape[1:])
 
 

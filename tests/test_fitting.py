@@ -13,11 +13,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from seewhy import fitting
-from seewhy.backbones import Backbone, Cut, create_backbone, cut_backbone
+from seewhy.backbones import Backbone, create_backbone
+from seewhy.batches import CachedViews, EpochSampler, PictureViews
 from seewhy.config import TrainConfig, make_config
+from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError
 from seewhy.features import Features, extract_features
-from seewhy.fitting import CachedViews, EpochSampler, Fit, PictureViews, StandardisedLinear, cosine_with_warmup, fit
+from seewhy.fitting import Fit, StandardisedLinear, cosine_with_warmup, fit
 from seewhy.images import ImageSet, open_images
 from seewhy.split import Split, split_images
 
@@ -111,7 +113,7 @@ def setup(make_folder: Callable[..., Path], cache: Path) -> Callable[[int | str]
 def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tuple[Fit, dict[str, torch.Tensor]]:
     images, split, backbone, cut = setup
     values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3}
-    values |= {"classifier_first": False, "ema_decay": 0.0, **options}
+    values |= {"ema_decay": 0.0, **options}
     config: TrainConfig = make_config(**values).resolved()
     train_data: CachedViews | PictureViews
     val_data: CachedViews | PictureViews
@@ -125,18 +127,15 @@ def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tupl
     return result, {k: v.clone() for k, v in backbone.model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("unfreeze", "classifier_first"), [(0, False), (1, False), (2, False), (1, True)])
-def test_cached_and_uncached_are_the_same_mathematics(
-    setup: Callable[[int], Setup], tmp_path: Path, unfreeze: int, classifier_first: bool
-) -> None:
-    options = {"unfreeze": unfreeze, "classifier_first": classifier_first, "ema_decay": 0.9}
+@pytest.mark.parametrize("unfreeze", [0, 1, 2])
+def test_cached_and_uncached_are_the_same_mathematics(setup: Callable[[int], Setup], tmp_path: Path, unfreeze: int) -> None:
+    options = {"unfreeze": unfreeze, "ema_decay": 0.9}
     one, _ = run_fit(setup(unfreeze), tmp_path / "cached", cached=True, **options)
     two, _ = run_fit(setup(unfreeze), tmp_path / "uncached", cached=False, **options)
     for name in ("train_loss", "val_loss"):
         np.testing.assert_allclose([r[name] for r in one.history], [r[name] for r in two.history], atol=1e-4)
     losses = [row["train_loss"] for row in one.history]
-    if not classifier_first:  # fitted to BatchNorm's running statistics, which a random network's batches are far from
-        assert losses[-1] < losses[0]  # it did learn something meanwhile
+    assert losses[-1] < losses[0]  # it did learn something meanwhile
 
 
 def test_frozen_stages_do_not_move_and_the_others_do(setup: Callable[[int], Setup], tmp_path: Path) -> None:
@@ -160,11 +159,11 @@ def test_best_epoch_is_restored(setup: Callable[[int], Setup], tmp_path: Path) -
     assert len(losses) <= result.best_epoch + 2  # patience
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("own", [{"schedule": "cosine"}, {"schedule": "plateau"}, {"ema_decay": 0.9}])
 def test_resumed_fit_ends_with_the_same_weights(
-    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, object]
 ) -> None:
-    options = {"unfreeze": 1, "epochs": 4, "schedule": schedule}
+    options = {"unfreeze": 1, "epochs": 4, **own}
     whole, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
 
     original = fitting.ProgressCallback.on_train_batch_end
@@ -255,28 +254,6 @@ def test_averaged_weights_are_the_moving_average_of_the_steps(
     assert not torch.allclose(weights["fc.weight"], kept[-1], rtol=1e-3)
 
 
-def test_resumed_fit_with_averaged_weights_ends_with_the_same(
-    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"unfreeze": 1, "epochs": 3, "ema_decay": 0.9}
-    _, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
-    original = fitting.ProgressCallback.on_train_batch_end
-    calls = {"left": 6}
-
-    def stop(self: fitting.ProgressCallback, *args: object, **kwargs: object) -> None:
-        calls["left"] -= 1
-        if calls["left"] == 0:
-            raise KeyboardInterrupt
-        original(self, *args, **kwargs)
-
-    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", stop)
-    with pytest.raises(fitting.FitInterrupted):
-        run_fit(setup(1), tmp_path / "broken", cached=True, **options)
-    monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", original)
-    _, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
-
-
 def test_depthwise_networks_train_in_channels_last() -> None:
     depthwise = cut_backbone(create_backbone("efficientnet_lite0", 3, "none"), 1).tail
     plain = cut_backbone(create_backbone("resnet18", 3, "none"), 1).tail
@@ -291,53 +268,3 @@ def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup],
     last, _ = run_fit(parts, tmp_path / "last", cached=True, unfreeze=1, epochs=2)
     np.testing.assert_allclose([r["train_loss"] for r in last.history], [r["train_loss"] for r in plain.history], atol=1e-4)
     assert all(parameter.is_contiguous() for parameter in parts[2].model.parameters())
-
-
-# ---------------------------------------------------------------- the classifier first
-
-
-def test_classifier_alone_is_fitted_before_the_stages_move(setup: Callable[[int], Setup], tmp_path: Path) -> None:
-    """At a rate of nothing the tail stays where the classifier's fit left it: that of a frozen network on the same pooled features."""
-    still = {"unfreeze": 1, "lr": 1e-12, "epochs": 1, "weight_decay": 0.0, "label_smoothing": 0.0}
-    parts = setup(1)
-    before = {k: v.clone() for k, v in parts[2].model.state_dict().items() if k.endswith("weight")}
-    first, weights = run_fit(parts, tmp_path / "first", cached=True, classifier_first=True, **still)
-    assert all(torch.allclose(before[name], weights[name], atol=1e-6) for name in before if name.startswith("layer"))
-    without, _ = run_fit(setup(1), tmp_path / "without", cached=True, classifier_first=False, **still)
-    assert without.history[0]["val_loss"] == pytest.approx(math.log(3), abs=0.05)  # the new classifier knows nothing
-    assert first.history[0]["val_loss"] < without.history[0]["val_loss"] - 0.1
-    assert not (tmp_path / "first" / "classifier").exists()
-
-
-def test_classifier_is_not_fitted_again_on_resume(setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"unfreeze": 1, "epochs": 3, "classifier_first": True}
-    whole, expected = run_fit(setup(1), tmp_path / "whole", cached=True, **options)
-    original = fitting.HistoryKeeper.on_train_epoch_start
-
-    def stop(self: fitting.HistoryKeeper, trainer: fitting.Trainer, module: fitting.FitModule) -> None:
-        if self.config.unfreeze == 1 and trainer.current_epoch == 2:
-            raise KeyboardInterrupt
-        original(self, trainer, module)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.HistoryKeeper, "on_train_epoch_start", stop)
-        with pytest.raises(fitting.FitInterrupted):
-            run_fit(setup(1), tmp_path / "broken", cached=True, **options)
-
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("fitted again")
-
-    monkeypatch.setattr(fitting, "fit_classifier_first", refuse)
-    resumed, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
-    assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in whole.history]
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
-
-
-def test_networks_without_a_linear_classifier_on_vectors_are_left_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
-    images, split, backbone, cut = setup(1)
-    backbone.model.get_classifier = lambda: nn.Identity()  # type: ignore[operator]
-    before = backbone.model.fc.weight.clone()
-    data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch"), images.labels[split.val])
-    config = make_config(data="x", backbone=backbone.name).resolved()
-    fitting.fit_classifier_first(backbone, cut, data, data, 3, config, tmp_path)
-    assert torch.equal(backbone.model.fc.weight, before)

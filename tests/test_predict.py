@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cheap_run import CLASSES, cheap_run
+from cheap_run import CLASSES, cheap_run, normalised
 from PIL import Image
 
 from seewhy.errors import DataError, ImageError, OutputError
@@ -21,7 +21,6 @@ from seewhy.images import read_image
 from seewhy.metrics import softmax
 from seewhy.predict import Predictions, find_pictures, open_table, predict, predict_blocks
 from seewhy.run import Run
-from seewhy.transforms import normalise
 
 TABLE = Predictions(
     paths=("a, b.jpg", "é.png"),
@@ -170,7 +169,7 @@ def test_probabilities_are_those_of_the_network(run: Run, folder: Path) -> None:
     assert predictions.bad == ()
     squares = np.stack([render_view(read_image(path), 0, "", run.backbone.preprocessing) for path in paths])
     with torch.no_grad():
-        logits = run.backbone.model(torch.from_numpy(normalise(squares, run.backbone.preprocessing))).numpy()
+        logits = run.backbone.model(torch.from_numpy(normalised(squares, run.backbone.preprocessing))).numpy()
     np.testing.assert_allclose(predictions.probs, softmax(logits), rtol=1e-4, atol=1e-6)
     assert np.ptp(predictions.probs, axis=1).min() > 0.01
     assert np.abs(predictions.probs[0] - predictions.probs[3]).max() > 1e-4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from seewhy.transforms import Preprocessing, View, eval_view, normalise, random_view, render, view_of
+from seewhy.transforms import Preprocessing, View, eval_view, random_view, render, view_of
 
 SQUASH = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875)
 CROP = Preprocessing(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875, "crop")
@@ -172,36 +171,7 @@ def test_squash_is_torchvision_resize_to_the_bit() -> None:
     assert np.array_equal(render(picture, eval_view(301, 199, SQUASH), (224, 224), "bicubic"), np.asarray(theirs))
 
 
-# ---------------------------------------------------------------- numbers
-
-
-def all_grey_levels() -> npt.NDArray[np.uint8]:
-    """(2, 16, 16, 3): every value in every channel."""
-    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    return np.stack([np.stack([levels] * 3, axis=-1), np.stack([levels[::-1], levels.T, levels], axis=-1)])
-
-
-@pytest.mark.parametrize("preprocessing", [SQUASH, CROP])
-def test_normalise_is_the_float64_formula(preprocessing: Preprocessing) -> None:
-    squares = all_grey_levels()
-    exact = (squares.astype(np.float64) / 255 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
-    ours = normalise(squares, preprocessing)
-    assert ours.shape == (2, 3, 16, 16)
-    assert ours.dtype == np.float32
-    assert ours.flags["C_CONTIGUOUS"]
-    assert np.abs(ours - exact.transpose(0, 3, 1, 2)).max() < 1e-6
-
-
-def test_normalise_is_torchvisions() -> None:
-    squares = all_grey_levels()
-    pipeline = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(SQUASH.mean, SQUASH.std)])
-    theirs = torch.stack([pipeline(Image.fromarray(square)) for square in squares])
-    assert (torch.from_numpy(normalise(squares, SQUASH)) - theirs).abs().max() < 1e-6
-
-
-def test_normalise_of_black_and_white() -> None:
-    squares = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, axis=3)
-    assert normalise(squares, CROP).tolist() == [[[[-1.0, 1.0]]] * 3]
+# ---------------------------------------------------------------- record
 
 
 def test_preprocessing_round_trip_through_json() -> None:

@@ -93,7 +93,6 @@ class TrainConfig(BaseModel):
     min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
     stage_lr_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
     label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
-    classifier_first: bool = _fine(False, "fit the classifier alone to the pretrained features before the stages below it move")
     ema_decay: float | None = _fine(None, "moving average of the trained weights over the steps, validated and kept; 0 = off", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")

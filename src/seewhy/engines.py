@@ -21,7 +21,7 @@ from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.transforms import Preprocessing
 
-ONNX_WORTH_IT = 200  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
+ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
 FORMAT = 1  # of the kept exports
 
 Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]

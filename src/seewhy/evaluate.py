@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from seewhy import metrics
-from seewhy.backbones import Backbone, Cut
+from seewhy.backbones import Backbone
+from seewhy.cutting import Cut
 from seewhy.features import extract_features, take_rows
 from seewhy.images import ImageSet
 

@@ -18,8 +18,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from seewhy.backbones import Cut, weights_hash
+from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
+from seewhy.cutting import Cut
 from seewhy.engines import make_engine
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet, read_image

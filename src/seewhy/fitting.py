@@ -1,14 +1,13 @@
-"""Features or pictures -> a fitted network and its history: the LightningModule, its data and its Trainer."""
+"""Batches -> a fitted network and its history: the LightningModule and its Trainer."""
 
 from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,28 +21,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from seewhy.backbones import Backbone, Cut, Tail, parameter_stages
-from seewhy.config import RECIPES, TrainConfig
+from seewhy.backbones import Backbone
+from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
+from seewhy.config import TrainConfig
+from seewhy.cutting import Cut, parameter_stages
+from seewhy.engines import FromSquares
 from seewhy.errors import ConfigError
-from seewhy.features import Features, render_view, round_like_stored
-from seewhy.images import ImageSet, read_image
+from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
-from seewhy.transforms import Preprocessing
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
-
-FIRST_RANDOM_VIEW = 2  # views 0 and 1 are the plain and the mirrored one
-MOST_PASSES = 2  # views, and rows in all, that the classifier is first fitted to
-MOST_ROWS = 50_000
-VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,113 +55,6 @@ class FitInterrupted(KeyboardInterrupt):
     """Ctrl-C during a fit; the finished epochs are in the checkpoint."""
 
 
-# ---------------------------------------------------------------- data
-
-
-class EpochSampler(Sampler[int]):
-    """Yields epoch * n + i in an order that seed and epoch alone decide; Lightning calls set_epoch."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.n, generator=generator)
-        return iter((order + self.epoch * self.n).tolist())
-
-
-class CachedViews(Dataset[Batch]):
-    """Positions epoch * n + i -> a batch of stored features; each epoch takes the next view of each picture."""
-
-    def __init__(self, features: Features, labels: npt.NDArray[np.int64]) -> None:
-        self.features = features
-        self.labels = labels
-
-    @property
-    def views(self) -> int:
-        return int(self.features.rows.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """(B, *shape) float32 and (B,) int64, gathered in one go."""
-        epoch, picture = np.divmod(np.asarray(positions), len(self.labels))
-        views = (picture + epoch) % self.features.rows.shape[1]
-        return torch.from_numpy(self.features.get(picture, views)), torch.from_numpy(self.labels[picture])
-
-
-class PictureViews(Dataset[Batch]):
-    """Positions epoch * n + i -> a batch of squares (B, size, size, 3) uint8, decoded now.
-
-    views > 0: the same numbered views as CachedViews. views = 0: a new random view every epoch.
-    """
-
-    def __init__(
-        self, images: ImageSet, indices: npt.NDArray[np.int64], preprocessing: Preprocessing, views: int, seed: int, augment: str
-    ) -> None:
-        self.images = images
-        self.indices = indices
-        self.preprocessing = preprocessing
-        self.views = views
-        self.seed = seed
-        self.augment = augment
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        squares, labels = [], []
-        for position in positions:
-            epoch, n = divmod(position, len(self.indices))
-            i = int(self.indices[n])
-            fresh = FIRST_RANDOM_VIEW + self.seed * VIEWS_A_SEED + epoch
-            view = (n + epoch) % self.views if self.views else fresh
-            square = render_view(
-                read_image(self.images.paths[i], self.preprocessing.enough), view, self.images.hashes[i], self.preprocessing
-            )
-            if self.augment == "randaugment":
-                square = _randaugment(square, int(self.images.hashes[i][:12], 16) + view)
-            squares.append(square)
-            labels.append(int(self.images.labels[i]))
-        return torch.from_numpy(np.stack(squares)), torch.tensor(labels)
-
-
-def _randaugment(square: npt.NDArray[np.uint8], seed: int) -> npt.NDArray[np.uint8]:
-    """torchvision's RandAugment (two operations, magnitude 9), decided by `seed` alone."""
-    from torchvision.transforms import v2  # slow to import
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        picture = torch.from_numpy(square.copy()).permute(2, 0, 1)
-        augmented: npt.NDArray[np.uint8] = v2.RandAugment()(picture).permute(1, 2, 0).numpy()
-    return augmented
-
-
-def _as_is(batch: Any) -> Any:
-    """The datasets above return whole batches already."""
-    return batch
-
-
-def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int | None, workers: int) -> DataLoader[Batch]:
-    """Shuffled by `seed` and epoch; in order where seed is None. Stored features need no worker processes."""
-    sampler = EpochSampler(len(dataset), seed) if seed is not None else None
-    count = workers if isinstance(dataset, PictureViews) else 0
-    # A batch of one has no variance for BatchNorm to divide by; that picture has its turn in the next epoch.
-    drop_last = seed is not None and len(dataset) % batch_size == 1 and len(dataset) > 1
-    return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0, drop_last=drop_last
-    )
-
-
 # ---------------------------------------------------------------- the module
 
 
@@ -177,8 +62,6 @@ class FitModule(LightningModule):
     """Cross-entropy training of the tail; the trunk, where pictures come in, runs frozen in eval mode."""
 
     class_weights: Tensor | None
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self, backbone: Backbone, cut: Cut, config: TrainConfig, classes: int, class_weights: Tensor | None, steps_an_epoch: int
@@ -187,13 +70,13 @@ class FitModule(LightningModule):
         self.tail = StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail
         self.memory_format = best_memory_format(self.tail)
         self.tail.to(memory_format=self.memory_format)
-        self.frozen = (cut.trunk,)  # in a tuple: neither trained nor in the checkpoint
+        below = FromSquares(nn.Identity() if cut.trunk is None else cut.trunk, backbone.preprocessing)
+        self.below_tail = (below,)  # in a tuple: neither trained nor in the checkpoint
+        self.rounds = cut.trunk is not None
         self.backbone = backbone
         self.config = config
         self.steps_an_epoch = steps_an_epoch
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.register_buffer("mean", torch.tensor(backbone.preprocessing.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.preprocessing.std).view(1, 3, 1, 1), persistent=False)
         self.mixer = _make_mixer(config.mix, classes)
         self.metrics: dict[str, Metric] = {}
         for part in ("train", "val"):
@@ -205,28 +88,24 @@ class FitModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
-        if self.frozen[0] is not None:
-            self.frozen[0].to(self.device).eval()
+        self.below_tail[0].to(self.device).eval()
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.config.seed * 100_003 + self.current_epoch)  # dropout and mixing, also after a resume
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
-        inputs = self.tail_inputs(inputs)
+        if inputs.dtype == torch.uint8:
+            with torch.no_grad():
+                inputs = self.below_tail[0](inputs)
+            if self.rounds:
+                inputs = round_like_stored(inputs)
         if self.mixer is not None and targets is not None and self.training:
             inputs, targets = self.mixer(inputs, targets)
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=self.memory_format)
         logits: Tensor = self.tail(inputs)
         return logits, targets
-
-    def tail_inputs(self, inputs: Tensor) -> Tensor:
-        """What the tail trains on: features as they are, uint8 squares through normalisation and the frozen trunk."""
-        if inputs.dtype == torch.uint8:
-            inputs = (inputs.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-            if self.frozen[0] is not None:
-                with torch.no_grad():
-                    inputs = round_like_stored(self.frozen[0](inputs))
-        return inputs.contiguous(memory_format=self.memory_format) if inputs.ndim == 4 else inputs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits, targets = self(batch[0], batch[1])
@@ -266,9 +145,9 @@ class FitModule(LightningModule):
 
 
 def best_memory_format(tail: nn.Module) -> torch.memory_format:
-    """channels_last for networks with depthwise convolutions, whose training step it nearly halves on a CPU; it slows plain ones.
+    """channels_last for networks with depthwise convolutions, and on GPUs; the layout as it is for plain ones on a CPU.
 
-    Decided by structure and not by a stopwatch: the same network then always gives the same bits. See benchmarks/epoch.py.
+    Measured by benchmarks/epoch.py. Decided by structure and not by a stopwatch, so that the same network always gives the same bits.
     """
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in tail.modules())
     return torch.channels_last if depthwise or torch.cuda.is_available() else torch.contiguous_format
@@ -401,65 +280,6 @@ class ProgressCallback(Callback):
         self.advance(1)
 
 
-def fit_classifier_first(
-    backbone: Backbone,
-    cut: Cut,
-    train_data: CachedViews | PictureViews,
-    val_data: CachedViews | PictureViews,
-    classes: int,
-    config: TrainConfig,
-    folder: Path,
-) -> None:
-    """Fits the classifier of `cut.tail` alone, in place, to what the stages below it say before they train.
-
-    A random classifier's first gradients spoil pretrained features (LP-FT, Kumar et al., arXiv:2202.10054).
-    Leaves networks alone whose classifier is not one linear layer on a vector. At most MOST_ROWS pictures and views are used.
-    """
-    classifier = cast(Any, backbone.model).get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        return
-    module = FitModule(backbone, cut, config, classes, None, 1).eval()
-    passes = max(1, min(MOST_PASSES, train_data.views))
-    pictures = range(min(len(train_data), MOST_ROWS // passes))
-    train = _pooled(module, train_data, [n + epoch * len(train_data) for n in pictures for epoch in range(passes)])
-    val = _pooled(module, val_data, range(len(val_data)))
-    if train is None or val is None:
-        return
-    rows = np.arange(len(train[0])).reshape(-1, passes)
-    labels = train[1][::passes]
-    linear = config.model_copy(update={**RECIPES["linear"], "unfreeze": 0, "mix": "none", "label_smoothing": config.label_smoothing})
-    found = CachedViews(Features(train[0], rows, 0), labels), CachedViews(Features(val[0], np.arange(len(val[0]))[:, None], 0), val[1])
-    fitted = fit(backbone, Cut(cut.trunk, classifier, "pooled"), *found, labels, classes, linear, folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    best = fitted.history[fitted.best_epoch - 1]
-    LOG.info(f"classifier alone    val loss {best['val_loss']:.3f}  val accuracy {best['val_accuracy']:.1%}  {fitted.seconds:.1f} s")
-
-
-@torch.inference_mode()
-def _pooled(
-    module: FitModule, data: CachedViews | PictureViews, positions: Sequence[int]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
-    """(N, K) vectors in front of the classifier and (N,) labels; None where the classifier does not see vectors."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device).eval()
-    if module.frozen[0] is not None:
-        module.frozen[0].to(device).eval()
-    vectors, labels = [], []
-    with progress("features of the classifier", len(positions)) as advance:
-        for start in range(0, len(positions), 128):
-            inputs, targets = data.__getitems__(list(positions[start : start + 128]))
-            pooled = cast(Tail, module.tail).pooled(module.tail_inputs(inputs.to(device)))
-            if pooled.ndim != 2:
-                return None
-            vectors.append(pooled.float().cpu().numpy())
-            labels.append(targets.numpy())
-            advance(len(targets))
-    module.cpu()
-    if module.frozen[0] is not None:
-        module.frozen[0].cpu()
-    return np.concatenate(vectors), np.concatenate(labels)
-
-
 def fit(
     backbone: Backbone,
     cut: Cut,
@@ -482,14 +302,12 @@ def fit(
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
     steps = len(train_loader)
-    last = folder / "checkpoints" / "last.ckpt"
-    if config.classifier_first and isinstance(cut.tail, Tail) and not last.exists():
-        fit_classifier_first(backbone, cut, train_data, val_data, classes, config, folder / "classifier")
     module = FitModule(backbone, cut, config, classes, weights, steps)
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
     averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
+    last = folder / "checkpoints" / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
     with isolate_rng(include_cuda=False), progress("training", epochs * steps) as advance:
         trainer = Trainer(

@@ -206,25 +206,22 @@ def predict_blocks(
     with progress("predicting", len(paths)) as advance:
         squares = zip(paths, in_order(square_of, paths, workers), strict=True)
         for start in range(0, len(paths), block):
+            part = itertools.islice(squares, min(block, len(paths) - start))
             names: list[str] = []
             logits: list[npt.NDArray[np.float32]] = []
-            new_bad: list[tuple[str, str]] = []
-            left = min(block, len(paths) - start)
-            while batch := list(itertools.islice(squares, min(BATCH, left))):
-                left -= len(batch)
-                new_bad += [(str(path), square) for path, square in batch if isinstance(square, str)]
+            before = len(bad)
+            while batch := list(itertools.islice(part, BATCH)):
+                bad += [(str(path), square) for path, square in batch if isinstance(square, str)]
                 good = [(str(path), square) for path, square in batch if not isinstance(square, str)]
-                if good and (skip_bad or not (bad or new_bad)):  # else there will be no answer, only the list
+                kept += len(good)
+                if good and (skip_bad or not bad):  # else there will be no answer, only the list
                     stacked = np.stack([square for _, square in good])
                     logits.append(both_ways(forward, stacked) if run.config.test_flip else forward(stacked))
                     names += [path for path, _ in good]
-                kept += len(good)
                 advance(len(batch))
-            bad += new_bad
-            if logits and (skip_bad or not bad):
-                yield Predictions(tuple(names), softmax(np.concatenate(logits)), run.classes, tuple(new_bad))
-            elif new_bad and skip_bad:
-                yield Predictions((), np.empty((0, len(run.classes))), run.classes, tuple(new_bad))
+            if skip_bad or not bad:
+                probs = softmax(np.concatenate(logits)) if logits else np.empty((0, len(run.classes)))
+                yield Predictions(tuple(names), probs, run.classes, tuple(bad[before:]))
     if bad and (not skip_bad or not kept):
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
         more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""

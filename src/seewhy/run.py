@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
-from seewhy.backbones import Backbone, Cut, cut_backbone, rebuild_backbone
+from seewhy.backbones import Backbone, rebuild_backbone
 from seewhy.config import TrainConfig, dump_config, make_config
+from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
 from seewhy.transforms import Preprocessing

@@ -6,17 +6,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 
-from seewhy.backbones import create_backbone, cut_backbone
+from seewhy.backbones import Backbone, create_backbone
+from seewhy.batches import training_data
 from seewhy.config import RECIPES, TrainConfig
+from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError
-from seewhy.evaluate import tail_logits
-from seewhy.features import extract_features
-from seewhy.fitting import CachedViews, fit
+from seewhy.evaluate import evaluate_network
+from seewhy.fitting import Fit, fit
 from seewhy.images import ImageSet
-from seewhy.metrics import negative_log_likelihood
+from seewhy.metrics import accuracy, negative_log_likelihood
 from seewhy.progress import LOG
 from seewhy.split import Split
 
@@ -67,29 +67,27 @@ def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
 
 
 def _complete(found: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """What was found, with the epochs, batch size and patience of its recipe where it trains less than was asked."""
-    if found["unfreeze"] == config.unfreeze:
-        return found
-    recipe = RECIPES["linear"]
-    return {**found, **{name: recipe[name] for name in ("epochs", "batch_size", "patience")}}
+    """What was found, over the recipe of the frozen network where that was tried instead of what was asked."""
+    return found if found["unfreeze"] == config.unfreeze else {**RECIPES["linear"], **found}
+
+
+def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[Backbone, Cut, Fit]:
+    """The network of one config, fitted to the train part and stopped on val; nothing is written but the cache."""
+    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
+    cut = cut_backbone(backbone, config.unfreeze)
+    data = training_data(images, split, backbone, cut, config)
+    with tempfile.TemporaryDirectory() as folder:
+        fitted = fit(backbone, cut, *data, images.labels[split.train], len(images.classes), config, Path(folder))
+    return backbone, cut, fitted
 
 
 def _try(images: ImageSet, split: Split, config: TrainConfig) -> dict[str, float]:
-    """Fits one candidate and measures it on val."""
-    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = cut_backbone(backbone, config.unfreeze)
-    arguments = (cut, backbone.preprocessing, config.engine, config.workers)
-    train = CachedViews(extract_features(images, split.train, config.views, *arguments), images.labels[split.train])
-    found = extract_features(images, split.val, 1, *arguments)
-    labels = images.labels[split.val]
-    with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(
-            backbone, cut, train, CachedViews(found, labels), images.labels[split.train], len(images.classes), config, Path(folder)
-        )
-    logits = tail_logits(cut.tail, found.store, found.rows[:, 0])
+    """Fits one candidate and measures on val what a run of it would answer."""
+    backbone, cut, fitted = fit_candidate(images, split, config)
+    val = evaluate_network(backbone, cut, images, split.val, "val", config.engine, config.workers, flip=bool(config.test_flip))
     return {
-        "val_accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
-        "val_nll": negative_log_likelihood(labels, logits),
+        "val_accuracy": accuracy(val.labels, val.predicted),
+        "val_nll": negative_log_likelihood(val.labels, val.logits),
         "best_epoch": fitted.best_epoch,
         "seconds": round(fitted.seconds, 2),
     }

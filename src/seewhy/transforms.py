@@ -124,11 +124,3 @@ def render(image: Image.Image, view: View, size: tuple[int, int], interpolation:
         if factor != 1.0:
             square = enhance(square).enhance(factor)
     return np.asarray(square, dtype=np.uint8)
-
-
-def normalise(squares: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, (x / 255 - mean) / std."""
-    # One multiply and one add: x * scale + shift.
-    scale = (1 / (255 * np.asarray(preprocessing.std))).astype(np.float32)
-    shift = (-np.asarray(preprocessing.mean) / np.asarray(preprocessing.std)).astype(np.float32)
-    return np.ascontiguousarray((squares * scale + shift).transpose(0, 3, 1, 2), dtype=np.float32)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from seewhy.backbones import Backbone, Cut, check_request, create_backbone, cut_backbone
+from seewhy.backbones import Backbone, check_request, create_backbone
+from seewhy.batches import training_data
 from seewhy.config import TrainConfig, dump_config, make_config
+from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import DataError, OutputError, RunError
 from seewhy.evaluate import Evaluation, evaluate_network
-from seewhy.features import extract_features
 from seewhy.figures import confusion_figure, save_png, training_curves
-from seewhy.fitting import CachedViews, Fit, PictureViews, fit
+from seewhy.fitting import Fit, fit
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
 from seewhy.progress import LOG
 from seewhy.report import write_report
@@ -83,7 +84,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
     mark = time.perf_counter()
-    train_data, val_data = _training_data(images, split, backbone, cut, config)
+    train_data, val_data = training_data(images, split, backbone, cut, config)
     seconds["features"] = time.perf_counter() - mark
     labels = images.labels[split.train]
     fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
@@ -132,23 +133,6 @@ def _tell_of(images: ImageSet, split: Split) -> None:
         LOG.info(f"left out {len(images.bad)} unusable pictures (listed in run.json)")
     for _, paths in conflicting_duplicates(images)[:5]:
         LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
-
-
-def _training_data(
-    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
-) -> tuple[CachedViews | PictureViews, CachedViews | PictureViews]:
-    """Stored features where something is frozen and views are fixed, pictures otherwise."""
-    preprocessing, labels = backbone.preprocessing, images.labels
-    if cut.trunk is None or config.fresh_views or not config.cache:
-        views = 0 if config.fresh_views else config.views
-        train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
-        return train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard")
-    arguments = (cut, preprocessing, config.engine, config.workers)
-    train_features = extract_features(images, split.train, config.views, *arguments)
-    # Test features are computed here too: one pass over the pictures, one export of the trunk.
-    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, *arguments)
-    val_features = type(rest)(rest.store, rest.rows[: len(split.val), :1], rest.computed)  # the fit watches the plain view
-    return CachedViews(train_features, labels[split.train]), CachedViews(val_features, labels[split.val])
 
 
 def _evaluate(images: ImageSet, indices: Any, part: str, backbone: Backbone, cut: Cut, config: TrainConfig) -> Evaluation:
