@@ -17,7 +17,8 @@ from seewhy import engines
 from seewhy.backbones import create_backbone
 from seewhy.cam import FeatureMaps
 from seewhy.cutting import cut_backbone
-from seewhy.engines import FromSquares, make_engine
+from seewhy.engines import FromSquares, kept_engine, make_engine
+from seewhy.features import in_order
 from seewhy.transforms import Preprocessing
 
 TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)
@@ -82,7 +83,7 @@ def test_normalisation_of_black_and_white() -> None:
 def test_auto_takes_onnx_for_many_pictures_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, cache: Path, pictures: int, cuda: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(engines, "ENGINES", {name: lambda network, size, name=name: name for name in ("onnx", "torch")})
+    monkeypatch.setattr(engines, "ENGINES", {name: lambda network, size, lanes, name=name: name for name in ("onnx", "torch")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert make_engine(nn.Identity(), TINY, pictures) == expected
 
@@ -113,3 +114,16 @@ def test_an_export_that_cannot_be_kept_is_used_all_the_same(cache: Path) -> None
     (cache / "engines").write_text("a file where the folder should be")
     found = make_engine(small_network(), TINY, 1, "onnx")(squares(2, 16))
     np.testing.assert_allclose(found, make_engine(small_network(), TINY, 1, "torch")(squares(2, 16)), atol=1e-5)
+
+
+def test_many_pictures_run_side_by_side_to_the_bit_as_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    kept: dict[tuple[str, int], engines.Engine] = {}
+    few, many = (kept_engine(kept, small_network(), TINY, n, "onnx") for n in (63, 64))
+    assert (few.lanes, many.lanes) == (1, 4)
+    assert kept_engine(kept, small_network(), TINY, 1000) is many
+    assert kept_engine(kept, small_network(), TINY, 1) is few
+    batches = np.split(squares(96, 16), 12)
+    found = list(in_order(many, batches, many.lanes, ahead=many.lanes))
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate([many(batch) for batch in batches]))
+    np.testing.assert_allclose(np.concatenate(found), few(np.concatenate(batches)), atol=1e-5)

@@ -239,7 +239,7 @@ def test_interruption_keeps_the_finished_batches(pictures: ImageSet, monkeypatch
                 raise KeyboardInterrupt
             return run(squares)
 
-        return engine
+        return Engine(engine)
 
     monkeypatch.setattr(features, "BATCH", 3)
     with monkeypatch.context() as patch:

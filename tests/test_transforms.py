@@ -90,7 +90,7 @@ def test_random_boxes_lie_inside_and_keep_their_bounds(width: int, height: int, 
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(8, 400), height=st.integers(8, 400), seed=st.integers(0, 2**32 - 1), resize=st.sampled_from(["squash", "crop"]))
-def test_pillow_takes_every_box(width: int, height: int, seed: int, resize: str) -> None:
+def test_every_box_can_be_rendered(width: int, height: int, seed: int, resize: str) -> None:
     picture = Image.new("RGB", (width, height), (10, 20, 30))
     preprocessing = Preprocessing(8, (0, 0, 0), (1, 1, 1), "bilinear", 0.95, resize)
     for view in (random_view(width, height, np.random.default_rng(seed)), eval_view(width, height, preprocessing)):
@@ -153,22 +153,35 @@ def test_colour_factors_by_hand() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (200, 300), (256, 256), (640, 512)])
 def test_crop_agrees_with_torchvision(width: int, height: int) -> None:
-    """Resize(256) + CenterCrop(224) of torchvision, within 3 grey levels at most and half a level on average.
+    """Resize(256) + CenterCrop(224) of torchvision, within 4 grey levels at most and one on average.
 
-    They are not the same to the bit: torchvision rounds the long side and the crop's corner to whole pixels.
+    They are not the same to the bit: both round their cuts to whole pixels, one before and one after the resize.
     """
     picture = smooth(width, height)
     theirs = v2.Compose([v2.Resize(256, v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(224)])(picture)
     ours = render(picture, eval_view(width, height, CROP), (224, 224), "bilinear")
     difference = np.abs(ours.astype(int) - np.asarray(theirs).astype(int))
-    assert difference.max() <= 3
-    assert difference.mean() <= 0.5
+    assert difference.max() <= 4
+    assert difference.mean() <= 1
 
 
-def test_squash_is_torchvision_resize_to_the_bit() -> None:
-    picture = noise(301, 199)
-    theirs = v2.Resize((224, 224), v2.InterpolationMode.BICUBIC, antialias=True)(picture)
-    assert np.array_equal(render(picture, eval_view(301, 199, SQUASH), (224, 224), "bicubic"), np.asarray(theirs))
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_squash_is_the_resize_of_torchvision_and_pillow(interpolation: str) -> None:
+    """To the bit as torchvision resizes a tensor; to a grey level here and there as it resizes a Pillow picture."""
+    picture, smoothed = noise(301, 199), smooth(301, 199)
+    resize = v2.Resize((224, 224), v2.InterpolationMode(interpolation), antialias=True)
+    theirs = resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert np.array_equal(render(picture, eval_view(301, 199, SQUASH), (224, 224), interpolation), theirs)
+    difference = np.abs(render(smoothed, eval_view(301, 199, SQUASH), (224, 224), interpolation).astype(int) - np.asarray(resize(smoothed)))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
+def test_a_box_is_cut_at_whole_pixels_and_holds_at_least_one() -> None:
+    picture = noise(40, 30)
+    pixels = np.asarray(picture)
+    assert np.array_equal(render(picture, View((4.6, 7.4, 25.4, 26.6)), (20, 20), "bicubic"), pixels[7:27, 5:25])
+    assert np.array_equal(render(picture, View((39.6, 29.7, 40.0, 30.0)), (1, 1), "bicubic"), pixels[29:, 39:])
 
 
 # ---------------------------------------------------------------- record

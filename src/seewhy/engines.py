@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,19 @@ from seewhy.cache import cache_dir
 from seewhy.transforms import Preprocessing
 
 ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
+MANY = 64  # pictures from which batches run side by side
 FORMAT = 1  # of the kept exports
 
-Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+@dataclass(frozen=True)
+class Engine:
+    """run: (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode; at most `lanes` threads may call it at a time."""
+
+    run: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    lanes: int = 1
+
+    def __call__(self, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return self.run(squares)
 
 
 class FromSquares(nn.Module):
@@ -47,13 +58,22 @@ class FromSquares(nn.Module):
 
 
 def make_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
-    """A function (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode.
+    """What runs `network` on squares of `preprocessing.size`, normalised as its first step.
 
     onnx: ONNX Runtime on the CPU, faster than eager PyTorch there. torch: PyTorch, on the GPU where there is one.
     """
     if engine == "auto":
         engine = choose_engine(network, preprocessing, pictures)
-    return ENGINES[engine](FromSquares(network, preprocessing).eval(), preprocessing.size)
+    return ENGINES[engine](FromSquares(network, preprocessing).eval(), preprocessing.size, _lanes(engine, pictures))
+
+
+def _lanes(engine: str, pictures: int) -> int:
+    """How many batches run side by side, each on its share of the cores.
+
+    Two batches on a core each finish sooner than two batches after one another on both, whose threads wait for each other
+    in every layer (benchmarks/extraction.py). A few pictures are sooner there with all cores on them. At most 4, for memory.
+    """
+    return min(torch.get_num_threads(), 4) if engine == "onnx" and pictures >= MANY else 1
 
 
 def choose_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int) -> str:
@@ -65,17 +85,21 @@ def choose_engine(network: nn.Module, preprocessing: Preprocessing, pictures: in
     return "onnx" if _export_place(FromSquares(network, preprocessing), preprocessing.size).is_file() else "torch"
 
 
-def kept_engine(kept: dict[str, Engine], network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
+def kept_engine(
+    kept: dict[tuple[str, int], Engine], network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto"
+) -> Engine:
     """`make_engine`, made once for all calls with the same `kept`, so that a loaded run answers its second picture at once."""
     if engine == "auto":
-        known = "onnx" if "onnx" in kept else "torch" if "torch" in kept and pictures < ONNX_WORTH_IT else None
+        names = {name for name, _ in kept}
+        known = "onnx" if "onnx" in names else "torch" if "torch" in names and pictures < ONNX_WORTH_IT else None
         engine = known or choose_engine(network, preprocessing, pictures)
-    if engine not in kept:
-        kept[engine] = make_engine(network, preprocessing, pictures, engine)
-    return kept[engine]
+    key = (engine, _lanes(engine, pictures))
+    if key not in kept:
+        kept[key] = make_engine(network, preprocessing, pictures, engine)
+    return kept[key]
 
 
-def _torch_engine(network: nn.Module, size: int) -> Engine:
+def _torch_engine(network: nn.Module, size: int, lanes: int) -> Engine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A copy: a trunk shares its parameters with the tail, which must stay where it is.
     network = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
@@ -85,14 +109,14 @@ def _torch_engine(network: nn.Module, size: int) -> Engine:
             features: npt.NDArray[np.float32] = network(torch.from_numpy(squares).to(device)).float().cpu().contiguous().numpy()
         return features
 
-    return run
+    return Engine(run)  # its own threads use all cores for one batch
 
 
-def _onnx_engine(network: nn.Module, size: int) -> Engine:
+def _onnx_engine(network: nn.Module, size: int, lanes: int) -> Engine:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads() // lanes
     options.log_severity_level = 3
     # Idle threads sleep: spinning, they would take the cores from the threads that decode and from PyTorch's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -103,10 +127,10 @@ def _onnx_engine(network: nn.Module, size: int) -> Engine:
         output: npt.NDArray[np.float32] = session.run(None, {name: squares})[0]
         return output
 
-    return run
+    return Engine(run, lanes)
 
 
-ENGINES: dict[str, Callable[[nn.Module, int], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}
+ENGINES: dict[str, Callable[[nn.Module, int, int], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}
 
 
 def _exported(network: nn.Module, size: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import nn
 
 from seewhy.cam import METHODS, FeatureMaps, maps_of_features, scale_to_one
-from seewhy.engines import Engine, kept_engine
+from seewhy.engines import kept_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, in_order, render_view
+from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
 from seewhy.figures import overlay_heatmap
 from seewhy.images import read_image
 from seewhy.metrics import softmax
@@ -121,15 +121,21 @@ def explain(
     def square_of(path: Path) -> npt.NDArray[np.uint8]:
         return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
 
+    def features_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
+        """Of the squares and, where the run answers with the mean over both directions, of their mirror images."""
+        squares = np.stack(batch)
+        ways = [squares, np.ascontiguousarray(squares[:, :, ::-1])] if run.config.test_flip else [squares]
+        return [torch.from_numpy(forward(way)) for way in ways]
+
     with progress("explaining", len(paths)) as advance:
-        squares = in_order(square_of, paths, workers)
-        while chunk := list(itertools.islice(squares, BATCH)):
-            given = torch.full((len(chunk),), wanted) if wanted is not None else None
-            found, scores, chosen = _maps(run, forward, np.stack(chunk), method, given)
+        batches = in_batches(in_order(square_of, paths, workers), BATCH)
+        for features in in_order(features_of, batches, forward.lanes, ahead=forward.lanes):
+            given = torch.full((len(features[0]),), wanted) if wanted is not None else None
+            found, scores, chosen = _maps(run.backbone.model, features, method, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
-            advance(len(chunk))
+            advance(len(chosen))
     return Explanation(
         method=method,
         paths=tuple(str(path) for path in paths),
@@ -142,19 +148,18 @@ def explain(
 
 
 def _maps(
-    run: Run, forward: Engine, squares: npt.NDArray[np.uint8], method: str, targets: torch.Tensor | None
+    model: nn.Module, features: list[torch.Tensor], method: str, targets: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Maps, logits and targets as `maps_of_features` gives them, of what `predict` answers.
 
-    Where the run answers with the mean over both directions, so are the maps: the mirrored one is turned back first.
+    features: of the pictures, or of them and their mirror images. Then the answer is the mean over both directions,
+    and so are the maps: the mirrored one is turned back first.
     """
-    model = run.backbone.model
-    plain = torch.from_numpy(forward(squares))
-    if not run.config.test_flip:
-        return maps_of_features(model, plain, method, targets)
-    mirrored = torch.from_numpy(forward(np.ascontiguousarray(squares[:, :, ::-1])))
+    if len(features) == 1:
+        return maps_of_features(model, features[0], method, targets)
+    plain, mirrored = features
     with torch.no_grad():
         logits = (cast(Any, model).forward_head(plain) + cast(Any, model).forward_head(mirrored)) / 2
     chosen = logits.argmax(dim=1) if targets is None else targets
-    (one, _, _), (other, _, _) = (maps_of_features(model, features, method, chosen) for features in (plain, mirrored))
+    (one, _, _), (other, _, _) = (maps_of_features(model, way, method, chosen) for way in features)
     return (one + other.flip(2)) / 2, logits, chosen

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from seewhy.transforms import Preprocessing, render, view_of
 
 BATCH = 32
 EVAL_VIEW = 0  # its number among the views
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -216,21 +218,21 @@ def _compute(
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
         picture = read_image(images.paths[i], preprocessing.enough)
-        return [(row_key(images.hashes[i], v), render_view(picture, v, images.hashes[i], preprocessing)) for v in todo]
+        squares: dict[int, npt.NDArray[np.uint8]] = {}
+        for v in todo:
+            mirrored = v == 1 and EVAL_VIEW in squares  # the same pixels the other way round
+            squares[v] = (
+                np.ascontiguousarray(squares[EVAL_VIEW][:, ::-1]) if mirrored else render_view(picture, v, images.hashes[i], preprocessing)
+            )
+        return [(row_key(images.hashes[i], v), square) for v, square in squares.items()]
 
-    names: list[bytes] = []
-    squares: list[npt.NDArray[np.uint8]] = []
+    def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
+        return [name for name, _ in batch], _rounded(run(np.stack([square for _, square in batch])), dtype)
+
+    squares = itertools.chain.from_iterable(in_order(squares_of, jobs, workers))
     with progress("features", len(missing)) as advance:
-        for found in in_order(squares_of, jobs, workers):
-            for name, square in found:
-                names.append(name)
-                squares.append(square)
-                if len(names) == BATCH:
-                    yield names, _rounded(run(np.stack(squares)), dtype)
-                    advance(len(names))
-                    names, squares = [], []
-        if names:
-            yield names, _rounded(run(np.stack(squares)), dtype)
+        for names, features in in_order(features_of, in_batches(squares, BATCH), run.lanes, ahead=run.lanes):
+            yield names, features
             advance(len(names))
 
 
@@ -249,20 +251,27 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
-def in_order(work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
-    """work(job) for each job, in order, at most a few batches ahead of who takes them."""
+def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
+    """work(job) for each job, in order, in `workers` threads, at most `ahead` jobs before who takes them."""
+    waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        ahead: list[Future[R]] = []
         try:
             for job in jobs:
-                ahead.append(pool.submit(work, job))
-                if len(ahead) >= 3 * BATCH:
-                    yield ahead.pop(0).result()
-            for future in ahead:
-                yield future.result()
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
-            for future in ahead:
+            for future in waiting:
                 future.cancel()
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    left = iter(items)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
 
 
 def round_like_stored(features: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from seewhy.engines import Engine, kept_engine
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, in_order, render_view
+from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
 from seewhy.images import list_pictures, read_image
 from seewhy.metrics import softmax
 from seewhy.progress import progress
@@ -203,25 +203,30 @@ def predict_blocks(
 
     bad: list[tuple[str, str]] = []
     kept = 0
+
+    def answer(batch: list[tuple[Path, npt.NDArray[np.uint8] | str]]) -> tuple[list[tuple[Path, str | None]], npt.NDArray[np.float32]]:
+        """What is wrong with each picture, None for nothing; logits of the others."""
+        good = [square for _, square in batch if not isinstance(square, str)]
+        reasons = [(path, square if isinstance(square, str) else None) for path, square in batch]
+        if not good or (bad and not skip_bad):  # then the list is all that will be said
+            return reasons, np.empty((0, len(run.classes)), dtype=np.float32)
+        return reasons, both_ways(forward, np.stack(good)) if run.config.test_flip else forward(np.stack(good))
+
     with progress("predicting", len(paths)) as advance:
         squares = zip(paths, in_order(square_of, paths, workers), strict=True)
         for start in range(0, len(paths), block):
-            part = itertools.islice(squares, min(block, len(paths) - start))
+            part = in_batches(itertools.islice(squares, min(block, len(paths) - start)), BATCH)
             names: list[str] = []
             logits: list[npt.NDArray[np.float32]] = []
             before = len(bad)
-            while batch := list(itertools.islice(part, BATCH)):
-                bad += [(str(path), square) for path, square in batch if isinstance(square, str)]
-                good = [(str(path), square) for path, square in batch if not isinstance(square, str)]
-                kept += len(good)
-                if good and (skip_bad or not bad):  # else there will be no answer, only the list
-                    stacked = np.stack([square for _, square in good])
-                    logits.append(both_ways(forward, stacked) if run.config.test_flip else forward(stacked))
-                    names += [path for path, _ in good]
-                advance(len(batch))
+            for reasons, found in in_order(answer, part, forward.lanes, ahead=forward.lanes):
+                bad += [(str(path), reason) for path, reason in reasons if reason is not None]
+                names += [str(path) for path, reason in reasons if reason is None]
+                logits.append(found)
+                advance(len(reasons))
+            kept += len(names)
             if skip_bad or not bad:
-                probs = softmax(np.concatenate(logits)) if logits else np.empty((0, len(run.classes)))
-                yield Predictions(tuple(names), probs, run.classes, tuple(bad[before:]))
+                yield Predictions(tuple(names), softmax(np.concatenate(logits)), run.classes, tuple(bad[before:]))
     if bad and (not skip_bad or not kept):
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
         more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -44,7 +44,7 @@ class Run:
     backbone: Backbone
     cut: Cut
     manifest: dict[str, Any]
-    engines: dict[str, dict[str, Engine]] = field(default_factory=lambda: {"network": {}, "maps": {}}, compare=False)
+    engines: dict[str, dict[tuple[str, int], Engine]] = field(default_factory=lambda: {"network": {}, "maps": {}}, compare=False)
 
     def __repr__(self) -> str:
         accuracy = self.metrics.get("test", {}).get("accuracy")

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageEnhance
+from torch.nn import functional as F
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -113,14 +115,32 @@ def view_of(number: int, picture_hash: str, width: int, height: int, preprocessi
 
 def render(image: Image.Image, view: View, size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
     """Cut, resize (antialiased) to (width, height), flip and recolour: RGB picture -> (height, width, 3) uint8 RGB."""
-    square = image.resize(size, RESAMPLING[interpolation], box=view.box)
+    square = _cut_and_resize(image, view.box, size, interpolation)
     if view.flip:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        square = np.ascontiguousarray(square[:, ::-1])
     for enhance, factor in (
         (ImageEnhance.Brightness, view.brightness),
         (ImageEnhance.Contrast, view.contrast),
         (ImageEnhance.Color, view.saturation),
     ):
         if factor != 1.0:
-            square = enhance(square).enhance(factor)
-    return np.asarray(square, dtype=np.uint8)
+            square = np.asarray(enhance(Image.fromarray(square)).enhance(factor))
+    return square
+
+
+def _cut_and_resize(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], interpolation: str
+) -> npt.NDArray[np.uint8]:
+    """Bilinear and bicubic by PyTorch, which does the work of Pillow's resize in a third of the time; others by Pillow.
+
+    Both round between the two passes. PyTorch goes down the columns first and Pillow along the rows, so they differ by a
+    grey level here and there, and by more where bicubic overshoots at a black line on white. PyTorch cuts at whole pixels.
+    """
+    if interpolation not in ("bilinear", "bicubic"):
+        return np.asarray(image.resize(size, RESAMPLING[interpolation], box=box))
+    left, top = (min(round(low), side - 1) for low, side in zip(box[:2], image.size, strict=True))
+    right, bottom = (max(round(high), low + 1) for high, low in zip(box[2:], (left, top), strict=True))
+    pixels = torch.from_numpy(np.array(image)[top:bottom, left:right])
+    resized = F.interpolate(pixels.permute(2, 0, 1)[None], (size[1], size[0]), mode=interpolation, antialias=True)
+    square: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).contiguous().numpy()
+    return square
