@@ -58,14 +58,21 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
     return run
 
 
-def synthetic_epoch(count: int) -> Any:
-    """The limit: the step alone."""
+def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.memory_format | None = None) -> Any:
+    """The limit: the step alone, in the memory format that seewhy would choose or in a given one."""
     from seewhy.backbones import create_backbone
     from seewhy.cutting import cut_backbone
+    from seewhy.features import feature_shape
+    from seewhy.fitting import best_memory_format
 
-    tail = cut_backbone(create_backbone("resnet18", CLASSES, "none"), 1).tail.train()
+    backbone = create_backbone(name, CLASSES, "none")
+    cut = cut_backbone(backbone, 1)
+    assert cut.trunk is not None
+    memory_format = memory_format or best_memory_format(cut.tail)
+    tail = cut.tail.train().to(memory_format=memory_format)
     optimizer = torch.optim.AdamW([p for p in tail.parameters() if p.requires_grad], lr=1e-3)
-    inputs, labels = torch.randn(BATCH, 256, 14, 14).relu(), torch.randint(0, CLASSES, (BATCH,))
+    inputs = torch.randn(BATCH, *feature_shape(cut.trunk, backbone.preprocessing)).relu().contiguous(memory_format=memory_format)
+    labels = torch.randint(0, CLASSES, (BATCH,))
 
     def run() -> None:
         for _ in range(count // BATCH):
@@ -115,11 +122,18 @@ def main() -> None:
         def cached() -> None:
             ours.append(cached_epochs(images, indices, 2)[1])  # the second epoch; the first starts everything up
 
-        seconds = interleave({"peer": naive, "seewhy": cached, "limit": synthetic}, rounds)
+        formats = {
+            (name, which): synthetic_epoch(count // 4 // BATCH * BATCH, name, memory_format)
+            for name in ("resnet18", "efficientnet_lite0")
+            for which, memory_format in (("rows of pixels", torch.contiguous_format), ("channels_last", torch.channels_last))
+        }
+        candidates = {"peer": naive, "seewhy": cached, "limit": synthetic}
+        seconds = interleave({**candidates, **{f"{name}, {which}": run for (name, which), run in formats.items()}}, rounds)
     seconds["seewhy"] = ours[1:]
-    speed = rates(seconds, count)
+    speed = rates({name: seconds[name] for name in candidates}, count)
+    layouts = rates({name: times for name, times in seconds.items() if name not in candidates}, count // 4 // BATCH * BATCH)
     ratios = {"naive freezing": ratio(seconds, "peer", "seewhy"), "the step alone": ratio(seconds, "limit", "seewhy")}
-    answer = {"name": "epoch", "ratios": ratios, "pictures_per_s": speed, "n": count, "rounds": rounds}
+    answer = {"name": "epoch", "ratios": ratios, "pictures_per_s": speed | layouts, "n": count, "rounds": rounds}
     if not arguments.quick:
         limit = matrix_limit()
         rows = [
@@ -130,6 +144,7 @@ def main() -> None:
                 "pictures/s": speed["limit"],
                 "seewhy is ahead": ratios["the step alone"],
             },
+            *({"what": f"the step alone, {name}", "pictures/s": speed, "seewhy is ahead": "–"} for name, speed in layouts.items()),
         ]
         notes = [
             f"ResNet-18 at 224 pixels, layer4 and classifier trained, batch {BATCH}, {count} pictures of Caltech-101 an epoch, {rounds} "
