@@ -121,9 +121,8 @@ def main() -> None:
         product = matrix_limit()
         at_most = ", ".join(f"{product / flop:.0f} {name}" for name, flop in GFLOP.items())
         notes = [
-            f"{count} JPEG files of Caltech-101 ({LONGER['efficientnet_lite0']} times as many for lite0, but for the peer; 2 views: half as many "
-            f"files, as many pictures), batch 32, {rounds} interleaved rounds; "
-            "medians, and the median of the rounds' ratios.",
+            f"{count} JPEG files of Caltech-101 (lite0: {LONGER['efficientnet_lite0']} times as many, but for the peer; 2 views: half as "
+            f"many files, as many pictures), batch 32, {rounds} interleaved rounds; medians, and the median of the rounds' ratios.",
             f"A large float32 matrix product reached {product:.0f} GFLOP/s in this run: at that rate {at_most} forward passes a second.",
             "GPU: not measured.",
         ]
