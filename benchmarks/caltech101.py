@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,28 @@ def train_once(data: str, options: list[str], seed: int, cache: Path, out: Path)
     return measure(command, {"SEEWHY_CACHE": str(cache)})
 
 
-def measure_row(data: str, options: list[str], seeds: list[int], place: Path, repeat: bool) -> dict[str, Any]:
-    """All seeds of one row. Where `place` has no cache yet, the first seed runs cold, and warm once more if `repeat`."""
+def measure_row(data: str, options: list[str], seeds: list[int], place: Path, repeat: bool) -> Iterator[dict[str, Any]]:
+    """The row so far, after each seed. Where `place` has no cache yet, the first seed runs cold, and warm once more if `repeat`."""
     cache = place / "cache"
     fresh = not cache.exists()
-    runs = [train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run") for seed in seeds]
-    again = train_once(data, options, seeds[0], cache, Path(tempfile.mkdtemp(dir=place)) / "run") if fresh and repeat else None
-    tests = [run["answer"]["metrics"]["test"] for run in runs]
-    return {
-        "accuracy": [test["accuracy"] for test in tests],
-        "mean_per_class": [test["mean_per_class_accuracy"] for test in tests],
-        "val_accuracy": [run["answer"]["metrics"]["val"]["accuracy"] for run in runs],
-        "n_test": tests[0]["n"],
-        "cold_s": runs[0]["seconds"] if fresh else None,
-        "warm_s": again["seconds"] if again else None,
-        "peak_gb": max(run["peak_gb"] for run in runs),
-        "stages_s": [run["answer"]["seconds"] for run in runs],
-    }
+    again: dict[str, Any] | None = None
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        runs.append(train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run"))
+        if fresh and repeat and again is None:
+            again = train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run")
+        tests = [run["answer"]["metrics"]["test"] for run in runs]
+        yield {
+            "accuracy": [test["accuracy"] for test in tests],
+            "mean_per_class": [test["mean_per_class_accuracy"] for test in tests],
+            "val_accuracy": [run["answer"]["metrics"]["val"]["accuracy"] for run in runs],
+            "seeds": seeds[: len(runs)],
+            "n_test": tests[0]["n"],
+            "cold_s": runs[0]["seconds"] if fresh else None,
+            "warm_s": again["seconds"] if again else None,
+            "peak_gb": max(run["peak_gb"] for run in runs),
+            "stages_s": [run["answer"]["seconds"] for run in runs],
+        }
 
 
 def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
@@ -120,6 +126,8 @@ def main() -> None:
     if arguments.quick:
         print(json.dumps(quick(arguments.data_root)))
         return
+    from seewhy.run import hardware
+
     stand_in = (
         f"weights {Path(arguments.weights).name}, a lossy stand-in for ImageNet's: slightly pessimistic" if arguments.weights else "timm's"
     )
@@ -137,11 +145,14 @@ def main() -> None:
     raw: dict[str, Any] = kept["raw"]
 
     def keep(row: dict[str, Any]) -> None:
-        """Each row is on disk as soon as it is measured."""
+        """Each row is on disk as soon as a seed of it is measured."""
         name = "backbone, what trains, protocol"
         rows[:] = [*(old for old in rows if old[name] != row[name]), row]
         record(
-            "caltech101", "Accuracy and time of `seewhy train caltech101`", {"rows": rows, "raw": raw, "notes": notes, "command": command}
+            "caltech101",
+            "Accuracy and time of `seewhy train caltech101`",
+            {"rows": rows, "raw": raw, "notes": notes, "command": command},
+            timed=False,
         )
         print(json.dumps(row), file=sys.stderr)
 
@@ -156,19 +167,21 @@ def main() -> None:
             seeds = arguments.caltech30_seeds or arguments.seeds if "caltech30" in name else arguments.seeds
             home = Path(place) / f"{options[1]}-{options[3]}"  # features of one cut of one network
             home.mkdir(exist_ok=True)
-            found = raw[name] = measure_row("caltech101", options + extra, seeds, home, repeat=not tail)
-            keep(
-                {
-                    "backbone, what trains, protocol": name,
-                    "test accuracy %": percent(found["accuracy"]),
-                    "mean per-class %": percent(found["mean_per_class"]),
-                    "seeds": " ".join(str(seed) for seed in seeds),
-                    "test pictures": found["n_test"],
-                    "cold s": found["cold_s"] or "–",
-                    "warm s": found["warm_s"] or "–",
-                    "peak GB": found["peak_gb"],
-                }
-            )
+            for found in measure_row("caltech101", options + extra, seeds, home, repeat=not tail):
+                raw[name] = found
+                keep(
+                    {
+                        "backbone, what trains, protocol": name,
+                        "test accuracy %": percent(found["accuracy"]),
+                        "mean per-class %": percent(found["mean_per_class"]),
+                        "seeds": " ".join(map(str, found["seeds"])),
+                        "test pictures": found["n_test"],
+                        "cold s": found["cold_s"] or "–",
+                        "warm s": found["warm_s"] or "–",
+                        "peak GB": found["peak_gb"],
+                        "processor": hardware()["cpu"],
+                    }
+                )
         if arguments.only not in PEER:
             return
         os.environ["SEEWHY_CACHE"] = str(Path(place) / "efficientnet_lite0-0" / "cache")

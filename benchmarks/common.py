@@ -122,15 +122,22 @@ def matrix_limit() -> float:
     return round(2 * side**3 / statistics.median(times) / 1e9)
 
 
-def record(name: str, question: str, entry: dict[str, Any]) -> None:
-    """Puts an entry under its name into results.json, with hardware, date and command, and renders RESULTS.md."""
+def record(name: str, question: str, entry: dict[str, Any], timed: bool = True) -> None:
+    """Puts an entry under its name into results.json, with hardware, date and command, and renders RESULTS.md.
+
+    timed: times of another processor are kept beside the new ones, not replaced by them.
+    """
     from seewhy.run import hardware, installed_versions
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    here = hardware()
+    if timed and name in results and results[name]["hardware"]["cpu"] != here["cpu"]:
+        results[f"{name} | {results[name]['hardware']['cpu']}"] = results[name]
+    results.pop(f"{name} | {here['cpu']}", None)
     results[name] = {
         "question": question,
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": hardware(),
+        "hardware": here,
         "versions": installed_versions(),
         **entry,
     }
@@ -148,7 +155,8 @@ def render(results: dict[str, Any]) -> str:
     ]
     for name in sorted(results):
         entry = results[name]
-        parts += [f"## {entry['question']}", ""]
+        elsewhere = f", on {entry['hardware']['cpu']}" if " | " in name else ""
+        parts += [f"## {entry['question']}{elsewhere}", ""]
         columns = list(entry["rows"][0])
         parts += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         parts += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in entry["rows"]]

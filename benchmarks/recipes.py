@@ -90,7 +90,7 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
         "Each row is a call of its own. Seconds of the fit are no benchmark: other work ran beside some of them.",
     ]
     command = "python benchmarks/recipes.py --seeds SEEDS --set backbone=BACKBONE unfreeze=UNFREEZE OPTIONS"
-    record("recipes", "Recipes tried, by validation", {"rows": rows, "notes": notes, "command": command})
+    record("recipes", "Recipes tried, by validation", {"rows": rows, "notes": notes, "command": command}, timed=False)
     print(json.dumps(row), file=sys.stderr)
 
 

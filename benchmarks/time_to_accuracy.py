@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
     arguments = parser.parse_args()
     from seewhy.images import open_images
+    from seewhy.run import hardware
     from seewhy.split import split_images
 
     if arguments.quick:
@@ -256,8 +257,8 @@ def main() -> None:
         return
     images = open_images("caltech101", arguments.data_root)
     split = split_images(images, seed=0)
-    entry = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get("time_to_accuracy", {"raw": {}})
-    raw: dict[str, Any] = entry["raw"]
+    entry = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get("time_to_accuracy")
+    raw: dict[str, Any] = entry["raw"] if entry and entry["hardware"]["cpu"] == hardware()["cpu"] else {}
     extra = ["--data-root", arguments.data_root] if arguments.data_root else []
     for name, options in SEEWHY.items():
         if arguments.only in name:

@@ -64,3 +64,15 @@ def test_every_benchmark_has_a_quick_answer(file: str) -> None:
     assert f"python benchmarks/{file}" in text.split('"""')[1]  # how to run it stands at its head
     helped = subprocess.run([sys.executable, BENCHMARKS / file, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--quick" in helped
+
+
+def test_times_of_another_processor_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    entry = {"rows": [{"pictures/s": 1}], "command": "python x.py"}
+    for cpu, speed in (("Slow", 1), ("Fast", 2), ("Fast", 3), ("Slow", 4)):
+        monkeypatch.setattr("seewhy.run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
+        common.record("x", "How fast?", {**entry, "rows": [{"pictures/s": speed}]})
+    kept = {name: entry["rows"][0]["pictures/s"] for name, entry in json.loads(common.RESULTS.read_text()).items()}
+    assert kept == {"x": 4, "x | Fast": 3}
+    assert "## How fast?, on Fast\n" in (tmp_path / "RESULTS.md").read_text()
