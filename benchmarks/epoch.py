@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
     return run
 
 
-def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.memory_format | None = None) -> Any:
+def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.memory_format | None = None, compiled: bool = False) -> Any:
     """The limit: the step alone, in the memory format that seewhy would choose or in a given one."""
     from seewhy.backbones import create_backbone
     from seewhy.cutting import cut_backbone
@@ -71,12 +71,13 @@ def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.mem
     memory_format = memory_format or best_memory_format(cut.tail)
     tail = cut.tail.train().to(memory_format=memory_format)
     optimizer = torch.optim.AdamW([p for p in tail.parameters() if p.requires_grad], lr=1e-3)
+    model = cast(nn.Module, torch.compile(tail, dynamic=False)) if compiled else tail
     inputs = torch.randn(BATCH, *feature_shape(cut.trunk, backbone.preprocessing)).relu().contiguous(memory_format=memory_format)
     labels = torch.randint(0, CLASSES, (BATCH,))
 
     def run() -> None:
         for _ in range(count // BATCH):
-            step(tail, optimizer, inputs, labels)
+            step(model, optimizer, inputs, labels)
 
     return run
 
@@ -127,6 +128,9 @@ def main() -> None:
             for name in ("resnet18", "efficientnet_lite0")
             for which, memory_format in (("rows of pixels", torch.contiguous_format), ("channels_last", torch.channels_last))
         }
+        if not arguments.quick:
+            for name in ("resnet18", "efficientnet_lite0"):
+                formats[name, "torch.compile"] = synthetic_epoch(count // 4 // BATCH * BATCH, name, compiled=True)
         candidates = {"peer": naive, "seewhy": cached, "limit": synthetic}
         seconds = interleave({**candidates, **{f"{name}, {which}": run for (name, which), run in formats.items()}}, rounds)
     seconds["seewhy"] = ours[1:]

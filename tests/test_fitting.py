@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,22 @@ def test_cached_and_uncached_are_the_same_mathematics(setup: Callable[[int], Set
         np.testing.assert_allclose([r[name] for r in one.history], [r[name] for r in two.history], atol=1e-4)
     losses = [row["train_loss"] for row in one.history]
     assert losses[-1] < losses[0]  # it did learn something meanwhile
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_the_same_mathematics(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    options = {"unfreeze": 1, "ema_decay": 0.9, "epochs": 2}
+    one, weights = run_fit(setup(1), tmp_path / "eager", cached=True, **options)
+    two, others = run_fit(setup(1), tmp_path / "compiled", cached=True, compile=True, **options)
+    for name in ("train_loss", "val_loss"):
+        np.testing.assert_allclose([r[name] for r in one.history], [r[name] for r in two.history], atol=1e-4)
+    assert weights.keys() == others.keys()
+
+
+def test_compiling_without_a_compiler_is_refused(setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="compile=true needs a C"):
+        run_fit(setup(1), tmp_path, cached=True, unfreeze=1, compile=True)
 
 
 def test_frozen_stages_do_not_move_and_the_others_do(setup: Callable[[int], Setup], tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ class TrainConfig(BaseModel):
     )
     test_flip: bool | None = _fine(None, "answer with the mean over a picture and its mirror image; doubles the cost of an answer")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
+    compile: bool = _fine(False, "torch.compile for the training step: half a minute to start, then faster for some networks")
     engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
     workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shutil
 import signal
 import time
 import warnings
@@ -73,6 +75,7 @@ class FitModule(LightningModule):
         below = FromSquares(nn.Identity() if cut.trunk is None else cut.trunk, backbone.preprocessing)
         self.below_tail = (below,)  # in a tuple: neither trained nor in the checkpoint
         self.rounds = cut.trunk is not None
+        self.full_batch_tail = (torch.compile(self.tail, dynamic=False) if config.compile else self.tail,)  # in a tuple, as above
         self.backbone = backbone
         self.config = config
         self.steps_an_epoch = steps_an_epoch
@@ -104,7 +107,8 @@ class FitModule(LightningModule):
             inputs, targets = self.mixer(inputs, targets)
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=self.memory_format)
-        logits: Tensor = self.tail(inputs)
+        full = self.training and len(inputs) == self.config.batch_size  # other sizes would each be compiled anew
+        logits: Tensor = self.full_batch_tail[0](inputs) if full else self.tail(inputs)
         return logits, targets
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -296,6 +300,8 @@ def fit(
     there is resumed from. The caller's random state is left as it was.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
+    if config.compile and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
+        raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
     train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
