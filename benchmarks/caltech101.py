@@ -139,8 +139,9 @@ def main() -> None:
         f"weights {Path(arguments.weights).name}, a lossy stand-in for ImageNet's: slightly pessimistic" if arguments.weights else "timm's"
     )
     notes = [
-        "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20 is 70 to train, 10 to "
-        "validate and 20 to test of 100; 75/5/20 is what it says; caltech30: 27 train, 3 val a class, the rest test. Exact duplicates are kept together; near-duplicates are not grouped yet. "
+        "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "
+        "test; 75/5/20 is what it says; caltech30: 27 pictures a class train, 3 validate, the rest test. Exact duplicates are kept together; "
+        "near-duplicates are not grouped yet. "
         "Recipes were chosen on the validation parts of seeds 0 and 1.",
         "Seconds: the whole command from pictures to report, first seed; cold = empty cache, warm = the same again. "
         "The caltech30 rows start from the features of the row above and are not timed. Peak: resident memory, mapped pages included.",
