@@ -140,7 +140,7 @@ def main() -> None:
     )
     notes = [
         "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "
-        "test; 75/5/20 is what it says; caltech30: 27 pictures a class train, 3 validate, the rest test. Exact duplicates are kept together; "
+        "test; 75/5/20 is what it says; caltech30: 27 a class train, 3 validate, the rest test. Exact duplicates are kept together; "
         "near-duplicates are not grouped yet. "
         "Recipes were chosen on the validation parts of seeds 0 and 1.",
         "Seconds: the whole command from pictures to report, first seed; cold = empty cache, warm = the same again. "
