@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
 import tempfile
 import time
@@ -39,6 +40,11 @@ SEEWHY = {
     "seewhy resnet18, last stage trained": ["--backbone", "resnet18", "--unfreeze", "1"],
 }
 Reached = list[tuple[float, float]]  # (seconds since the start, validation accuracy) after each epoch
+
+
+def since_start() -> float:
+    """Seconds since the parent started this process."""
+    return time.time() - float(os.environ["STARTED"])
 
 
 def network(weights: str | None, classes: int) -> Any:
@@ -75,13 +81,12 @@ def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
 
 def loop(model: Any, trained: list[nn.Module], lr: float, images: Any, split: Any, limit_s: float) -> Iterator[tuple[float, float]]:
     """A plain training loop over the modules in `trained`; frozen BatchNorm stays in eval mode."""
-    began = time.perf_counter()
     train, val = loaders(images, split)
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    while time.perf_counter() - began < limit_s:
+    while since_start() < limit_s:
         model.eval()
         for module in trained:
             module.train()
@@ -90,7 +95,7 @@ def loop(model: Any, trained: list[nn.Module], lr: float, images: Any, split: An
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
-        yield time.perf_counter() - began, accuracy(model, val)
+        yield since_start(), accuracy(model, val)
 
 
 def timm_last_stage(weights: str | None, images: Any, split: Any, goal: float, limit_s: float) -> Reached:
@@ -119,12 +124,11 @@ def lightning_frozen(weights: str | None, images: Any, split: Any, goal: float, 
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(head.parameters(), lr=1e-3)
 
-    began = time.perf_counter()
     train, val = loaders(images, split)
 
     class Watch(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            reached.append((time.perf_counter() - began, accuracy(model, val)))
+            reached.append((since_start(), accuracy(model, val)))
             trainer.should_stop = reached[-1][1] >= goal or reached[-1][0] > limit_s
 
     trainer = Trainer(max_epochs=100, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Watch()])
@@ -157,7 +161,6 @@ def fastai_fine_tune(weights: str | None, images: Any, split: Any, goal: float, 
         item_tfms=Resize(224, method="squish"),
         batch_tfms=[*aug_transforms(size=224), Normalize.from_stats(*imagenet_stats)],
     )
-    began = time.perf_counter()
     data = block.dataloaders(chosen.tolist(), bs=BATCH, num_workers=0)
     learner = vision_learner(data, resnet18, metrics=accuracy, pretrained=False)
     if weights:
@@ -172,7 +175,7 @@ def fastai_fine_tune(weights: str | None, images: Any, split: Any, goal: float, 
     reached: Reached = []
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(1, freeze_epochs=1)
-    reached.append((time.perf_counter() - began, float(learner.validate()[1])))
+    reached.append((since_start(), float(learner.validate()[1])))
     return reached
 
 
@@ -233,6 +236,15 @@ PEERS: dict[str, Callable[..., Reached]] = {
     "timm, frozen up to the last stage": timm_last_stage,
     "fastai fine_tune(1)": fastai_fine_tune,
 }
+
+
+def peer_cold(name: str, arguments: list[str]) -> Reached:
+    """A peer in a process of its own, its clock started with the process, as seewhy's is."""
+    command = [sys.executable, __file__, "--peer", name, *arguments]
+    reached: Reached = measure(command, {"STARTED": str(time.time())})["answer"]
+    return reached
+
+
 PLAIN = "plain recipe, everything trained: one epoch"
 
 
@@ -242,37 +254,47 @@ def main() -> None:
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
     parser.add_argument("--only", default="", help="only candidates whose name holds this; the others keep their results")
     parser.add_argument("--limit-s", type=float, default=1500.0, help="seconds after which a peer starts no further epoch")
+    parser.add_argument("--peer", choices=list(PEERS), help="run this peer alone, in this process (how the benchmark starts it)")
+    parser.add_argument("--data", default="caltech101", help="what --peer trains on")
+    parser.add_argument("--goal", type=float, default=GOAL, help="validation accuracy at which --peer stops")
     parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
     arguments = parser.parse_args()
     from seewhy.images import open_images
     from seewhy.run import hardware
     from seewhy.split import split_images
 
+    extra = [
+        word for flag in ("data_root", "weights") if (value := getattr(arguments, flag)) for word in (f"--{flag.replace('_', '-')}", value)
+    ]
+    goal = 0.8 if arguments.quick else GOAL
+    if arguments.peer:
+        images = open_images(arguments.data, arguments.data_root)
+        reached = PEERS[arguments.peer](arguments.weights, images, split_images(images, seed=0), arguments.goal, arguments.limit_s)
+        print(json.dumps(reached))
+        return
     if arguments.quick:
-        ours = seewhy_cold(SEEWHY["seewhy efficientnet_lite0, frozen"], "scenes", [], 0.8)
-        images = open_images("scenes")
-        peer = lightning_frozen(None, images, split_images(images), 0.8, 20.0)
+        data = str(open_images("scenes").paths[0].parent.parent)  # drawn already, for both
+        ours = seewhy_cold(SEEWHY["seewhy efficientnet_lite0, frozen"], data, [], goal)
+        peer = peer_cold("Lightning module, frozen backbone", ["--data", data, "--goal", str(goal), "--limit-s", "20"])
         ratios = {"Lightning module, same frozen backbone": round(peer[-1][0] / ours["reach_s"], 2)}
         print(json.dumps({"name": "time_to_accuracy", "ratios": ratios, "seewhy": ours, "peer": peer}))
         return
-    images = open_images("caltech101", arguments.data_root)
-    split = split_images(images, seed=0)
     entry = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get("time_to_accuracy")
     raw: dict[str, Any] = entry["raw"] if entry and entry["hardware"]["cpu"] == hardware()["cpu"] else {}
-    extra = ["--data-root", arguments.data_root] if arguments.data_root else []
     for name, options in SEEWHY.items():
         if arguments.only in name:
-            weights = ["--weights", arguments.weights] if arguments.weights and "resnet18" in name else []
-            raw[name] = seewhy_cold(options, "caltech101", extra + weights, GOAL)
+            raw[name] = seewhy_cold(options, "caltech101", extra if "resnet18" in name else extra[: 2 * bool(arguments.data_root)], GOAL)
             keep(raw)
-    for name, peer_of in PEERS.items():
+    for name in PEERS:
         if arguments.only in name:
-            reached = peer_of(arguments.weights, images, split, GOAL, arguments.limit_s)
+            reached = peer_cold(name, [*extra, "--goal", str(GOAL), "--limit-s", str(arguments.limit_s)])
             seconds, best = reached[-1]
             raw[name] = {"reach_s": round(seconds, 1) if best >= GOAL else None, "total_s": round(seconds, 1), "epochs": len(reached)}
             raw[name]["val_accuracy"] = best
             keep(raw)
     if arguments.only in PLAIN:
+        images = open_images("caltech101", arguments.data_root)
+        split = split_images(images, seed=0)
         raw[PLAIN] = {"reach_s": None, "total_s": round(plain_epoch(arguments.weights, images, split), 1), "epochs": 1}
         keep(raw)
 
