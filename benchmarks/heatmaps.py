@@ -33,8 +33,8 @@ def enlarge(maps: Tensor) -> Tensor:
 
 def ours(model: nn.Module, squares: Any, engine: str) -> dict[str, Callable[[], Any]]:
     """Our candidates, by row."""
+    from seewhy.attribution import FeatureMaps, all_class_maps, maps_of_features
     from seewhy.backbones import create_backbone
-    from seewhy.cam import FeatureMaps, all_class_maps, maps_of_features
     from seewhy.engines import make_engine
 
     preprocessing = create_backbone("resnet18", 2, "none").preprocessing

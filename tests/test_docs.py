@@ -75,6 +75,11 @@ def test_readme_seewhy_commands_parse() -> None:
             assert option in help_text, (words, option)
 
 
+def test_help_names_every_method() -> None:
+    words = set(re.findall(r"[a-z+]+", cli_help("explain")))
+    assert set(METHODS) <= words
+
+
 def cli_help(command: str) -> str:
     import contextlib
     import io

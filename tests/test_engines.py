@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from seewhy import engines
+from seewhy.attribution import FeatureMaps
 from seewhy.backbones import create_backbone
-from seewhy.cam import FeatureMaps
 from seewhy.cutting import cut_backbone
 from seewhy.engines import FromSquares, kept_engine, make_engine
 from seewhy.features import in_order

@@ -232,3 +232,59 @@ def test_flip_explains_what_predict_answers(tmp_path: Path) -> None:
     run = cheap_run(test_flip=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
     np.testing.assert_allclose(explain(run, [tmp_path / "noise.png"]).probs, predict(run, [tmp_path / "noise.png"]).probs, atol=1e-5)
+
+
+def noise_picture(folder: Path, seed: int = 0) -> Path:
+    path = folder / f"noise{seed}.png"
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_named_layers_explain_the_same_answer(tmp_path: Path, name: str, flip: bool) -> None:
+    run = cheap_run(name, size=160 if name == "test_vit" else 64, test_flip=flip)
+    picture = noise_picture(tmp_path)
+    layer, side = ("blocks.3.norm1", 10) if name == "test_vit" else ("layer3", 4)
+    found = explain(run, [picture], "layercam", layers=[layer])
+    assert found.maps.shape == (1, side, side)
+    np.testing.assert_allclose(found.probs, predict(run, [picture]).probs, atol=1e-4)
+    both = explain(run, [picture], "layercam", layers=[layer, "blocks.5.norm1" if name == "test_vit" else "layer4"])
+    assert both.maps.shape == (1, side, side)
+    assert np.abs(both.maps - found.maps).max() > 0.01
+
+
+def test_the_default_layer_by_name_is_the_default(tmp_path: Path) -> None:
+    run, picture = cheap_run(test_flip=True), noise_picture(tmp_path)
+    default, named = (explain(run, [picture], "gradcam++", layers=layers) for layers in ((), ("layer4",)))
+    np.testing.assert_allclose(named.maps, default.maps, atol=1e-3)
+
+
+def test_flip_explains_the_class_of_the_mean_also_where_a_direction_says_another(tmp_path: Path) -> None:
+    run = cheap_run(test_flip=True)
+    straight = cheap_run()
+    pictures = [noise_picture(tmp_path, seed) for seed in range(12)]
+    both = explain(run, pictures, "gradcam")
+    assert both.targets.tolist() == predict(run, pictures).probs.argmax(axis=1).tolist()
+    alone = predict(straight, pictures).probs.argmax(axis=1)
+    differ = np.flatnonzero(alone != both.targets)
+    assert len(differ) > 0  # else this test says nothing
+    given = explain(run, [pictures[differ[0]]], "gradcam", target=CLASSES[both.targets[differ[0]]])
+    np.testing.assert_allclose(both.maps[differ[0]], given.maps[0], atol=1e-4)
+
+
+def test_against_takes_the_other_class_away(left_red_right_blue: Path) -> None:
+    run = colour_run()
+    red, not_blue = (explain(run, [left_red_right_blue], "gradcam", "red", against).maps[0] for against in (None, "blue"))
+    assert red[0, 3] > 0  # the dark middle is a little red,
+    assert not_blue[0, 3] == 0  # and as blue as it is red
+    assert not_blue[0, 0] == 1
+    assert not_blue[6, 6] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"layers": ["layr4"]}, "unknown layer 'layr4'"), ({"against": "purple"}, "unknown class")]
+)
+def test_unknown_layer_or_other_class_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        explain(cheap_run(), [noise_picture(tmp_path)], **options)

@@ -64,6 +64,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "search",
         "predict",
         "cam",
+        "attribution",
         "figures",
         "explain",
         "export",

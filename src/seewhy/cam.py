@@ -1,14 +1,12 @@
-"""Activations and gradients -> class activation maps: METHODS, one pure function a method."""
+"""Activations and gradients -> class activation maps: METHODS, one pure function a method, and ALL_CLASSES, their closed forms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-
-from seewhy.errors import BackboneError
+from torch import Tensor
+from torch.nn import functional as F
 
 
 def gradcam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -36,24 +34,86 @@ def gradcam_plus_plus_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     return (alpha * gradients.clamp(min=0)).sum(dim=(2, 3), keepdim=True)
 
 
+def hirescam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+    """HiResCAM: the gradient itself, place by place. (N, K, H, W) twice -> (N, K, H, W). Sec. 3.2, arXiv:2011.08891."""
+    return gradients
+
+
+def xgradcam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+    """XGrad-CAM: the gradients' mean, weighted by the activations. (N, K, H, W) twice -> (N, K, 1, 1).
+
+    sum(A g) / sum(A): Eq. 8, arXiv:2008.02312. Where a channel sums to 0 its weight is 0 (pytorch-grad-cam adds 1e-7 to the sum).
+    """
+    sums = activations.sum(dim=(2, 3), keepdim=True)
+    weighted = (activations * gradients).sum(dim=(2, 3), keepdim=True)
+    return torch.where(sums != 0, weighted / torch.where(sums != 0, sums, torch.ones_like(sums)), torch.zeros_like(sums))
+
+
+def layercam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM: the positive gradients, place by place. (N, K, H, W) twice -> (N, K, H, W).
+
+    Eq. 6, "LayerCAM", IEEE TIP 2021, doi:10.1109/TIP.2021.3089943.
+    """
+    return gradients.clamp(min=0)
+
+
+def eigencam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+    """EigenCAM: the direction in which the places' features are largest; no class, no gradient. (N, K, H, W) -> (N, K, 1, 1).
+
+    The first right singular vector of the (places, K) matrix: Sec. III, arXiv:2008.00299. Of its two signs the one with
+    a positive sum over the map, which a singular value decomposition leaves open. pytorch-grad-cam subtracts each channel's
+    mean first, which the paper does not: its map shows where features vary, and half of it is negative.
+    """
+    vectors: Tensor = torch.linalg.svd(activations.flatten(2), full_matrices=False).U[:, :, 0]  # (N, K)
+    sums = (vectors * activations.sum(dim=(2, 3))).sum(dim=1, keepdim=True)
+    signs = torch.where(sums < 0, -torch.ones_like(sums), torch.ones_like(sums))
+    return (vectors * signs)[:, :, None, None]
+
+
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": gradcam_weights,
     "gradcam++": gradcam_plus_plus_weights,
+    "hirescam": hirescam_weights,
+    "xgradcam": xgradcam_weights,
+    "layercam": layercam_weights,
+    "eigencam": eigencam_weights,
 }
 
 
-def gradcam_all_weights(weight: Tensor, sums: Tensor, places: int) -> Tensor:
-    """`gradcam_weights` of every class where the gradient is weight / places. (C, K) -> (1, C, K)."""
-    return weight[None] / places
+# ---------------------------------------------------------------- all classes in closed form
 
 
-def gradcam_plus_plus_all_weights(weight: Tensor, sums: Tensor, places: int) -> Tensor:
+def gradcam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
+    """`gradcam_weights` of every class where the gradient is weight / places. (C, K) and (N, K, places) -> (1, C, K).
+
+    The gradient is the same at every place, so `hirescam_weights` and, but for channels that sum to 0, `xgradcam_weights` agree.
+    """
+    return weight[None] / features.shape[2]
+
+
+def xgradcam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
+    """`xgradcam_weights` of every class. (C, K) and (N, K, places) -> (N, C, K)."""
+    return torch.where(features.sum(dim=2)[:, None] != 0, weight[None] / features.shape[2], 0.0)
+
+
+def layercam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
+    """`layercam_weights` of every class. (C, K) and (N, K, places) -> (1, C, K)."""
+    return weight[None].clamp(min=0) / features.shape[2]
+
+
+def eigencam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
+    """`eigencam_weights`, the same for every class. (C, K) and (N, K, places) -> (N, C, K)."""
+    return eigencam_weights(features[..., None], features)[:, None, :, 0, 0].expand(-1, len(weight), -1)
+
+
+def gradcam_plus_plus_all_weights(weight: Tensor, features: Tensor) -> Tensor:
     """`gradcam_plus_plus_weights` of every class where the gradient is weight / places everywhere.
 
-    weight: (C, K). sums: (N, K), sum(A) of each channel. -> (N, C, K).
+    weight: (C, K). features: (N, K, places). -> (N, C, K).
     The sum over places of alpha relu(g) with g = W / places is relu(W) / (2 + sum(A) W / places).
     Only positive W are left by the numerator; behind a ReLU the denominator is then at least 2.
     """
+    sums, places = features.sum(dim=2), features.shape[2]
     positive = weight.clamp(min=0)
     denominator = torch.addcmul(torch.full((), 2.0, dtype=weight.dtype, device=weight.device), sums[:, None], positive[None] / places)
     if bool((sums < 0).any()):  # activations without a ReLU: the denominator may vanish, and alpha is 0 there
@@ -62,127 +122,40 @@ def gradcam_plus_plus_all_weights(weight: Tensor, sums: Tensor, places: int) -> 
 
 
 # The same methods for all classes at once, for a head of average pooling and one linear layer.
-ALL_CLASSES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+ALL_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": gradcam_all_weights,
     "gradcam++": gradcam_plus_plus_all_weights,
+    "hirescam": gradcam_all_weights,
+    "xgradcam": xgradcam_all_weights,
+    "layercam": layercam_all_weights,
+    "eigencam": eigencam_all_weights,
 }
 
 
+# ---------------------------------------------------------------- maps
+
+
 def combine(activations: Tensor, weights: Tensor) -> Tensor:
-    """relu(sum over channels of weight * activation): (N, K, H, W) and (N, K, 1, 1) -> (N, H, W), at least 0."""
+    """relu(sum over channels of weight * activation): (N, K, H, W) and (N, K, 1 or H, 1 or W) -> (N, H, W), at least 0."""
     return (weights * activations).sum(dim=1).clamp(min=0)
+
+
+def only_finite(maps: Tensor) -> Tensor:
+    """Zeros in place of each (H, W) map that holds a NaN or an infinity: a network that overflowed shows no evidence."""
+    return torch.where(maps.isfinite().all(dim=(1, 2), keepdim=True), maps, torch.zeros_like(maps))
+
+
+def fuse(maps: Sequence[Tensor]) -> Tensor:
+    """Maps of several layers -> their mean, each first scaled to one and brought to the size of the largest.
+
+    [(N, h, w), (N, h', w'), ...] -> (N, max h, max w), 0..1. Enlarged bilinearly.
+    """
+    size = max((map_.shape[1:] for map_ in maps), key=lambda shape: shape[0] * shape[1])
+    large = [F.interpolate(scale_to_one(map_)[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0] for map_ in maps]
+    return torch.stack(large).mean(dim=0)
 
 
 def scale_to_one(maps: Tensor) -> Tensor:
     """Each (H, W) map over its maximum, so 0..1; a map of zeros stays zeros."""
     peak = maps.amax(dim=(1, 2), keepdim=True)
     return torch.where(peak > 0, maps / torch.where(peak > 0, peak, torch.ones_like(peak)), torch.zeros_like(maps))
-
-
-def feature_maps(model: nn.Module, pictures: Tensor) -> Tensor:
-    """(N, 3, S, S) -> the last feature maps before pooling, as the network lays them out."""
-    features: Tensor = cast(Any, model).forward_features(pictures)
-    return features
-
-
-class FeatureMaps(nn.Module):
-    """A network up to its head, for an engine to run."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return feature_maps(self.model, pictures)
-
-
-def as_channels_first(model: nn.Module, features: Tensor) -> Tensor:
-    """(N, K, H, W) from whatever layout the network uses.
-
-    Raises BackboneError for a network that classifies by a class token: its patch tokens
-    do not reach the classifier behind the last layer, so their gradient there is zero.
-    """
-    if features.ndim == 4:
-        channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return features.permute(0, 3, 1, 2) if channels_last else features
-    if features.ndim == 3 and getattr(model, "global_pool", "token") != "token":
-        tokens = features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
-        side = round(tokens.shape[1] ** 0.5)
-        if side * side == tokens.shape[1]:
-            return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
-    name = type(model).__name__
-    raise BackboneError(f"no heatmaps for {name}: it has no feature map in front of its classifier; use a convolutional backbone")
-
-
-def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | None:
-    """The (C, K) weight if the head is average pooling and one linear layer, else None.
-
-    Decided by what it computes on these very features, not by its type.
-    """
-    classifier = cast(Any, model).get_classifier()
-    if not isinstance(classifier, nn.Linear) or features.ndim != 4 or classifier.in_features != features.shape[1]:
-        return None
-    closed = nn.functional.linear(features.mean(dim=(2, 3)), classifier.weight)
-    scores = logits if classifier.bias is None else logits - classifier.bias
-    return classifier.weight if torch.allclose(closed, scores, rtol=1e-4, atol=1e-4 * scores.abs().max().item()) else None
-
-
-def head_gradients(model: nn.Module, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of each picture's class score with respect to its features: from the head down, no further.
-
-    features: from `feature_maps`. targets: (N,) class indices, None for the predicted class.
-    Returns logits (N, C), targets (N,), gradients shaped like the features. For a head of average
-    pooling and a linear layer the gradient is W[target] / (H W) at every place, and no backward runs.
-    """
-    with torch.inference_mode(False):  # a caller's inference mode would forbid gradients
-        features = features.detach().clone()
-        with torch.no_grad():
-            logits: Tensor = cast(Any, model).forward_head(features)
-            weight = linear_head(model, features, logits)
-        chosen = logits.argmax(dim=1) if targets is None else targets.to(logits.device).clone()  # may be an inference tensor
-        if weight is not None:
-            places = features.shape[2] * features.shape[3]
-            return logits, chosen, (weight.detach()[chosen] / places)[:, :, None, None].expand_as(features)
-        with torch.enable_grad():
-            features.requires_grad_(True)
-            scores = cast(Any, model).forward_head(features)
-            gradients = torch.autograd.grad(scores.gather(1, chosen[:, None]).sum(), features)[0]
-        return logits, chosen, gradients
-
-
-def class_activation_maps(model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps (N, h, w) >= 0 of one class a picture, with logits (N, C) and target classes (N,).
-
-    model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32.
-    """
-    with torch.no_grad():
-        features = feature_maps(model, pictures)
-    return maps_of_features(model, features, method, targets)
-
-
-def maps_of_features(model: nn.Module, features: Tensor, method: str, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`class_activation_maps` from feature maps that are there already, whichever engine computed them."""
-    logits, chosen, gradients = head_gradients(model, features, targets)
-    activations, gradients = as_channels_first(model, features), as_channels_first(model, gradients)
-    return combine(activations, METHODS[method](activations, gradients)), logits, chosen
-
-
-def all_class_maps(model: nn.Module, features: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Maps (N, C, h, w) >= 0 of every class, with logits (N, C).
-
-    One matrix product for a head of average pooling and a linear layer; else one backward pass through the head a class.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        features = features.detach().clone()
-        logits: Tensor = cast(Any, model).forward_head(features)
-        weight = linear_head(model, features, logits)
-        if weight is not None:
-            flat = features.flatten(2)  # (N, K, places)
-            weights = ALL_CLASSES[method](weight.detach(), flat.sum(dim=2), flat.shape[2])
-            maps = torch.matmul(weights, flat).clamp_(min=0)  # (N, C, K) x (N, K, places)
-            return maps.reshape(*maps.shape[:2], *features.shape[2:]), logits
-    each = []
-    for target in range(logits.shape[1]):
-        maps, _, _ = maps_of_features(model, features, method, torch.full((len(features),), target))
-        each.append(maps)
-    return torch.stack(each, dim=1), logits

@@ -209,15 +209,17 @@ def predict(
 def explain(
     run: RunArgument,
     pictures: PicturesArgument,
-    method: Annotated[str, typer.Option(help="gradcam or gradcam++")] = "gradcam++",
+    method: Annotated[str, typer.Option(help="gradcam, gradcam++, hirescam, xgradcam, layercam or eigencam")] = "gradcam++",
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
+    against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
     out: Annotated[Path, typer.Option(help="folder for the overlays")] = Path("heatmaps"),
     as_json: JsonOption = False,
 ) -> None:
     """Show where in a picture the evidence for a class lies."""
     from seewhy.run import load
 
-    explanation = load(run).explain(pictures, method, target)
+    explanation = load(run).explain(pictures, method, target, against, layer or ())
     written = explanation.save(out)
     records = [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), written, strict=True)]
     if as_json:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seewhy.cam import METHODS, FeatureMaps, maps_of_features, scale_to_one
-from seewhy.engines import kept_engine
+from seewhy.attribution import FeatureMaps, class_activation_maps, default_layers, maps_of_features, named_layer
+from seewhy.cam import METHODS, scale_to_one
+from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
 from seewhy.figures import overlay_heatmap
@@ -102,36 +103,58 @@ def class_index(name: str, classes: Sequence[str]) -> int:
 
 
 def explain(
-    run: Run, inputs: Sequence[str | Path], method: str = "gradcam++", target: str | None = None, engine: str = "auto", workers: int = 2
+    run: Run,
+    inputs: Sequence[str | Path],
+    method: str = "gradcam++",
+    target: str | None = None,
+    against: str | None = None,
+    layers: Sequence[str] = (),
+    engine: str = "auto",
+    workers: int = 2,
 ) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
 
-    The network below its head runs on the engine of `predict`; nothing of a map needs its gradients.
+    against: a class whose score is taken away: why the one and not the other. layers: dotted names of layers, fused where
+    there are several; none: the last feature maps, which the engine of `predict` computes, since nothing of a map needs the
+    gradients below the head.
 
-    Raises ConfigError for an unknown method or class, ImageError for an unusable picture.
+    Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    wanted = class_index(target, run.classes) if target is not None else None
+    wanted, other = (class_index(name, run.classes) if name is not None else None for name in (target, against))
+    model, preprocessing = run.backbone.model, run.backbone.preprocessing
+    layers = layers or default_layers(model)
+    for name in layers:
+        named_layer(model, name)  # refused before any work
     paths = find_pictures(inputs)
-    preprocessing = run.backbone.preprocessing
-    forward = kept_engine(run.engines["maps"], FeatureMaps(run.backbone.model), preprocessing, len(paths), engine)
+    below = FromSquares(nn.Identity(), preprocessing)
+    if layers:
+        forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
+    else:
+        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
     maps, targets, logits = [], [], []
 
     def square_of(path: Path) -> npt.NDArray[np.uint8]:
         return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
 
-    def features_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
-        """Of the squares and, where the run answers with the mean over both directions, of their mirror images."""
+    def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
+        """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
         squares = np.stack(batch)
         ways = [squares, np.ascontiguousarray(squares[:, :, ::-1])] if run.config.test_flip else [squares]
         return [torch.from_numpy(forward(way)) for way in ways]
 
+    def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        held = torch.full((len(way),), other) if other is not None else None
+        if layers:
+            return class_activation_maps(model, way, method, given, held, layers)
+        return maps_of_features(model, way, method, given, held)
+
     with progress("explaining", len(paths)) as advance:
         batches = in_batches(in_order(square_of, paths, workers), BATCH)
-        for features in in_order(features_of, batches, forward.lanes, ahead=forward.lanes):
-            given = torch.full((len(features[0]),), wanted) if wanted is not None else None
-            found, scores, chosen = _maps(run.backbone.model, features, method, given)
+        for ways in in_order(ways_of, batches, forward.lanes, ahead=forward.lanes):
+            given = torch.full((len(ways[0]),), wanted) if wanted is not None else None
+            found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else _both_ways(maps_of, ways, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
@@ -147,19 +170,18 @@ def explain(
     )
 
 
-def _maps(
-    model: nn.Module, features: list[torch.Tensor], method: str, targets: torch.Tensor | None
+def _both_ways(
+    maps_of: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    ways: list[torch.Tensor],
+    given: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Maps, logits and targets as `maps_of_features` gives them, of what `predict` answers.
+    """Maps, logits and targets of what `predict` answers: means over pictures and their mirror images, whose maps are turned back.
 
-    features: of the pictures, or of them and their mirror images. Then the answer is the mean over both directions,
-    and so are the maps: the mirrored one is turned back first.
+    The predicted class is that of the mean logits; where a direction alone would have said another, its map is made again.
     """
-    if len(features) == 1:
-        return maps_of_features(model, features[0], method, targets)
-    plain, mirrored = features
-    with torch.no_grad():
-        logits = (cast(Any, model).forward_head(plain) + cast(Any, model).forward_head(mirrored)) / 2
-    chosen = logits.argmax(dim=1) if targets is None else targets
-    (one, _, _), (other, _, _) = (maps_of_features(model, way, method, chosen) for way in features)
+    (one, plain, first), (other, mirrored, second) = (maps_of(way, given) for way in ways)
+    logits = (plain + mirrored) / 2
+    chosen = logits.argmax(dim=1) if given is None else given
+    if not (torch.equal(first, chosen) and torch.equal(second, chosen)):
+        (one, _, _), (other, _, _) = (maps_of(way, chosen) for way in ways)
     return (one + other.flip(2)) / 2, logits, chosen

@@ -71,11 +71,21 @@ class Run:
 
         return predict(self, pictures, skip_bad)
 
-    def explain(self, pictures: Sequence[str | Path] | str | Path, method: str = "gradcam++", target: str | None = None) -> Explanation:
-        """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns."""
+    def explain(
+        self,
+        pictures: Sequence[str | Path] | str | Path,
+        method: str = "gradcam++",
+        target: str | None = None,
+        against: str | None = None,
+        layers: Sequence[str] = (),
+    ) -> Explanation:
+        """Heatmaps of the predicted class, or of class `target` (and not `against`), of files, folders and patterns.
+
+        layers: dotted names, several are fused; none: the last feature maps.
+        """
         from seewhy.explain import explain
 
-        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target)
+        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers)
 
 
 def installed_versions() -> dict[str, str]:
