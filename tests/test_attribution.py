@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from plain_cam import term_by_term
-from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
+from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, ScoreCAM, XGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
@@ -477,3 +477,44 @@ def test_a_thousand_calls_leave_no_memory_behind() -> None:
 
     before = calls(3)
     assert calls(1000) <= before
+
+
+# ---------------------------------------------------------------- methods that ask again
+
+
+def test_ablation_of_a_linear_head_is_its_closed_form() -> None:
+    model, pictures, targets = network("resnet18"), noise(2, 64), torch.tensor([3, 5])
+    maps, logits, _ = attribution.class_activation_maps(model, pictures, "ablationcam", targets)
+    features = attribution.feature_maps(model, pictures).detach()
+    # Without channel k the logit is lower by W_k mean(A_k).
+    lost = model.get_classifier().weight.detach()[targets] * features.mean(dim=(2, 3)) / logits.gather(1, targets[:, None])
+    expected = cam.combine(features, lost[:, :, None, None])
+    torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+    named, _, _ = attribution.class_activation_maps(model, pictures[:, :, ::2, ::2], "ablationcam", targets, layers=["layer4"])
+    default, _, _ = attribution.class_activation_maps(model, pictures[:, :, ::2, ::2], "ablationcam", targets)
+    torch.testing.assert_close(named, default, rtol=1e-3, atol=1e-4 * default.max().item())
+
+
+@pytest.mark.parametrize(("name", "peer"), [("ablationcam", AblationCAM), ("scorecam", ScoreCAM)])
+def test_asking_methods_equal_those_of_pytorch_grad_cam(name: str, peer: Any) -> None:
+    model, pictures, targets = network("test_resnet", gain=30), noise(2, 96), [3, 5]
+    layer = model.layer4
+    ours, _, _ = attribution.class_activation_maps(model, pictures, name, torch.tensor(targets))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PEERS, name, peer)
+        # Their enlargement of a mask puts corners on corners, ours pixels on pixels.
+        patch.setattr(nn, "UpsamplingBilinear2d", lambda size: nn.Upsample(size, mode="bilinear", align_corners=False))
+        theirs = peer_maps(name, model, layer, pictures, targets)
+    assert theirs.max() > 0
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-3 * theirs.max())
+
+
+@pytest.mark.parametrize("method", cam.ASKING)
+@pytest.mark.parametrize("name", ["test_mambaout", "test_vit"])
+def test_asking_methods_in_other_layouts(name: str, method: str) -> None:
+    model = network(name, gain=30)
+    maps, logits, chosen = attribution.class_activation_maps(model, noise(1, 160), method)
+    assert maps.shape == ((1, 5, 5) if name == "test_mambaout" else (1, 10, 10))
+    assert maps.isfinite().all()
+    assert chosen.item() == logits.argmax().item()
+    assert not any(module._forward_hooks for module in model.modules())

@@ -69,6 +69,33 @@ def test_eigencam_by_hand() -> None:
     np.testing.assert_allclose(cam.combine(alike, weights).numpy(), [[[2**0.5, 3 * 2**0.5]]], rtol=1e-12)
 
 
+def test_ablationcam_by_hand() -> None:
+    # A score of 3 mean(A_1) - mean(A_2): 7.5 - 0.5 = 7. Without the first channel -0.5, without the second 7.5.
+    def score(activations: Tensor) -> Tensor:
+        return 3 * activations[:, 0].mean(dim=(1, 2)) - activations[:, 1].mean(dim=(1, 2))
+
+    weights = cam.ablationcam_weights(ACTIVATIONS, score)
+    np.testing.assert_allclose(weights.numpy(), [[[[7.5 / 7]], [[-0.5 / 7]]]], rtol=1e-14)
+    last = cam.ablationcam_weights(ACTIVATIONS.permute(0, 2, 3, 1), lambda a: score(a.permute(0, 3, 1, 2)), channels=3)
+    assert torch.equal(last, weights)
+    assert (cam.ablationcam_weights(ACTIVATIONS, lambda a: 0 * score(a)) == 0).all()
+
+
+def test_scorecam_by_hand() -> None:
+    seen: list[Tensor] = []
+
+    def score(masks: Tensor) -> Tensor:
+        seen.append(masks)
+        return masks.sum(dim=(1, 2))
+
+    weights = cam.scorecam_weights(torch.cat([ACTIVATIONS, torch.full((1, 1, 2, 2), 5.0)], dim=1), score, 2)
+    # scaled to 0..1: 0, 1/3, 2/3, 1; the second channel as it is; a channel without contrast shows nothing
+    np.testing.assert_allclose(torch.cat(seen).numpy(), [[[0, 1 / 3], [2 / 3, 1]], [[0, 1], [1, 0]], [[0, 0], [0, 0]]], atol=1e-12)
+    np.testing.assert_allclose(weights.numpy().ravel(), np.exp([2, 2, 0]) / np.exp([2, 2, 0]).sum(), rtol=1e-12)
+    assert cam.scorecam_weights(ACTIVATIONS, score, 6).shape == (1, 2, 1, 1)
+    assert seen[-1].shape == (1, 6, 6)
+
+
 def test_negative_weights_take_away_and_the_map_stops_at_zero() -> None:
     weights = torch.tensor([1.0, -2.0], dtype=torch.float64).reshape(1, 2, 1, 1)
     np.testing.assert_allclose(cam.combine(ACTIVATIONS, weights).numpy(), [[[1.0, 0.0], [1.0, 4.0]]])

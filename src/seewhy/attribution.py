@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from seewhy.cam import ALL_CLASSES, METHODS, combine, fuse, only_finite
+from seewhy.cam import ALL_CLASSES, ASKING, METHODS, ablationcam_weights, combine, fuse, only_finite, scorecam_weights
 from seewhy.errors import BackboneError, ConfigError
 
 # ---------------------------------------------------------------- the last feature maps
@@ -181,6 +181,8 @@ def class_activation_maps(
     against: evidence for the one and not the other. layers: dotted names; several are fused; none: the last feature maps.
     """
     layers = layers or default_layers(model)
+    if method in ASKING:
+        return asking_maps(model, pictures, method, targets, against, layers)
     if not layers:
         with torch.no_grad():
             features = feature_maps(model, pictures)
@@ -188,6 +190,62 @@ def class_activation_maps(
     logits, chosen, pairs = layer_gradients(model, pictures, layers, targets, against)
     maps = [_map(model, activations, gradients, method) for activations, gradients in pairs]
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
+
+
+def asking_maps(
+    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, against: Tensor | None, layers: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_activation_maps` by a method that asks the network anew for each channel, in batches of the pictures."""
+    maps = []
+    with torch.inference_mode(False), torch.no_grad():
+        pictures = pictures.clone()  # may be an inference tensor
+        logits: Tensor = model(pictures)
+        chosen = chosen_classes(logits, targets)
+
+        def masked_scores(masks: Tensor) -> Tensor:
+            return class_scores(model(pictures * masks[:, None]), chosen, against)
+
+        everywhere: Sequence[str | None] = layers or [None]
+        for layer in everywhere:
+            features = feature_maps(model, pictures) if layer is None else output_of(model, pictures, layer)
+
+            def changed_scores(changed: Tensor, layer: str | None = layer) -> Tensor:
+                answer = cast(Any, model).forward_head(changed) if layer is None else answer_with(model, pictures, layer, changed)
+                return class_scores(answer, chosen, against)
+
+            activations = finite_pictures(as_channels_first(model, features))
+            if method == "scorecam":
+                weights = scorecam_weights(activations, masked_scores, pictures.shape[-1])
+            else:
+                weights = ablationcam_weights(features, changed_scores, channel_axis(model, features))
+            maps.append(only_finite(combine(activations, weights)))
+    return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
+
+
+def channel_axis(model: nn.Module, features: Tensor) -> int:
+    """Along which axis the channels lie, as `as_channels_first` reads the layout."""
+    return 1 if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW" else features.ndim - 1
+
+
+def output_of(model: nn.Module, pictures: Tensor, layer: str) -> Tensor:
+    """What a named layer gives for the pictures; a copy, since a network may go on in place."""
+    found: list[Tensor] = []
+    handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
+    try:
+        model(pictures)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def answer_with(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
+    """Logits of the pictures if a named layer gave `output`."""
+    handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, own: output.clone())
+    try:
+        logits: Tensor = model(pictures)
+    finally:
+        handle.remove()
+    return logits
 
 
 def finite_pictures(activations: Tensor) -> Tensor:

@@ -80,6 +80,45 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# ---------------------------------------------------------------- methods that ask the network again
+
+
+def ablationcam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], channels: int = 1) -> Tensor:
+    """Ablation-CAM: the share of the class score that is lost without each channel. -> (N, K, 1, 1).
+
+    (y - y_k) / y with channel k set to 0: Eq. 2, doi:10.1109/WACV45572.2020.9093360; 0 where y is 0.
+    activations: as the network lays them out, channels along axis `channels`. score: such activations -> (N,) class scores.
+    pytorch-grad-cam sets a channel 1e7 below the smallest activation instead, where that is not 0.
+    """
+    whole = score(activations)
+    lost = []
+    for k in range(activations.shape[channels]):
+        without = activations.clone()
+        without.select(channels, k).zero_()
+        lost.append(whole - score(without))
+    shares = torch.stack(lost, dim=1) / torch.where(whole != 0, whole, torch.ones_like(whole))[:, None]
+    return torch.where(whole[:, None] != 0, shares, torch.zeros_like(shares))[:, :, None, None]
+
+
+def scorecam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Score-CAM: the class score of the picture seen through each channel. (N, K, h, w) -> (N, K, 1, 1), which sum to 1.
+
+    Each channel, enlarged bilinearly to the picture and scaled to 0..1, is a mask; the softmax of the scores over the channels
+    are the weights: Eq. 5-8 and Alg. 1, arXiv:1910.01279 (the score of the empty picture, taken away there, cancels out).
+    score: masks (N, size, size) -> (N,) class scores (logits).
+    """
+    scores = []
+    for k in range(activations.shape[1]):
+        masks = F.interpolate(activations[:, k : k + 1], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
+        scores.append(score(torch.where(high > low, (masks - low) / torch.where(high > low, high - low, 1.0), 0.0)))
+    return torch.stack(scores, dim=1).softmax(dim=1)[:, :, None, None]
+
+
+ASKING = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
+NAMES = (*METHODS, *ASKING)
+
+
 # ---------------------------------------------------------------- all classes in closed form
 
 

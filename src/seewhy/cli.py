@@ -209,7 +209,9 @@ def predict(
 def explain(
     run: RunArgument,
     pictures: PicturesArgument,
-    method: Annotated[str, typer.Option(help="gradcam, gradcam++, hirescam, xgradcam, layercam or eigencam")] = "gradcam++",
+    method: Annotated[
+        str, typer.Option(help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam or scorecam")
+    ] = "gradcam++",
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
     against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from seewhy.attribution import FeatureMaps, class_activation_maps, default_layers, maps_of_features, named_layer
-from seewhy.cam import METHODS, scale_to_one
+from seewhy.cam import ASKING, NAMES, scale_to_one
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
@@ -120,8 +120,8 @@ def explain(
 
     Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    if method not in NAMES:
+        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(NAMES)}")
     wanted, other = (class_index(name, run.classes) if name is not None else None for name in (target, against))
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     layers = layers or default_layers(model)
@@ -129,7 +129,7 @@ def explain(
         named_layer(model, name)  # refused before any work
     paths = find_pictures(inputs)
     below = FromSquares(nn.Identity(), preprocessing)
-    if layers:
+    if from_pictures := bool(layers) or method in ASKING:
         forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
         forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
@@ -146,7 +146,7 @@ def explain(
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         held = torch.full((len(way),), other) if other is not None else None
-        if layers:
+        if from_pictures:
             return class_activation_maps(model, way, method, given, held, layers)
         return maps_of_features(model, way, method, given, held)
 
