@@ -215,12 +215,28 @@ def explain(
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
     against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the overlays")] = Path("heatmaps"),
+    score: Annotated[
+        bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="the same for all methods: a table and a figure")] = False,
+    out: Annotated[Path, typer.Option(help="folder for the overlays, or for the table and figure of scores")] = Path("heatmaps"),
     as_json: JsonOption = False,
 ) -> None:
-    """Show where in a picture the evidence for a class lies."""
+    """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.run import load
 
+    if score or compare:
+        from seewhy.scoring import save_scores, wide
+
+        table = load(run).score_methods(pictures, None if compare else [method], layer or ())
+        written = save_scores(table, out)
+        if as_json:
+            _print_json(table.to_dict("records"))
+            return
+        typer.echo(wide(table).T.to_string())
+        typer.echo("Mean and 95% interval over the pictures; + higher is better, - lower; * beyond both random and centre.")
+        typer.echo("  ".join(map(str, written)))
+        return
     explanation = load(run).explain(pictures, method, target, against, layer or ())
     written = explanation.save(out)
     records = [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), written, strict=True)]

@@ -98,6 +98,35 @@ def confusion_figure(confusion: npt.NDArray[np.int64], classes: Sequence[str], t
     return png_of(figure)
 
 
+def method_scores(table: Sequence[dict[Any, Any]], baselines: Sequence[str], theme: str = "light") -> bytes:
+    """A panel a score: each method's mean and 95% interval, the baselines as dashed lines; PNG.
+
+    table: rows with method, score, better ('higher' or 'lower'), mean, low, high and n.
+    """
+    colours = THEMES[theme]
+    scores = list(dict.fromkeys(str(row["score"]) for row in table))
+    methods = list(dict.fromkeys(str(row["method"]) for row in table if row["method"] not in baselines))
+    places = {name: len(methods) - 1 - n for n, name in enumerate(methods)}
+    with plt.rc_context(_style(theme)):
+        size = (2.3 * len(scores) + 1.2, 0.34 * len(methods) + 1.5)
+        figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, layout="constrained", squeeze=False)
+        for axis, score in zip(axes[0], scores, strict=True):
+            rows = [row for row in table if row["score"] == score]
+            for row in (row for row in rows if row["method"] in places):
+                place = places[row["method"]]
+                axis.plot([row["low"], row["high"]], [place, place], color=colours["val"], linewidth=1.8, solid_capstyle="round")
+                axis.plot(row["mean"], place, "o", color=colours["val"], markersize=5)
+            for row, style in zip((row for row in rows if row["method"] in baselines), ("--", ":", "-."), strict=False):
+                axis.axvline(row["mean"], color=colours["train"], linestyle=style, linewidth=1.2, label=row["method"])
+            axis.set_title(f"{score}\n{rows[0]['better']} is better, n = {rows[0]['n']:,}", fontsize=9)
+            axis.set_ylim(-0.6, len(methods) - 0.4)
+            axis.grid(axis="x", linewidth=0.6)
+        axes[0][0].set_yticks(list(places.values()), list(places))
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return png_of(figure)
+
+
 def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
 

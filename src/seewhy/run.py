@@ -22,6 +22,8 @@ from seewhy.errors import RunError, SeewhyError
 from seewhy.transforms import Preprocessing
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from seewhy.evaluate import Evaluation
     from seewhy.explain import Explanation
     from seewhy.predict import Predictions
@@ -86,6 +88,14 @@ class Run:
         from seewhy.explain import explain
 
         return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers)
+
+    def score_methods(
+        self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """How far heatmap methods (None: all but Score-CAM) can be trusted on these pictures: a row a method and score, with intervals."""
+        from seewhy.scoring import COMPARED, score_methods
+
+        return score_methods(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
 
 
 def installed_versions() -> dict[str, str]:

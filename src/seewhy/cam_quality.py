@@ -1,0 +1,196 @@
+"""Heatmaps x network -> how far they can be trusted: QUALITY, one pure function a score, beside a random map and a centre blob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csc_matrix
+from scipy.sparse.linalg import spsolve
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+
+from seewhy.cam import scale_to_one
+
+STEPS = 14  # of the insertion and deletion curves
+ROAD_SHARES = (0.1, 0.3, 0.5)  # of the pixels that are removed; more would cost seconds a picture
+Answer = Callable[[Tensor], Tensor]  # (M, 3, S, S) normalised pictures -> (M, C) probabilities
+
+
+@dataclass(frozen=True)
+class Score:
+    """of: (answer, pictures (N, 3, S, S), targets (N,), maps (N, S, S) 0..1) -> (N,) values. better: 'higher' or 'lower'."""
+
+    of: Callable[[Answer, Tensor, Tensor, Tensor], Tensor]
+    better: str
+
+
+# ---------------------------------------------------------------- what the network says without the evidence
+
+
+def average_drop(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """max(0, p - p') / p, where p' is the class probability of the picture times its map. 0..1, lower is better.
+
+    "Average drop %", Sec. 4.1, arXiv:1710.11063. A map of all ones has a drop of 0: read it beside `increase` and the baselines.
+    """
+    whole, masked = _probabilities(answer, pictures, targets), _probabilities(answer, pictures * maps[:, None], targets)
+    return (whole - masked).clamp(min=0) / whole
+
+
+def increase(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """1 where the class is more probable in the picture times its map than in the picture. "Increase in confidence", as above."""
+    whole, masked = _probabilities(answer, pictures, targets), _probabilities(answer, pictures * maps[:, None], targets)
+    return (masked > whole).to(whole.dtype)
+
+
+def deletion(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """Area under the class probability as pixels are set to the mean colour, the most salient first. 0..1, lower is better.
+
+    Sec. 3.3, arXiv:1806.07421.
+    """
+    return _area(answer, torch.zeros_like(pictures), pictures, targets, maps)
+
+
+def insertion(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """Area under the class probability as pixels come back into the blurred picture, the most salient first. Higher is better.
+
+    Sec. 3.3, arXiv:1806.07421; blur of 11 pixels with sigma 5, as the authors' code has it.
+    """
+    return _area(answer, pictures, gaussian_blur(pictures, [11, 11], [5.0, 5.0]), targets, maps)
+
+
+def road(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """(p without the least relevant pixels - p without the most relevant ones) / 2, mean over shares. -0.5..0.5, higher is better.
+
+    Remove and debias: removed pixels are replaced by the noisy linear imputation of Sec. 4, arXiv:2202.00449, which gives away
+    less by its shape than a flat colour. pytorch-grad-cam's ROADCombined, on probabilities.
+    """
+    found = torch.zeros(len(pictures), dtype=pictures.dtype)
+    generator = torch.Generator().manual_seed(0)
+    for share in ROAD_SHARES:
+        for sign, relevance in ((1, 1 - maps), (-1, maps)):
+            removed = _most_relevant(relevance, share)
+            imputed = torch.stack([impute(p, r, generator) for p, r in zip(pictures, removed, strict=True)])
+            found += sign * _probabilities(answer, imputed, targets)
+    return found / (2 * len(ROAD_SHARES))
+
+
+QUALITY: dict[str, Score] = {
+    "average drop": Score(average_drop, "lower"),
+    "increase": Score(increase, "higher"),
+    "deletion AUC": Score(deletion, "lower"),
+    "insertion AUC": Score(insertion, "higher"),
+    "ROAD": Score(road, "higher"),
+}
+
+
+# ---------------------------------------------------------------- against the object's outline
+
+
+def pointing(maps: Tensor, masks: Tensor) -> Tensor:
+    """1 where the map's maximum lies on the object, 0 elsewhere and for a map of zeros. (N, S, S) and bool -> (N,).
+
+    The pointing game, Sec. 4.2, arXiv:1608.00507, without its margin of 15 pixels. Equal maxima share the hit.
+    """
+    peak = maps.amax(dim=(1, 2), keepdim=True)
+    at_peak = (maps == peak) & (peak > 0)
+    return (at_peak & masks).sum(dim=(1, 2)) / at_peak.sum(dim=(1, 2)).clamp(min=1)
+
+
+def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the map's sum that lies on the object; 0 for a map of zeros. (N, S, S) and bool -> (N,), 0..1.
+
+    The energy-based pointing game, Eq. 9, arXiv:1910.01279.
+    """
+    total = maps.sum(dim=(1, 2))
+    return torch.where(total > 0, (maps * masks).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0), 0.0)
+
+
+OUTLINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pointing": pointing, "energy inside": energy_inside}
+
+
+# ---------------------------------------------------------------- maps that know nothing
+
+
+def random_maps(n: int, size: int, seed: int = 0) -> Tensor:
+    """(n, size, size) smooth noise, 0..1: 7 x 7 uniform numbers each, enlarged as a map would be."""
+    noise = torch.rand(n, 7, 7, generator=torch.Generator().manual_seed(seed))
+    return enlarge(noise, size)
+
+
+def centre_maps(n: int, size: int, seed: int = 0) -> Tensor:
+    """(n, size, size) a Gaussian in the middle, a quarter of the side wide (sigma), 0..1: where objects mostly are."""
+    axis = (torch.arange(size) - (size - 1) / 2) / (size / 4)
+    return scale_to_one(torch.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / 2)[None]).expand(n, -1, -1)
+
+
+BASELINES: dict[str, Callable[[int, int, int], Tensor]] = {"random": random_maps, "centre": centre_maps}
+
+
+def enlarge(maps: Tensor, size: int) -> Tensor:
+    """(N, h, w) -> (N, size, size) bilinearly, each scaled to 0..1."""
+    return scale_to_one(F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0].clamp(min=0))
+
+
+# ---------------------------------------------------------------- steps of the above
+
+
+def _probabilities(answer: Answer, pictures: Tensor, targets: Tensor) -> Tensor:
+    return answer(pictures).gather(1, targets[:, None])[:, 0]
+
+
+def _ranks(maps: Tensor) -> Tensor:
+    """(N, S * S) place of each pixel among all, the most salient first; equal ones in reading order."""
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1)
+
+
+def _most_relevant(relevance: Tensor, share: float) -> Tensor:
+    """(N, S, S) bool: the given share of the pixels, the most relevant ones."""
+    return (_ranks(relevance) < round(share * relevance[0].numel())).view_as(relevance)
+
+
+def _area(answer: Answer, salient: Tensor, rest: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """Area (trapezoids) under the class probability while more and more pixels, in the order of the map, come from `salient`."""
+    ranks, pixels = _ranks(maps).view_as(maps)[:, None], maps[0].numel()
+    shares = torch.linspace(0, 1, STEPS + 1, dtype=salient.dtype)
+    curve = [_probabilities(answer, torch.where(ranks < round(float(share) * pixels), salient, rest), targets) for share in shares]
+    return torch.trapezoid(torch.stack(curve, dim=1), shares, dim=1)
+
+
+NEIGHBOURS = tuple((dy, dx, 1 / 6 if dy == 0 or dx == 0 else 1 / 12) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+
+
+def impute(picture: Tensor, removed: Tensor, generator: torch.Generator, noise: float = 0.01) -> Tensor:
+    """(3, S, S) with each removed pixel the weighted mean of its eight neighbours, plus normal noise of that deviation.
+
+    Removed neighbours are unknowns too, so this is one sparse linear system a picture: Eq. 5, arXiv:2202.00449.
+    """
+    if not bool(removed.any()) or bool(removed.all()):  # nothing to do, or nothing to do it from
+        return picture if not bool(removed.any()) else torch.zeros_like(picture)
+    mask, values = removed.numpy(), picture.numpy().astype(np.float64)
+    number = np.full(mask.shape, -1)
+    number[mask] = np.arange(mask.sum())
+    y, x = np.nonzero(mask)
+    diagonal, known = np.zeros(len(y)), np.zeros((len(y), len(values)))
+    rows, columns, weights = [], [], []
+    for dy, dx, weight in NEIGHBOURS:
+        inside = (y + dy >= 0) & (y + dy < mask.shape[0]) & (x + dx >= 0) & (x + dx < mask.shape[1])
+        diagonal[inside] += weight
+        i, ny, nx = np.flatnonzero(inside), y[inside] + dy, x[inside] + dx
+        there = ~mask[ny, nx]
+        known[i[there]] += weight * values[:, ny[there], nx[there]].T
+        rows.append(i[~there])
+        columns.append(number[ny[~there], nx[~there]])
+        weights.append(np.full((~there).sum(), -weight))
+    rows.append(np.arange(len(y)))
+    columns.append(np.arange(len(y)))
+    weights.append(diagonal)
+    system = csc_matrix((np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))), shape=(len(y), len(y)))
+    solved = torch.from_numpy(spsolve(system, known).T).to(picture.dtype)
+    imputed = picture.clone()
+    imputed[:, removed] = solved + noise * torch.randn(solved.shape, generator=generator)
+    return imputed

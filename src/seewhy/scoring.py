@@ -1,0 +1,128 @@
+"""Run x pictures -> a table of heatmap methods x scores, each with an interval and beside maps that know nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from seewhy.attribution import class_activation_maps
+from seewhy.cam import NAMES
+from seewhy.cam_quality import BASELINES, OUTLINE, QUALITY, enlarge
+from seewhy.engines import FromSquares
+from seewhy.errors import ConfigError, OutputError
+from seewhy.features import EVAL_VIEW, in_batches, in_order, render_view
+from seewhy.figures import method_scores
+from seewhy.images import read_image
+from seewhy.metrics import mean_interval
+from seewhy.outlines import outline_of
+from seewhy.predict import find_pictures
+from seewhy.progress import progress
+from seewhy.run import Run
+
+BATCH = 16
+AREA = "(area)"
+COMPARED = tuple(name for name in NAMES if name != "scorecam")  # which needs a forward pass a channel and picture
+
+
+def score_methods(
+    run: Run,
+    inputs: Sequence[str | Path],
+    methods: Sequence[str] = COMPARED,
+    scores: Sequence[str] = tuple(QUALITY),
+    layers: Sequence[str] = (),
+    workers: int = 2,
+) -> pd.DataFrame:
+    """One row a method (and baseline) and score: method, score, better, mean, low, high, n.
+
+    Maps are of the predicted class, in the plain direction. low, high: 95% bootstrap interval of the mean over pictures.
+    `pointing` and `energy inside` are there where outlines are known (outlines.py), over those pictures; so is a row of method
+    `(area)` for `energy inside`: the share of the picture that the object covers, which a flat map would score.
+    Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
+    """
+    for kind, wanted, known in (("method", methods, NAMES), ("score", scores, QUALITY)):
+        if unknown := [name for name in wanted if name not in known]:
+            raise ConfigError(f"unknown {kind} {unknown[0]!r}; use one of {', '.join(known)}")
+    paths = find_pictures(inputs)
+    model, preprocessing = run.backbone.model, run.backbone.preprocessing
+    below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
+    values: dict[tuple[str, str], list[Tensor]] = {}
+
+    def square_of(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        square = render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+        return square, outline_of(path, preprocessing)
+
+    @torch.no_grad()
+    def answer(pictures: Tensor) -> Tensor:
+        probs: Tensor = model(pictures).softmax(dim=1)
+        return probs
+
+    rows = [*methods, *BASELINES]
+    with progress("scoring heatmaps", len(paths) * len(rows)) as advance:
+        for number, batch in enumerate(in_batches(in_order(square_of, paths, workers), BATCH)):
+            pictures = below(torch.from_numpy(np.stack([square for square, _ in batch])))
+            targets = answer(pictures).argmax(dim=1)
+            outlines = {n: outline for n, (_, outline) in enumerate(batch) if outline is not None}
+            masks = torch.from_numpy(np.stack(list(outlines.values()))) if outlines else None
+            for name in rows:
+                maps = (
+                    BASELINES[name](len(batch), size, number)
+                    if name in BASELINES
+                    else enlarge(class_activation_maps(model, pictures, name, targets, layers=layers)[0], size)
+                )
+                for score in scores:
+                    values.setdefault((name, score), []).append(QUALITY[score].of(answer, pictures, targets, maps))
+                if masks is not None:
+                    for score, function in OUTLINE.items():
+                        values.setdefault((name, score), []).append(function(maps[list(outlines)], masks))
+                advance(len(batch))
+            if masks is not None:
+                values.setdefault((AREA, "energy inside"), []).append(masks.float().mean(dim=(1, 2)))
+    return pd.DataFrame([_row(method, score, torch.cat(found).double().numpy()) for (method, score), found in values.items()])
+
+
+def _row(method: str, score: str, values: npt.NDArray[np.float64]) -> dict[str, object]:
+    low, high = mean_interval(values)
+    better = QUALITY[score].better if score in QUALITY else "higher"
+    return {"method": method, "score": score, "better": better, "mean": values.mean(), "low": low, "high": high, "n": len(values)}
+
+
+def beats_baselines(table: pd.DataFrame) -> dict[tuple[str, str], bool]:
+    """(method, score) -> whether its interval lies beyond both baselines' means, on the better side."""
+    found: dict[tuple[str, str], bool] = {}
+    for score, rows in table.groupby("score", sort=False):
+        knows_nothing = rows[rows["method"].isin([*BASELINES, AREA])]["mean"]
+        for row in rows.itertuples():
+            if row.method not in BASELINES and row.method != AREA:
+                better = row.low > knows_nothing.max() if row.better == "higher" else row.high < knows_nothing.min()
+                found[str(row.method), str(score)] = bool(better)
+    return found
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """Methods x scores as text: mean and interval, with a star where the method beats both baselines; + higher, - lower is better."""
+    beaten = beats_baselines(table)
+    cells: dict[str, dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        star = " *" if beaten.get((row["method"], row["score"])) else ""
+        column = f"{row['score']} {'+' if row['better'] == 'higher' else '-'}"
+        cells.setdefault(column, {})[row["method"]] = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}){star}"
+    return pd.DataFrame(cells, index=list(dict.fromkeys(table["method"]))).fillna("")
+
+
+def save_scores(table: pd.DataFrame, folder: Path | str) -> list[Path]:
+    """Writes scores.csv and the figure scores.png; the files written."""
+    folder = Path(folder)
+    files = [folder / "scores.csv", folder / "scores.png"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(table.to_csv(index=False), encoding="utf-8")
+        files[1].write_bytes(method_scores(table.to_dict("records"), [*BASELINES, AREA]))
+    except OSError as error:
+        raise OutputError(f"{folder}: scores cannot be written ({error.strerror}); choose another place with --out") from error
+    return files

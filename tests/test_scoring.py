@@ -1,0 +1,99 @@
+"""The table of methods x scores: a network whose evidence is known, intervals, baselines, what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.stats import bootstrap
+from test_explain import colour_run
+
+from seewhy.cam_quality import QUALITY
+from seewhy.errors import ConfigError, OutputError
+from seewhy.metrics import mean_interval
+from seewhy.scoring import beats_baselines, save_scores, score_methods, wide
+
+CHEAP = ("average drop", "increase", "deletion AUC", "insertion AUC")
+
+
+@pytest.fixture
+def corners(tmp_path: Path) -> Path:
+    """18 dark pictures with a coloured block in a corner, and its mask."""
+    rng = np.random.default_rng(0)
+    for n in range(18):
+        left, top = (int(v) for v in rng.choice([0, 56], 2))
+        picture, mask = Image.new("RGB", (80, 80), (20, 20, 20)), Image.new("L", (80, 80))
+        picture.paste([(250, 10, 10), (10, 10, 250)][n % 2], (left, top, left + 24, top + 24))
+        mask.paste(255, (left, top, left + 24, top + 24))
+        for image, kind, suffix in ((picture, "pictures", "png"), (mask, "masks", "png")):
+            (tmp_path / kind / "block").mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / kind / "block" / f"{n:02d}.{suffix}")
+    return tmp_path / "pictures"
+
+
+def test_a_network_that_looks_at_the_block_is_seen_to(corners: Path) -> None:
+    table = score_methods(colour_run(), [corners], ["gradcam", "eigencam"], CHEAP)
+    assert set(table["method"]) == {"gradcam", "eigencam", "random", "centre", "(area)"}
+    assert set(table["n"]) == {18}
+    found = table.set_index(["method", "score"])["mean"]
+    assert found["gradcam", "pointing"] == 1
+    assert found["(area)", "energy inside"] == pytest.approx((24 / 80) ** 2, abs=0.01)
+    assert found["gradcam", "energy inside"] > 3 * found["centre", "energy inside"]
+    assert found["gradcam", "deletion AUC"] < found["random", "deletion AUC"]
+    assert found["gradcam", "insertion AUC"] > found["random", "insertion AUC"]
+    better = beats_baselines(table)
+    assert better["gradcam", "pointing"]
+    assert better["gradcam", "energy inside"]
+    assert not any(name in ("random", "centre", "(area)") for name, _ in better)
+
+
+def test_pictures_without_outline_are_scored_without(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
+    table = score_methods(colour_run(), [tmp_path / "a.png"], ["gradcam"], ["average drop"])
+    assert set(table["score"]) == {"average drop"}
+    assert table["n"].tolist() == [1, 1, 1]
+    assert (table["low"] == table["mean"]).all()  # one picture has no spread
+
+
+def test_a_method_that_does_not_beat_the_centre_is_shown_not_to() -> None:
+    rows = [("good", 0.9, 0.8, 0.95), ("no better", 0.55, 0.45, 0.65), ("random", 0.3, 0.2, 0.4), ("centre", 0.5, 0.4, 0.6)]
+    table = pd.DataFrame(
+        [{"method": m, "score": "pointing", "better": "higher", "mean": x, "low": a, "high": b, "n": 9} for m, x, a, b in rows]
+    )
+    assert beats_baselines(table) == {("good", "pointing"): True, ("no better", "pointing"): False}
+    assert beats_baselines(table.assign(better="lower")) == {("good", "pointing"): False, ("no better", "pointing"): False}
+    shown = wide(table)["pointing +"]
+    assert shown["good"] == "0.900 (0.800 to 0.950) *"
+    assert shown["no better"] == "0.550 (0.450 to 0.650)"
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown method 'gradcma'; use one of gradcam"):
+        score_methods(colour_run(), [tmp_path], ["gradcma"])
+    with pytest.raises(ConfigError, match="unknown score 'beauty'; use one of average drop"):
+        score_methods(colour_run(), [tmp_path], ["gradcam"], ["beauty"])
+
+
+def test_table_and_figure_are_written(corners: Path, tmp_path: Path) -> None:
+    table = score_methods(colour_run(), [corners / "block" / "00.png"], ["gradcam"], ["average drop"])
+    csv, png = save_scores(table, tmp_path / "out" / "deeper")
+    pd.testing.assert_frame_equal(pd.read_csv(csv), table, check_exact=False)
+    assert Image.open(png).width > 400
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="scores cannot be written"):
+        save_scores(table, tmp_path / "file")
+
+
+def test_interval_of_the_mean_is_scipys_percentile_bootstrap() -> None:
+    values = np.random.default_rng(0).exponential(size=60)
+    low, high = mean_interval(values, resamples=20_000)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)).confidence_interval
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+    assert low < values.mean() < high
+
+
+def test_every_score_says_which_way_is_better() -> None:
+    assert {score.better for score in QUALITY.values()} == {"higher", "lower"}
