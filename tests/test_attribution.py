@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchcam.methods
+from captum.attr import LayerGradCam
 from plain_cam import term_by_term
 from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, ScoreCAM, XGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -172,6 +174,49 @@ def test_epsilon_of_pytorch_grad_cam_is_what_makes_its_gradcam_plus_plus_differ(
     assert_same_maps(theirs, reference(1e-6), 1e-5)
     shrunk = theirs.max(axis=(1, 2)) / ours.numpy().max(axis=(1, 2))
     assert (shrunk < 0.95).all()  # the epsilon takes more than a twentieth of the map
+
+
+# ---------------------------------------------------------------- torch-cam and captum
+
+PLACES = [("resnet18", "layer4"), ("resnet18", "layer3"), ("efficientnet_lite0", "bn2"), ("test_convnext", "stages.2")]
+TORCHCAM = {"gradcam": "GradCAM", "xgradcam": "XGradCAM", "layercam": "LayerCAM"}
+
+
+def torchcam_maps(name: str, model: nn.Module, layer: str, pictures: Tensor, targets: list[int]) -> Tensor:
+    with getattr(torchcam.methods, name)(model, target_layer=layer) as extractor:
+        maps: Tensor = extractor(targets, model(pictures), normalized=False)[0]
+    return maps.detach().clamp(min=0)
+
+
+@pytest.mark.parametrize(("name", "layer"), PLACES)
+@pytest.mark.parametrize("method", [*TORCHCAM, "captum"])
+def test_maps_equal_those_of_torch_cam_and_captum(name: str, layer: str, method: str) -> None:
+    model, pictures, targets = network(name), noise(2, SMALL[name]), [3, 5]
+    ours, _, _ = attribution.class_activation_maps(
+        model, pictures, "gradcam" if method == "captum" else method, torch.tensor(targets), layers=[layer]
+    )
+    if method == "captum":
+        peer = LayerGradCam(model, model.get_submodule(layer))
+        theirs = peer.attribute(pictures, target=torch.tensor(targets), relu_attributions=True)[:, 0].detach()
+    else:
+        theirs = torchcam_maps(TORCHCAM[method], model, layer, pictures, targets)
+    assert theirs.max() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.max().item())
+    # And enlarged to the picture.
+    large = [nn.functional.interpolate(maps[:, None], SMALL[name], mode="bilinear", align_corners=False) for maps in (ours, theirs)]
+    torch.testing.assert_close(*large, rtol=1e-4, atol=1e-5 * theirs.max().item())
+
+
+def test_gradcam_plus_plus_of_torch_cam_never_divides() -> None:
+    """Its alpha is g^2 instead of Eq. 19: it divides a copy (`alpha[idx][mask].div_`), as version 0.5.0 still does."""
+    model, pictures, targets = network("resnet18", gain=2e4), noise(2, 96), [3, 5]
+    _, _, pairs = attribution.layer_gradients(model, pictures, ["layer4"], torch.tensor(targets))
+    activations, gradients = pairs[0]
+    undivided = cam.combine(activations, (gradients**2 * gradients.clamp(min=0)).sum(dim=(2, 3), keepdim=True))
+    theirs = torchcam_maps("GradCAMpp", model, "layer4", pictures, targets)
+    torch.testing.assert_close(theirs, undivided, rtol=1e-3, atol=1e-4 * undivided.max().item())
+    ours, _, _ = attribution.class_activation_maps(model, pictures, "gradcam++", torch.tensor(targets))
+    assert (cam.scale_to_one(ours) - cam.scale_to_one(theirs)).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- whole maps

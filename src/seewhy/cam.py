@@ -26,7 +26,7 @@ def gradcam_plus_plus_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     confident network underflows float32: alpha = 1 / (2 + sum(A) g), 0 where g = 0.
     Only relu(g) > 0 contributes, and activations behind a ReLU are not negative, so no
     denominator can vanish there. pytorch-grad-cam adds 1e-6 to the undivided denominator, which
-    is as large as g^2 itself on a 7x7 map and shrinks its weights.
+    is as large as g^2 itself on a 7x7 map and shrinks its weights; torch-cam 0.5 divides a copy, so its alpha is g^2.
     """
     denominator = 2 + activations.sum(dim=(2, 3), keepdim=True) * gradients
     defined = (gradients != 0) & (denominator != 0)
