@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -196,3 +197,17 @@ def test_gallery_shows_each_picture_beside_its_overlay(drawn: list[Figure]) -> N
     for n, (square, heatmap, _) in enumerate(items):
         np.testing.assert_array_equal(shown[2 * n].images[0].get_array(), square)
         np.testing.assert_array_equal(shown[2 * n + 1].images[0].get_array(), figures.overlay_heatmap(square, heatmap))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_method_scores_shows_each_method_and_every_baseline(theme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"better": "higher", "low": 0.4, "mean": 0.5, "high": 0.6, "n": 9}
+    places = [("gradcam", "pointing"), ("random", "pointing"), ("gradcam", "energy"), ("(area)", "energy")]
+    table = [{"method": method, "score": score, **numbers} for method, score in places]
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or b"")
+    figures.method_scores(table, ["random", "(area)"], theme)
+    (figure,) = drawn
+    assert [axis.get_title() for axis in figure.axes] == [f"{score}\nhigher is better, n = 9" for score in ("pointing", "energy")]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["gradcam"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "(area)"]

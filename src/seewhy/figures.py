@@ -122,8 +122,8 @@ def method_scores(table: Sequence[dict[Any, Any]], baselines: Sequence[str], the
             axis.set_ylim(-0.6, len(methods) - 0.4)
             axis.grid(axis="x", linewidth=0.6)
         axes[0][0].set_yticks(list(places.values()), list(places))
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+        lines = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     return png_of(figure)
 
 
