@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_grad_cam.metrics.road import ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
@@ -174,3 +175,36 @@ def test_a_map_of_zeros_is_scored_too() -> None:
         values = score.of(top_row_answer, torch.ones(1, 3, 16, 16), FIRST, torch.zeros(1, 16, 16))
         assert values.shape == (1,), name
         assert values.isfinite().all(), name
+
+
+# ---------------------------------------------------------------- likeness of two maps
+
+
+def test_rank_correlation_is_scipys() -> None:
+    maps, others = (torch.randint(0, 4, (5, 6, 6), generator=torch.Generator().manual_seed(s)).float() for s in (0, 1))  # with ties
+    found = quality.rank_correlation(maps, others)
+    expected = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(maps.numpy(), others.numpy(), strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+    assert quality.rank_correlation(maps, maps).tolist() == pytest.approx([1] * 5)
+    assert quality.rank_correlation(maps, torch.zeros_like(maps)).tolist() == [0] * 5
+
+
+def test_structural_similarity_of_equal_and_opposite_maps() -> None:
+    maps = quality.random_maps(3, 32)
+    np.testing.assert_allclose(quality.structural_similarity(maps, maps).numpy(), 1, atol=1e-5)
+    assert (quality.structural_similarity(maps, 1 - maps) < 0.2).all()
+
+
+def test_randomise_starts_parts_anew_and_leaves_the_rest() -> None:
+    torch.manual_seed(3)
+    norm = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = nn.ModuleDict({"kept": nn.Linear(3, 3), "norm": norm, "scale": nn.ParameterList([nn.Parameter(torch.arange(50.0))])})
+    norm[1].running_mean.fill_(7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    quality.randomise(model, ["norm", "scale"])
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's
+    after = model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"norm.0.weight", "norm.0.bias", "norm.1.running_mean", "scale.0"}
+    assert sorted(after["scale.0"].tolist()) == list(range(50))

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from cheap_run import cheap_run
 from PIL import Image
 from scipy.stats import bootstrap
 from test_explain import colour_run
@@ -14,7 +16,7 @@ from test_explain import colour_run
 from seewhy.cam_quality import QUALITY
 from seewhy.errors import ConfigError, OutputError
 from seewhy.metrics import mean_interval
-from seewhy.scoring import beats_baselines, save_scores, score_methods, wide
+from seewhy.scoring import beats_baselines, sanity_check, save_scores, score_methods, wide
 
 CHEAP = ("average drop", "increase", "deletion AUC", "insertion AUC")
 
@@ -79,12 +81,14 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 def test_table_and_figure_are_written(corners: Path, tmp_path: Path) -> None:
     table = score_methods(colour_run(), [corners / "block" / "00.png"], ["gradcam"], ["average drop"])
-    csv, png = save_scores(table, tmp_path / "out" / "deeper")
+    sanity = pd.DataFrame([{"method": "gradcam", "spearman_mean": 0.1}])
+    csv, png, other = save_scores(table, sanity, tmp_path / "out" / "deeper")
+    pd.testing.assert_frame_equal(pd.read_csv(other), sanity)
     pd.testing.assert_frame_equal(pd.read_csv(csv), table, check_exact=False)
     assert Image.open(png).width > 400
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="scores cannot be written"):
-        save_scores(table, tmp_path / "file")
+        save_scores(table, sanity, tmp_path / "file")
 
 
 def test_interval_of_the_mean_is_scipys_percentile_bootstrap() -> None:
@@ -97,3 +101,25 @@ def test_interval_of_the_mean_is_scipys_percentile_bootstrap() -> None:
 
 def test_every_score_says_which_way_is_better() -> None:
     assert {score.better for score in QUALITY.values()} == {"higher", "lower"}
+
+
+# ---------------------------------------------------------------- the network forgets
+
+
+def test_maps_of_a_forgetting_network_lose_their_likeness(tmp_path: Path) -> None:
+    run = cheap_run()
+    before = {key: value.clone() for key, value in run.backbone.model.state_dict().items()}
+    for n in range(4):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+    table = sanity_check(run, [tmp_path], ["gradcam", "eigencam"], layers=["layer3"])
+    assert table["n"].tolist() == [4] * len(table)
+    found = table.set_index(["method", "randomised_to"])["spearman_mean"]
+    assert found["gradcam"].index[0] == "fc"
+    assert found["gradcam"].index[1].startswith("layer4")
+    # EigenCAM at layer3 knows neither the classifier nor layer4, so it cannot notice; Grad-CAM does at once.
+    assert found["eigencam"].iloc[1] == pytest.approx(1, abs=1e-6)
+    assert found["eigencam"].iloc[-1] < 0.9
+    assert found["gradcam"].iloc[0] < 0.9
+    assert all(torch.equal(value, before[key]) for key, value in run.backbone.model.state_dict().items())
+    again = sanity_check(run, [tmp_path], ["gradcam"], layers=["layer3"])
+    np.testing.assert_allclose(again["spearman_mean"], found["gradcam"], atol=1e-6)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import spsolve
-from torch import Tensor
+from scipy.stats import rankdata
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.functional import gaussian_blur
 
 from seewhy.cam import scale_to_one
@@ -110,6 +113,39 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 OUTLINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pointing": pointing, "energy inside": energy_inside}
+
+
+# ---------------------------------------------------------------- against the same map of a network that knows nothing
+
+
+def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
+    """Spearman's rank correlation of each pair of maps, ties at their mean rank; 0 for a constant map. (N, h, w) twice -> (N,), -1..1."""
+    ranks = [torch.from_numpy(rankdata(m.flatten(1).numpy(), axis=1)) for m in (maps, others)]
+    a, b = (r - r.mean(dim=1, keepdim=True) for r in ranks)
+    scale = (a.square().sum(dim=1) * b.square().sum(dim=1)).sqrt()
+    return torch.where(scale > 0, (a * b).sum(dim=1) / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def structural_similarity(maps: Tensor, others: Tensor) -> Tensor:
+    """SSIM of each pair of maps of 0..1 (Wang 2004, by torchmetrics). (N, S, S) twice -> (N,), at most 1."""
+    found = structural_similarity_index_measure(maps[:, None].float(), others[:, None].float(), data_range=1.0, reduction="none")
+    return cast(Tensor, found)  # a pair only where the full images are asked for
+
+
+def randomise(model: nn.Module, parts: Sequence[str], seed: int = 0) -> None:
+    """Starts the named modules anew, in place: by their own `reset_parameters`, and weights of other modules shuffled.
+
+    The cascading check of Sec. 2.2, arXiv:1810.03292: a map that stays the same does not explain what the network has learnt.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for part in parts:
+            for module in model.get_submodule(part).modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+                else:
+                    for parameter in module.parameters(recurse=False):
+                        parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].view_as(parameter))
 
 
 # ---------------------------------------------------------------- maps that know nothing

@@ -226,15 +226,22 @@ def explain(
     from seewhy.run import load
 
     if score or compare:
-        from seewhy.scoring import save_scores, wide
+        from seewhy.scoring import COMPARED, save_scores, wide, wide_sanity
 
-        table = load(run).score_methods(pictures, None if compare else [method], layer or ())
-        written = save_scores(table, out)
+        loaded = load(run)
+        methods = COMPARED if compare else (method,)
+        table = loaded.score_methods(pictures, methods, layer or ())
+        sanity = loaded.sanity_check(pictures, methods, layer or ())
+        written = save_scores(table, sanity, out)
         if as_json:
-            _print_json(table.to_dict("records"))
+            _print_json({"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")})
             return
         typer.echo(wide(table).T.to_string())
-        typer.echo("Mean and 95% interval over the pictures; + higher is better, - lower; * beyond both random and centre.")
+        typer.echo("Mean and 95% interval over the pictures; + higher is better, - lower; * beyond both random and centre.\n")
+        typer.echo(wide_sanity(sanity).to_string())
+        typer.echo(
+            "Rank correlation with the trained network's maps after randomising it from the classifier down to a part; near 0 is right."
+        )
         typer.echo("  ".join(map(str, written)))
         return
     explanation = load(run).explain(pictures, method, target, against, layer or ())

@@ -97,6 +97,14 @@ class Run:
 
         return score_methods(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
 
+    def sanity_check(
+        self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """How alike the maps stay as the network is randomised from the classifier down: a row a method and stage, with intervals."""
+        from seewhy.scoring import COMPARED, sanity_check
+
+        return sanity_check(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
+
 
 def installed_versions() -> dict[str, str]:
     """Versions of seewhy, Python and the packages that decide numbers."""

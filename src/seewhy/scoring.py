@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from seewhy.attribution import class_activation_maps
+from seewhy.backbones import classifier_names
 from seewhy.cam import NAMES
-from seewhy.cam_quality import BASELINES, OUTLINE, QUALITY, enlarge
+from seewhy.cam_quality import BASELINES, OUTLINE, QUALITY, enlarge, randomise, rank_correlation, structural_similarity
 from seewhy.engines import FromSquares
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import EVAL_VIEW, in_batches, in_order, render_view
@@ -86,6 +88,53 @@ def score_methods(
     return pd.DataFrame([_row(method, score, torch.cat(found).double().numpy()) for (method, score), found in values.items()])
 
 
+def sanity_check(
+    run: Run, inputs: Sequence[str | Path], methods: Sequence[str] = COMPARED, layers: Sequence[str] = (), workers: int = 2, seed: int = 0
+) -> pd.DataFrame:
+    """How alike each method's maps stay as the network forgets, from the classifier down: a row a method and stage.
+
+    Columns: method, randomised_to (the classifier, or the first unit of the deepest stage, the next, ...; all above it too),
+    then mean, low and high (95% bootstrap interval over pictures) of `spearman` and `ssim` between the maps of the trained and of
+    the randomised network, of the class the trained one predicts; n. Near 0 is as it should be; a map that stays explains nothing.
+    """
+    model, preprocessing = run.backbone.model, run.backbone.preprocessing
+    below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
+    cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))]
+    values: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    paths = find_pictures(inputs)
+
+    def square_of(path: Path) -> npt.NDArray[np.uint8]:
+        return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+
+    with progress("randomising the network", len(paths) * len(methods) * (len(cascade) + 1)) as advance:
+        for batch in in_batches(in_order(square_of, paths, workers), BATCH):
+            pictures = below(torch.from_numpy(np.stack(batch)))
+            with torch.no_grad():
+                targets = model(pictures).argmax(dim=1)
+            forgetful = copy.deepcopy(model)
+            trained: dict[str, Tensor] = {}
+            for parts in ([], *cascade):
+                randomise(forgetful, parts, seed)
+                for method in methods:
+                    maps, _, _ = class_activation_maps(forgetful, pictures, method, targets, layers=layers)
+                    advance(len(batch))
+                    if not parts:
+                        trained[method] = maps
+                        continue
+                    large, large_trained = enlarge(maps, size), enlarge(trained[method], size)
+                    similar = rank_correlation(maps, trained[method]), structural_similarity(large, large_trained)
+                    values.setdefault((method, parts[0]), []).append(similar)
+    rows = []
+    for (method, part), found in values.items():
+        row: dict[str, object] = {"method": method, "randomised_to": part}
+        for name, parts_of in zip(("spearman", "ssim"), zip(*found, strict=True), strict=True):
+            numbers = torch.cat(list(parts_of)).double().numpy()
+            low, high = mean_interval(numbers)
+            row |= {f"{name}_mean": numbers.mean(), f"{name}_low": low, f"{name}_high": high, "n": len(numbers)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def _row(method: str, score: str, values: npt.NDArray[np.float64]) -> dict[str, object]:
     low, high = mean_interval(values)
     better = QUALITY[score].better if score in QUALITY else "higher"
@@ -115,14 +164,20 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells, index=list(dict.fromkeys(table["method"]))).fillna("")
 
 
-def save_scores(table: pd.DataFrame, folder: Path | str) -> list[Path]:
-    """Writes scores.csv and the figure scores.png; the files written."""
+def wide_sanity(sanity: pd.DataFrame) -> pd.DataFrame:
+    """Methods x parts, in the order they were randomised: mean rank correlation."""
+    return sanity.pivot(index="method", columns="randomised_to", values="spearman_mean")[list(sanity["randomised_to"].unique())].round(2)
+
+
+def save_scores(table: pd.DataFrame, sanity: pd.DataFrame, folder: Path | str) -> list[Path]:
+    """Writes scores.csv, its figure scores.png, and sanity.csv; the files written."""
     folder = Path(folder)
-    files = [folder / "scores.csv", folder / "scores.png"]
+    files = [folder / "scores.csv", folder / "scores.png", folder / "sanity.csv"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files[0].write_text(table.to_csv(index=False), encoding="utf-8")
         files[1].write_bytes(method_scores(table.to_dict("records"), [*BASELINES, AREA]))
+        files[2].write_text(sanity.to_csv(index=False), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: scores cannot be written ({error.strerror}); choose another place with --out") from error
     return files
