@@ -32,7 +32,7 @@ STAGE_GFLOP = 2.5  # of one training step of layer4 and the classifier, a pictur
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
     loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.autograd.backward(loss)
     optimizer.step()
 
 

@@ -37,11 +37,10 @@ BOTTOM = TOP.flip(1)
 
 
 def test_drop_and_increase_by_hand() -> None:
-    assert quality.average_drop(top_row_answer, WHITE, FIRST, TOP).item() == 0  # all that counts is kept
-    assert quality.average_drop(top_row_answer, WHITE, FIRST, BOTTOM).item() == 1
-    assert quality.average_drop(top_row_answer, 0.8 * WHITE, FIRST, 0.75 * TOP).item() == pytest.approx(0.25)
-    assert quality.increase(top_row_answer, 0.8 * WHITE, FIRST, TOP).item() == 0  # not more than before
-    assert quality.increase(top_row_answer, 0.8 * WHITE, torch.tensor([1]), BOTTOM).item() == 1
+    whole, masked = torch.tensor([0.8, 0.8, 0.5, 0.2]), torch.tensor([0.6, 0.8, 0.0, 0.9])
+    np.testing.assert_allclose(quality.average_drop(whole, masked).numpy(), [0.25, 0, 1, 0], atol=1e-7)
+    assert quality.increase(whole, masked).tolist() == [0, 0, 0, 1]  # not where it is just as probable
+    assert quality.class_probabilities(top_row_answer, 0.8 * WHITE * TOP, torch.tensor([1])).item() == pytest.approx(0.2)
 
 
 def test_deletion_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +127,9 @@ def test_drop_and_increase_are_torch_cams(scene: Any) -> None:
     metric = ClassificationMetric(Peer(model, maps), lambda logits: logits.softmax(dim=1))
     metric.update(pictures)
     theirs = metric.summary()
-    assert quality.average_drop(answer, pictures, targets, maps).mean().item() == pytest.approx(theirs["avg_drop"], rel=1e-4)
-    assert quality.increase(answer, pictures, targets, maps).mean().item() == pytest.approx(theirs["conf_increase"], rel=1e-4)
+    whole, masked = (quality.class_probabilities(answer, seen, targets) for seen in (pictures, pictures * maps[:, None]))
+    assert quality.average_drop(whole, masked).mean().item() == pytest.approx(theirs["avg_drop"], rel=1e-4)
+    assert quality.increase(whole, masked).mean().item() == pytest.approx(theirs["conf_increase"], rel=1e-4)
 
 
 def test_deletion_and_insertion_are_torch_cams(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +171,10 @@ def test_centre_and_random_maps() -> None:
 
 
 def test_a_map_of_zeros_is_scored_too() -> None:
+    pictures, maps = torch.ones(1, 3, 16, 16), torch.zeros(1, 16, 16)
+    whole, masked = (quality.class_probabilities(top_row_answer, seen, FIRST) for seen in (pictures, pictures * maps[:, None]))
     for name, score in quality.QUALITY.items():
-        values = score.of(top_row_answer, torch.ones(1, 3, 16, 16), FIRST, torch.zeros(1, 16, 16))
+        values = score.of(whole, masked) if name in quality.MASKED else score.of(top_row_answer, pictures, FIRST, maps)
         assert values.shape == (1,), name
         assert values.isfinite().all(), name
 

@@ -11,7 +11,7 @@ import pytest
 
 from seewhy import cli
 from seewhy.backbones import BACKBONES
-from seewhy.cam import NAMES
+from seewhy.cam import ALL_METHODS
 from seewhy.config import RECIPES, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def test_every_option_method_and_backbone_is_documented() -> None:
     text = read("README.md")
     for name in TrainConfig.model_fields:
         assert f"`{name}`" in text or f"`--{name.replace('_', '-')}" in text, name
-    for name in [*NAMES, *BACKBONES]:
+    for name in [*ALL_METHODS, *BACKBONES]:
         assert f"`{name}`" in text, name
 
 
@@ -77,7 +77,7 @@ def test_readme_seewhy_commands_parse() -> None:
 
 def test_help_names_every_method() -> None:
     words = set(re.findall(r"[a-z+]+", cli_help("explain")))
-    assert set(NAMES) <= words
+    assert set(ALL_METHODS) <= words
 
 
 def cli_help(command: str) -> str:

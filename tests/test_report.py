@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seewhy.evaluate import Evaluation
-from seewhy.report import confused_pairs, pick_examples
+from seewhy.report import confused_pairs, other_class, pick_examples
 from seewhy.run import Run
 
 
@@ -61,9 +61,13 @@ def evaluation(labels: list[int], logits: list[list[float]], classes: tuple[str,
 
 def test_examples_by_hand() -> None:
     logits = [[5, 0], [9, 0], [0, 3], [4, 0], [0, 8]]
-    best, worst = pick_examples(evaluation([0, 0, 1, 1, 0], logits, ("a", "b")))
-    assert best == [1, 2]  # the surest right one of each class
-    assert worst == [4, 3]  # the surest wrong ones first
+    test = evaluation([0, 0, 1, 1, 0], logits, ("a", "b"))
+    assert pick_examples(test) == {
+        "Right and sure": [1, 2],  # the surest one of each class
+        "Wrong and sure": [4, 3],  # the surest first
+        "Unsure": [0],  # what is left
+    }
+    assert [other_class(test, n) for n in (0, 4)] == [1, 0]  # the second of a right answer, the true one of a wrong one
 
 
 def test_confused_pairs_by_hand() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from seewhy.cam import ALL_CLASSES, ASKING, METHODS, ablationcam_weights, combine, fuse, only_finite, scorecam_weights
+from seewhy.cam import ALL_CLASSES, ASKING, METHODS, PIXELWISE, ablationcam_weights, combine, fuse, only_finite, scorecam_weights
 from seewhy.errors import BackboneError, ConfigError
+from seewhy.pixels import chosen_classes, class_scores, pixel_maps
 
 # ---------------------------------------------------------------- the last feature maps
 
@@ -79,17 +80,6 @@ def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | 
 
 
 # ---------------------------------------------------------------- gradients
-
-
-def chosen_classes(logits: Tensor, targets: Tensor | None) -> Tensor:
-    """(N,) class indices: the given ones, or the predicted ones."""
-    return logits.argmax(dim=1) if targets is None else targets.to(logits.device).clone()  # may be an inference tensor
-
-
-def class_scores(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
-    """(N,) logit of each picture's class, less that of the class it is held against."""
-    scores = logits.gather(1, targets[:, None])[:, 0]
-    return scores if against is None else scores - logits.gather(1, against.to(logits.device)[:, None])[:, 0]
 
 
 def head_gradients(
@@ -180,6 +170,10 @@ def class_activation_maps(
     model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32. against: (N,) classes the targets are held
     against: evidence for the one and not the other. layers: dotted names; several are fused; none: the last feature maps.
     """
+    if method in PIXELWISE:
+        if layers:
+            raise ConfigError(f"{method} explains pixels, not a layer; leave the layer out or choose another method")
+        return pixel_maps(model, pictures, method, targets, against)
     layers = layers or default_layers(model)
     if method in ASKING:
         return asking_maps(model, pictures, method, targets, against, layers)
@@ -190,6 +184,21 @@ def class_activation_maps(
     logits, chosen, pairs = layer_gradients(model, pictures, layers, targets, against)
     maps = [_map(model, activations, gradients, method) for activations, gradients in pairs]
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
+
+
+def maps_of_methods(
+    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """(method, maps (N, h, w) >= 0) of each method in turn; those that start from the last feature maps share one forward pass."""
+    features = None
+    for method in methods:
+        if method in METHODS and not (layers or default_layers(model)):
+            if features is None:
+                with torch.no_grad():
+                    features = feature_maps(model, pictures)
+            yield method, maps_of_features(model, features, method, targets)[0]
+        else:
+            yield method, class_activation_maps(model, pictures, method, targets, layers=layers)[0]
 
 
 def asking_maps(

@@ -1,4 +1,6 @@
-"""Activations and gradients -> class activation maps: METHODS, one pure function a method, and ALL_CLASSES, their closed forms."""
+"""Activations and gradients -> class activation maps: METHODS, one pure function a method; ALL_CLASSES, their closed forms;
+ASKING, those that ask the network again.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def scorecam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], siz
 
 
 ASKING = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
-NAMES = (*METHODS, *ASKING)
+PIXELWISE = ("integrated_gradients", "occlusion")  # no activations at all: pixels.py
+ALL_METHODS = (*METHODS, *ASKING, *PIXELWISE)
+SLOW = ("scorecam", *PIXELWISE)  # a forward pass of the network, or more, a channel, step or window
 
 
 # ---------------------------------------------------------------- all classes in closed form

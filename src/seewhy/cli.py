@@ -210,8 +210,8 @@ def explain(
     run: RunArgument,
     pictures: PicturesArgument,
     method: Annotated[
-        str, typer.Option(help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam or scorecam")
-    ] = "gradcam++",
+        list[str] | None, typer.Option(help="heatmap method, more than once for several (default: gradcam++); see README")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
     against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
@@ -225,11 +225,14 @@ def explain(
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.run import load
 
+    methods = method or ["gradcam++"]
     if score or compare:
+        if target is not None or against is not None:
+            raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")
         from seewhy.scoring import COMPARED, save_scores, wide, wide_sanity
 
         loaded = load(run)
-        methods = COMPARED if compare else (method,)
+        methods = method or list(COMPARED) if compare else methods
         table = loaded.score_methods(pictures, methods, layer or ())
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, out)
@@ -244,9 +247,11 @@ def explain(
         )
         typer.echo("  ".join(map(str, written)))
         return
-    explanation = load(run).explain(pictures, method, target, against, layer or ())
-    written = explanation.save(out)
-    records = [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), written, strict=True)]
+    records: list[dict[str, Any]] = []
+    loaded = load(run)
+    for name in methods:
+        explanation = loaded.explain(pictures, name, target, against, layer or ())
+        records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         _print_json(records)
         return

@@ -29,12 +29,15 @@ FORMAT = 1  # of the kept exports
 
 @dataclass(frozen=True)
 class Engine:
-    """run: (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode; at most `lanes` threads may call it at a time."""
+    """run: (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode; at most `lanes` threads may call it at a time.
 
-    run: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    Made by `float_engine` it takes (N, size, size, 3) normalised float32 instead.
+    """
+
+    run: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
     lanes: int = 1
 
-    def __call__(self, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def __call__(self, squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         return self.run(squares)
 
 
@@ -55,6 +58,25 @@ class FromSquares(nn.Module):
         pictures = squares.permute(0, 3, 1, 2).float() * self.scale + self.shift
         features: Tensor = self.network(pictures)
         return features
+
+
+class FromPictures(nn.Module):
+    """(N, H, W, 3) normalised float32 -> network(pictures): what asks a network about pictures that were changed behind their decoding."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        answers: Tensor = self.network(pictures.permute(0, 3, 1, 2))
+        return answers
+
+
+def float_engine(network: nn.Module, size: int, pictures: int) -> Engine:
+    """What runs `network` on (N, size, size, 3) normalised float32, one batch at a time."""
+    wrapped = FromPictures(network).eval()
+    name = "torch" if torch.cuda.is_available() or pictures < ONNX_WORTH_IT else "onnx"
+    return ENGINES[name](wrapped, size, 1)
 
 
 def make_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:
@@ -104,7 +126,7 @@ def _torch_engine(network: nn.Module, size: int, lanes: int) -> Engine:
     # A copy: a trunk shares its parameters with the tail, which must stay where it is.
     network = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
 
-    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
             features: npt.NDArray[np.float32] = network(torch.from_numpy(squares).to(device)).float().cpu().contiguous().numpy()
         return features
@@ -123,7 +145,7 @@ def _onnx_engine(network: nn.Module, size: int, lanes: int) -> Engine:
     session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def run(squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         output: npt.NDArray[np.float32] = session.run(None, {name: squares})[0]
         return output
 
@@ -138,7 +160,7 @@ def _exported(network: nn.Module, size: int) -> bytes:
     place = _export_place(network, size)
     with suppress(OSError):
         return place.read_bytes()
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    example = torch.zeros(2, size, size, 3, dtype=torch.float32 if isinstance(network, FromPictures) else torch.uint8)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
         program = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
     if program is None:

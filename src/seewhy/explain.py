@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from seewhy.attribution import FeatureMaps, class_activation_maps, default_layers, maps_of_features, named_layer
-from seewhy.cam import ASKING, NAMES, scale_to_one
+from seewhy.cam import ALL_METHODS, ASKING, PIXELWISE, scale_to_one
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
+from seewhy.features import BATCH, in_batches, in_order, square_of
 from seewhy.figures import overlay_heatmap
 from seewhy.images import read_image
 from seewhy.metrics import softmax
@@ -35,7 +35,7 @@ class Explanation:
     """Why the network says what it says of N pictures.
 
     maps: (N, h, w) float32, 0..1, of the class `targets[n]`, over what the network saw of the picture.
-    targets: (N,) class indices. probs: (N, C). method: its name in METHODS.
+    targets: (N,) class indices. probs: (N, C). method: its name in ALL_METHODS.
     """
 
     method: str
@@ -102,41 +102,53 @@ def class_index(name: str, classes: Sequence[str]) -> int:
     raise ConfigError(f"unknown class {name!r}; did you mean {' or '.join(near)}? (the run has {len(classes)} classes)")
 
 
+def classes_of(names: str | Sequence[str] | None, classes: Sequence[str], n: int) -> torch.Tensor | None:
+    """(n,) class indices of one name for all pictures or of one a picture; ConfigError where their number does not fit."""
+    if names is None:
+        return None
+    each = [names] * n if isinstance(names, str) else names
+    if len(each) != n:
+        raise ConfigError(f"{len(each)} classes for {n} pictures; name one class, or one a picture")
+    return torch.tensor([class_index(name, classes) for name in each])
+
+
+def known_method(method: str) -> None:
+    """ConfigError for a method that is not in ALL_METHODS."""
+    if method not in ALL_METHODS:
+        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(ALL_METHODS)}")
+
+
 def explain(
     run: Run,
     inputs: Sequence[str | Path],
     method: str = "gradcam++",
-    target: str | None = None,
-    against: str | None = None,
+    target: str | Sequence[str] | None = None,
+    against: str | Sequence[str] | None = None,
     layers: Sequence[str] = (),
     engine: str = "auto",
     workers: int = 2,
 ) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
 
-    against: a class whose score is taken away: why the one and not the other. layers: dotted names of layers, fused where
-    there are several; none: the last feature maps, which the engine of `predict` computes, since nothing of a map needs the
-    gradients below the head.
+    target: one class, or one a picture. against: likewise, whose score is taken away: why the one and not the other.
+    layers: dotted names of layers, fused where there are several; none: the last feature maps, which the engine of `predict`
+    computes, since nothing of a map needs the gradients below the head.
 
     Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
-    if method not in NAMES:
-        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(NAMES)}")
-    wanted, other = (class_index(name, run.classes) if name is not None else None for name in (target, against))
+    known_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
-    layers = layers or default_layers(model)
     for name in layers:
         named_layer(model, name)  # refused before any work
+    layers = layers if method in PIXELWISE else layers or default_layers(model)
     paths = find_pictures(inputs)
+    wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, against))
     below = FromSquares(nn.Identity(), preprocessing)
-    if from_pictures := bool(layers) or method in ASKING:
+    if from_pictures := bool(layers) or method in (*ASKING, *PIXELWISE):
         forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
         forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
     maps, targets, logits = [], [], []
-
-    def square_of(path: Path) -> npt.NDArray[np.uint8]:
-        return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
         """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
@@ -145,19 +157,21 @@ def explain(
         return [torch.from_numpy(forward(way)) for way in ways]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        held = torch.full((len(way),), other) if other is not None else None
+        held = others[done : done + len(way)] if others is not None else None
         if from_pictures:
             return class_activation_maps(model, way, method, given, held, layers)
         return maps_of_features(model, way, method, given, held)
 
+    done = 0
     with progress("explaining", len(paths)) as advance:
-        batches = in_batches(in_order(square_of, paths, workers), BATCH)
+        batches = in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)
         for ways in in_order(ways_of, batches, forward.lanes, ahead=forward.lanes):
-            given = torch.full((len(ways[0]),), wanted) if wanted is not None else None
+            given = wanted[done : done + len(ways[0])] if wanted is not None else None
             found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else _both_ways(maps_of, ways, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
+            done += len(chosen)
             advance(len(chosen))
     return Explanation(
         method=method,

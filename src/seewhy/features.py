@@ -251,6 +251,11 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
+def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
+    return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+
+
 def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
     """work(job) for each job, in order, in `workers` threads, at most `ahead` jobs before who takes them."""
     waiting: deque[Future[R]] = deque()

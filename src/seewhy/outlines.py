@@ -23,16 +23,13 @@ def outline_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.bool_
     .../pictures/CLASS/NAME.jpg has its mask in .../masks/CLASS/NAME.png (white on black), as the demo set lays them out.
     .../101_ObjectCategories/CLASS/image_0001.jpg has its contour in .../Annotations/CLASS/annotation_0001.mat.
     """
-    size = preprocessing.size
     if mask := _mask_file(path):
         return _seen(read_image(mask).convert("L"), preprocessing) > 127
     if annotation := _annotation_file(path):
         picture = read_image(path)
         drawn = Image.new("L", picture.size)
         ImageDraw.Draw(drawn).polygon([(float(x), float(y)) for x, y in _contour(annotation)], fill=255)
-        found = _seen(drawn, preprocessing) > 127
-        assert found.shape == (size, size)
-        return found
+        return _seen(drawn, preprocessing) > 127
     return None
 
 
@@ -65,5 +62,6 @@ def _contour(annotation: Path) -> npt.NDArray[np.float64]:
         top, _, left, _ = found["box_coord"].ravel().astype(np.float64)
         contour: npt.NDArray[np.float64] = found["obj_contour"].astype(np.float64).T + np.array([left - 1, top - 1])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImageError(f"{annotation}: no outline can be read from it ({error}); replace or remove it") from error
+        reason = f"no outline can be read from it ({error})"
+        raise ImageError(f"{annotation}: {reason}; replace or remove it", bad=((str(annotation), reason),)) from error
     return contour

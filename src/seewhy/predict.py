@@ -18,8 +18,8 @@ import pandas as pd
 
 from seewhy.engines import Engine, kept_engine
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.features import BATCH, EVAL_VIEW, in_batches, in_order, render_view
-from seewhy.images import list_pictures, read_image
+from seewhy.features import BATCH, in_batches, in_order, square_of
+from seewhy.images import list_pictures
 from seewhy.metrics import softmax
 from seewhy.progress import progress
 from seewhy.run import Run
@@ -195,9 +195,9 @@ def predict_blocks(
     preprocessing = run.backbone.preprocessing
     forward = kept_engine(run.engines["network"], run.backbone.model, preprocessing, len(paths), engine)
 
-    def square_of(path: Path) -> npt.NDArray[np.uint8] | str:
+    def square_or_reason(path: Path) -> npt.NDArray[np.uint8] | str:
         try:
-            return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+            return square_of(path, preprocessing)
         except ImageError as error:
             return error.bad[0][1]
 
@@ -213,7 +213,7 @@ def predict_blocks(
         return reasons, both_ways(forward, np.stack(good)) if run.config.test_flip else forward(np.stack(good))
 
     with progress("predicting", len(paths)) as advance:
-        squares = zip(paths, in_order(square_of, paths, workers), strict=True)
+        squares = zip(paths, in_order(square_or_reason, paths, workers), strict=True)
         for start in range(0, len(paths), block):
             part = in_batches(itertools.islice(squares, min(block, len(paths) - start)), BATCH)
             names: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,48 +15,78 @@ import numpy.typing as npt
 from jinja2 import Environment, select_autoescape
 from PIL import Image
 
+from seewhy.cam import METHODS
 from seewhy.errors import BackboneError
 from seewhy.evaluate import Evaluation
 from seewhy.explain import Explanation, explain, view_for_people
 from seewhy.figures import confusion_figure, heatmap_gallery, overlay_heatmap, save_png, training_curves
 from seewhy.run import Run
+from seewhy.scoring import sanity_check, score_methods, wide
 
 GALLERY = 8  # pictures a gallery
 METHOD = "gradcam++"
+SCORED = 32  # test pictures whose heatmaps are scored
+SCORES = ("average drop", "increase")  # which cost a forward pass a map; `seewhy explain --compare` has the others
 
 
 def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation, folder: Path) -> None:
     """report.html and figures/heatmaps.png in `folder`."""
-    best, worst = pick_examples(test)
-    explanation = _explain_examples(run, test, best, worst)
-    if explanation is not None:
-        shown = [*range(min(4, len(best))), *range(len(best), min(len(best) + 4, len(explanation.paths)))]
-        pictures = [view_for_people(explanation.paths[n], run.backbone.preprocessing, 224) for n in shown]
-        items = [(picture, explanation.maps[n], _caption(test, (best + worst)[n])) for n, picture in zip(shown, pictures, strict=True)]
+    examples = pick_examples(test)
+    chosen = [n for numbers in examples.values() for n in numbers]
+    explained = _explain_examples(run, test, chosen)
+    if explained is not None:
+        items = [
+            (view_for_people(test.paths[n], run.backbone.preprocessing, 224), explained[0].maps[chosen.index(n)], _caption(test, n))
+            for title in ("Right and sure", "Wrong and sure")
+            for n in examples[title][:4]
+        ]
         save_png(heatmap_gallery(items), folder / "figures" / "heatmaps.png")
+    trust = _trust(run, test) if explained is not None else None
     environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("seewhy").joinpath("templates/report.html").read_text(encoding="utf-8"))
-    (folder / "report.html").write_text(template.render(_facts(run, history, test, explanation, len(best), best + worst)), encoding="utf-8")
+    facts = _facts(run, history, test, explained, examples) | {"trust": trust}
+    (folder / "report.html").write_text(template.render(facts), encoding="utf-8")
 
 
-def pick_examples(test: Evaluation) -> tuple[list[int], list[int]]:
-    """Test pictures the network is right and surest about (one a class), and those it is wrong and surest about."""
+def pick_examples(test: Evaluation) -> dict[str, list[int]]:
+    """Test pictures worth a look, by kind: right and surest (one a class), wrong and surest, and least sure of the others."""
     sure = test.probs.max(axis=1)
     right = test.labels == test.predicted
+    surest = [int(n) for n in np.argsort(-sure, kind="stable")]
     best: list[int] = []
-    for n in np.argsort(-sure, kind="stable"):
+    for n in surest:
         if right[n] and len(best) < GALLERY and not any(test.labels[n] == test.labels[b] for b in best):
-            best.append(int(n))
-    worst = [int(n) for n in np.argsort(-sure, kind="stable") if not right[n]][:GALLERY]
-    return best, worst
+            best.append(n)
+    worst = [n for n in surest if not right[n]][:GALLERY]
+    unsure = [n for n in reversed(surest) if n not in best and n not in worst][:GALLERY]
+    return {"Right and sure": best, "Wrong and sure": worst, "Unsure": unsure}
 
 
-def _explain_examples(run: Run, test: Evaluation, best: list[int], worst: list[int]) -> Explanation | None:
-    """Heatmaps of the chosen pictures' predicted classes; None where the network has no maps."""
+def other_class(test: Evaluation, n: int) -> int:
+    """The class to hold the predicted one against: the true one or, where that is the predicted one, the second most probable."""
+    return int(test.labels[n]) if test.labels[n] != test.predicted[n] else int(np.argsort(-test.logits[n], kind="stable")[1])
+
+
+def _explain_examples(run: Run, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
+    """Heatmaps of the chosen pictures' predicted and other classes; None where the network has no maps."""
+    paths = [test.paths[n] for n in chosen]
     try:
-        return explain(run, [test.paths[n] for n in best + worst], METHOD)
+        predicted = explain(run, paths, METHOD, [test.classes[test.predicted[n]] for n in chosen])
+        return predicted, explain(run, paths, METHOD, [test.classes[other_class(test, n)] for n in chosen])
     except BackboneError:
         return None
+
+
+def _trust(run: Run, test: Evaluation) -> dict[str, Any]:
+    """How far the heatmaps can be trusted, on some test pictures: methods x scores, and their likeness to maps of a random classifier."""
+    drawn = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:SCORED])
+    paths = [test.paths[n] for n in drawn]
+    methods = tuple(METHODS)
+    table = score_methods(run, paths, methods, SCORES)
+    forgotten = {row["method"]: f"{row['spearman_mean']:.2f}" for row in sanity_check(run, paths, methods, parts=1).to_dict("records")}
+    shown = wide(table, "{mean:.2f}")
+    rows = [{"method": name, "scores": shown.loc[name].tolist(), "forgotten": forgotten.get(name, "")} for name in shown.index]
+    return {"n": len(paths), "columns": shown.columns.tolist(), "rows": rows}
 
 
 def _caption(test: Evaluation, n: int) -> str:
@@ -65,20 +96,26 @@ def _caption(test: Evaluation, n: int) -> str:
 
 
 def _facts(
-    run: Run, history: Sequence[dict[str, float]], test: Evaluation, explanation: Explanation | None, n_best: int, chosen: list[int]
+    run: Run,
+    history: Sequence[dict[str, float]],
+    test: Evaluation,
+    explained: tuple[Explanation, Explanation] | None,
+    examples: dict[str, list[int]],
 ) -> dict[str, Any]:
-    numbers = run.metrics["test"]
     best_epoch = int(run.manifest["best_epoch"])
-    cards = [_card(run, test, n, explanation, place) for place, n in enumerate(chosen)]
+    places = itertools.count()
     return {
         "run": run,
         "manifest": run.manifest,
-        "numbers": numbers,
+        "numbers": run.metrics["test"],
         "curves": {theme: _data_url(training_curves(history, best_epoch, theme), "png") for theme in ("light", "dark")},
         "confusion": {theme: _data_url(confusion_figure(test.confusion, run.classes, theme), "png") for theme in ("light", "dark")},
         "pairs": confused_pairs(test)[:12],
         "numbered": len(run.classes) > 40,
-        "galleries": [("Right and sure", cards[:n_best]), ("Wrong and sure", cards[n_best:])],
+        "galleries": [
+            (title, [_card(run, test, n, explained, next(places), title != "Right and sure") for n in numbers])
+            for title, numbers in examples.items()
+        ],
         "method": METHOD,
         "config": run.manifest["config"],
     }
@@ -96,15 +133,22 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
-def _card(run: Run, test: Evaluation, n: int, explanation: Explanation | None, place: int) -> dict[str, Any]:
-    """What a gallery shows of one picture; images of 288 pixels as data URLs."""
+def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool) -> dict[str, Any]:
+    """What a gallery shows of one picture; images of 288 pixels as data URLs. both: the other class's heatmap too."""
     picture = view_for_people(test.paths[n], run.backbone.preprocessing, 288)
+    shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []
     return {
         "picture": _data_url(_jpeg(picture), "jpeg"),
-        "overlay": _data_url(_jpeg(overlay_heatmap(picture, explanation.maps[place])), "jpeg") if explanation is not None else None,
+        "overlays": [
+            {"class": test.classes[c], "image": _data_url(_jpeg(overlay_heatmap(picture, explained[which].maps[place])), "jpeg")}
+            for c, which in shown
+            if explained is not None
+        ],
         "true": test.classes[test.labels[n]],
         "predicted": test.classes[test.predicted[n]],
         "prob": float(test.probs[n].max()),
+        "other": test.classes[other_class(test, n)],
+        "other_prob": float(test.probs[n, other_class(test, n)]),
         "file": "/".join(Path(test.paths[n]).parts[-2:]),
     }
 

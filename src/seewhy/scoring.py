@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +13,27 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from seewhy.attribution import class_activation_maps
+from seewhy.attribution import maps_of_methods
 from seewhy.backbones import classifier_names
-from seewhy.cam import NAMES
-from seewhy.cam_quality import BASELINES, OUTLINE, QUALITY, enlarge, randomise, rank_correlation, structural_similarity
-from seewhy.engines import FromSquares
+from seewhy.cam import ALL_METHODS, SLOW
+from seewhy.cam_quality import (
+    BASELINES,
+    MASKED,
+    OUTLINE,
+    QUALITY,
+    REMOVING,
+    STEPS,
+    class_probabilities,
+    enlarge,
+    randomise,
+    rank_correlation,
+    structural_similarity,
+)
+from seewhy.engines import FromSquares, float_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import EVAL_VIEW, in_batches, in_order, render_view
+from seewhy.explain import known_method
+from seewhy.features import in_batches, in_order, square_of
 from seewhy.figures import method_scores
-from seewhy.images import read_image
 from seewhy.metrics import mean_interval
 from seewhy.outlines import outline_of
 from seewhy.predict import find_pictures
@@ -29,7 +42,7 @@ from seewhy.run import Run
 
 BATCH = 16
 AREA = "(area)"
-COMPARED = tuple(name for name in NAMES if name != "scorecam")  # which needs a forward pass a channel and picture
+COMPARED = tuple(name for name in ALL_METHODS if name not in SLOW)
 
 
 def score_methods(
@@ -47,38 +60,39 @@ def score_methods(
     `(area)` for `energy inside`: the share of the picture that the object covers, which a flat map would score.
     Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
     """
-    for kind, wanted, known in (("method", methods, NAMES), ("score", scores, QUALITY)):
-        if unknown := [name for name in wanted if name not in known]:
-            raise ConfigError(f"unknown {kind} {unknown[0]!r}; use one of {', '.join(known)}")
+    for method in methods:
+        known_method(method)
+    if unknown := [score for score in scores if score not in QUALITY]:
+        raise ConfigError(f"unknown score {unknown[0]!r}; use one of {', '.join(QUALITY)}")
     paths = find_pictures(inputs)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
     values: dict[tuple[str, str], list[Tensor]] = {}
 
-    def square_of(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
-        square = render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
-        return square, outline_of(path, preprocessing)
+    def read(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        return square_of(path, preprocessing), outline_of(path, preprocessing)
 
-    @torch.no_grad()
+    asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(REMOVING)) * STEPS)
+    engine = float_engine(model, size, asked)
+
     def answer(pictures: Tensor) -> Tensor:
-        probs: Tensor = model(pictures).softmax(dim=1)
-        return probs
+        return torch.from_numpy(engine(pictures.permute(0, 2, 3, 1).contiguous().numpy())).softmax(dim=1)
 
-    rows = [*methods, *BASELINES]
-    with progress("scoring heatmaps", len(paths) * len(rows)) as advance:
-        for number, batch in enumerate(in_batches(in_order(square_of, paths, workers), BATCH)):
+    with progress("scoring heatmaps", len(paths) * (len(methods) + len(BASELINES))) as advance:
+        for number, batch in enumerate(in_batches(in_order(read, paths, workers), BATCH)):
             pictures = below(torch.from_numpy(np.stack([square for square, _ in batch])))
-            targets = answer(pictures).argmax(dim=1)
+            probs = answer(pictures)
+            targets = probs.argmax(dim=1)
+            whole = probs.gather(1, targets[:, None])[:, 0]
             outlines = {n: outline for n, (_, outline) in enumerate(batch) if outline is not None}
             masks = torch.from_numpy(np.stack(list(outlines.values()))) if outlines else None
-            for name in rows:
-                maps = (
-                    BASELINES[name](len(batch), size, number)
-                    if name in BASELINES
-                    else enlarge(class_activation_maps(model, pictures, name, targets, layers=layers)[0], size)
-                )
+            knowing = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers))
+            knowing_nothing = ((name, baseline(len(batch), size, number)) for name, baseline in BASELINES.items())
+            for name, maps in itertools.chain(knowing, knowing_nothing):
+                masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKED) else whole
                 for score in scores:
-                    values.setdefault((name, score), []).append(QUALITY[score].of(answer, pictures, targets, maps))
+                    given = (whole, masked) if score in MASKED else (answer, pictures, targets, maps)
+                    values.setdefault((name, score), []).append(QUALITY[score].of(*given))
                 if masks is not None:
                     for score, function in OUTLINE.items():
                         values.setdefault((name, score), []).append(function(maps[list(outlines)], masks))
@@ -89,41 +103,45 @@ def score_methods(
 
 
 def sanity_check(
-    run: Run, inputs: Sequence[str | Path], methods: Sequence[str] = COMPARED, layers: Sequence[str] = (), workers: int = 2, seed: int = 0
+    run: Run,
+    inputs: Sequence[str | Path],
+    methods: Sequence[str] = COMPARED,
+    layers: Sequence[str] = (),
+    parts: int | None = None,
+    workers: int = 2,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How alike each method's maps stay as the network forgets, from the classifier down: a row a method and stage.
 
     Columns: method, randomised_to (the classifier, or the first unit of the deepest stage, the next, ...; all above it too),
     then mean, low and high (95% bootstrap interval over pictures) of `spearman` and `ssim` between the maps of the trained and of
     the randomised network, of the class the trained one predicts; n. Near 0 is as it should be; a map that stays explains nothing.
+    parts: only so many of them; 1: the classifier alone.
     """
+    for method in methods:
+        known_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
-    cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))]
+    cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))][:parts]
+    forgetful = copy.deepcopy(model)
+    targets: dict[int, Tensor] = {}  # of each batch: what the trained network predicts
+    trained: dict[tuple[str, int], Tensor] = {}
     values: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     paths = find_pictures(inputs)
-
-    def square_of(path: Path) -> npt.NDArray[np.uint8]:
-        return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
-
     with progress("randomising the network", len(paths) * len(methods) * (len(cascade) + 1)) as advance:
-        for batch in in_batches(in_order(square_of, paths, workers), BATCH):
-            pictures = below(torch.from_numpy(np.stack(batch)))
-            with torch.no_grad():
-                targets = model(pictures).argmax(dim=1)
-            forgetful = copy.deepcopy(model)
-            trained: dict[str, Tensor] = {}
-            for parts in ([], *cascade):
-                randomise(forgetful, parts, seed)
-                for method in methods:
-                    maps, _, _ = class_activation_maps(forgetful, pictures, method, targets, layers=layers)
+        for forgotten in ([], *cascade):
+            randomise(forgetful, forgotten, seed)
+            for number, batch in enumerate(in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)):
+                pictures = below(torch.from_numpy(np.stack(batch)))
+                if number not in targets:
+                    with torch.no_grad():
+                        targets[number] = model(pictures).argmax(dim=1)
+                for method, maps in maps_of_methods(forgetful, pictures, methods, targets[number], layers):
+                    before = trained.setdefault((method, number), maps)
                     advance(len(batch))
-                    if not parts:
-                        trained[method] = maps
-                        continue
-                    large, large_trained = enlarge(maps, size), enlarge(trained[method], size)
-                    similar = rank_correlation(maps, trained[method]), structural_similarity(large, large_trained)
-                    values.setdefault((method, parts[0]), []).append(similar)
+                    if forgotten:
+                        similar = rank_correlation(maps, before), structural_similarity(enlarge(maps, size), enlarge(before, size))
+                        values.setdefault((method, forgotten[0]), []).append(similar)
     rows = []
     for (method, part), found in values.items():
         row: dict[str, object] = {"method": method, "randomised_to": part}
@@ -153,14 +171,14 @@ def beats_baselines(table: pd.DataFrame) -> dict[tuple[str, str], bool]:
     return found
 
 
-def wide(table: pd.DataFrame) -> pd.DataFrame:
+def wide(table: pd.DataFrame, cell: str = "{mean:.3f} ({low:.3f} to {high:.3f})") -> pd.DataFrame:
     """Methods x scores as text: mean and interval, with a star where the method beats both baselines; + higher, - lower is better."""
     beaten = beats_baselines(table)
     cells: dict[str, dict[str, str]] = {}
     for row in table.to_dict("records"):
         star = " *" if beaten.get((row["method"], row["score"])) else ""
         column = f"{row['score']} {'+' if row['better'] == 'higher' else '-'}"
-        cells.setdefault(column, {})[row["method"]] = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}){star}"
+        cells.setdefault(column, {})[row["method"]] = cell.format_map(row) + star
     return pd.DataFrame(cells, index=list(dict.fromkeys(table["method"]))).fillna("")
 
 
