@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import sys
 from functools import cache
 from typing import Any
 
@@ -563,3 +564,77 @@ def test_asking_methods_in_other_layouts(name: str, method: str) -> None:
     assert maps.isfinite().all()
     assert chosen.item() == logits.argmax().item()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---------------------------------------------------------------- pixels, by captum
+
+
+class BrightCorner(nn.Module):
+    """Two classes: the sums of the upper left and of the lower right quarter, times a weight a colour."""
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        seen = pictures * torch.tensor([1.0, 2.0, -1.0])[:, None, None]
+        half = pictures.shape[-1] // 2
+        return torch.stack([seen[..., :half, :half].sum(dim=(1, 2, 3)), seen[..., half:, half:].sum(dim=(1, 2, 3))], dim=1)
+
+
+def test_integrated_gradients_of_a_linear_network_are_weight_times_picture() -> None:
+    pictures = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0)) - 0.3
+    targets = torch.tensor([0, 1, 0])
+    maps, _, chosen = attribution.class_activation_maps(BrightCorner(), pictures, "integrated_gradients", targets)
+    expected = (pictures * torch.tensor([1.0, 2.0, -1.0])[:, None, None]).sum(dim=1)
+    inside = torch.zeros(3, 28, 28)
+    inside[0, :14, :14] = inside[2, :14, :14] = inside[1, 14:, 14:] = 1
+    torch.testing.assert_close(maps, (expected * inside).clamp(min=0), atol=1e-5, rtol=1e-5)
+    assert chosen.tolist() == targets.tolist()
+    # Held against the other class, the other quarter counts with its sign turned.
+    maps, _, _ = attribution.class_activation_maps(BrightCorner(), pictures, "integrated_gradients", targets, 1 - targets)
+    outside = torch.stack([inside[n].flip(0, 1) for n in range(3)])
+    torch.testing.assert_close(maps, (expected * (inside - outside)).clamp(min=0), atol=1e-5, rtol=1e-5)
+
+
+def test_occlusion_of_a_linear_network_is_what_the_windows_hold() -> None:
+    pictures = torch.zeros(2, 3, 28, 28)
+    pictures[0, 1, 3, 3] = 1.0  # worth 2 to class 0, in whichever window covers it
+    maps, _, chosen = attribution.class_activation_maps(BrightCorner(), pictures, "occlusion", torch.tensor([0, 0]))
+    assert maps[1].max() == 0
+    assert maps[0, 3, 3] == pytest.approx(6)  # the mean over windows that cover it, 2, for each of the three colours
+    assert maps[0, 14:, 14:].max() == 0
+    assert chosen.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("method", cam.PIXELWISE)
+def test_pixel_methods_leave_the_network_as_it_was(method: str) -> None:
+    model, pictures = network("test_resnet", gain=30).requires_grad_(False), noise(2, 64)
+    with torch.inference_mode():
+        maps, logits, chosen = attribution.class_activation_maps(model, pictures, method)
+        assert not torch.is_grad_enabled()
+    assert maps.shape == (2, 64, 64)
+    assert maps.min() >= 0
+    assert maps.max() > 0
+    assert torch.equal(chosen, logits.argmax(dim=1))
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    with pytest.raises(ConfigError, match="explains pixels, not a layer"):
+        attribution.class_activation_maps(model, pictures, method, layers=["layer4"])
+
+
+def test_without_captum_the_pixel_methods_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(ConfigError, match="occlusion is computed by captum, which is not installed; `pip install captum`"):
+        attribution.class_activation_maps(BrightCorner(), torch.zeros(1, 3, 28, 28), "occlusion")
+
+
+# ---------------------------------------------------------------- the large ones of the parity table
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "method"), [("convnext_tiny", "stages.3", m) for m in ("gradcam", "hirescam", "xgradcam", "layercam")]
+)
+def test_convnext_tiny_equals_pytorch_grad_cam_and_captum(name: str, layer: str, method: str) -> None:
+    model, pictures, targets = network(name), noise(1, 64), [3]
+    ours, _, _ = attribution.class_activation_maps(model, pictures, method, torch.tensor(targets), layers=[layer])
+    theirs = peer_maps(method, model, model.get_submodule(layer), pictures, targets)
+    assert_same_maps(ours.numpy(), theirs, 1e-4)
+    if method == "gradcam":
+        captums = LayerGradCam(model, model.get_submodule(layer)).attribute(pictures, target=3, relu_attributions=True)[:, 0].detach()
+        assert_same_maps(ours.numpy(), captums.numpy(), 1e-4)
