@@ -153,6 +153,8 @@ def render(results: dict[str, Any]) -> str:
         "Rendered from `results.json` by the benchmarks themselves; every figure comes from the command named under it.",
         "",
     ]
+    if not any(entry["hardware"]["gpu"] for entry in results.values()):
+        parts += ["On a GPU: not measured; none was at hand.", ""]
     for name in sorted(results):
         entry = results[name]
         elsewhere = f", on {entry['hardware']['cpu']}" if " | " in name else ""

@@ -192,3 +192,13 @@ def test_explain_scores_and_compares_with_baselines(call: Call, demo_run: Run, b
     assert "ROAD +" in out
     assert "randomised" in out
     assert_one_line(call("explain", demo_run.path, boats[0], "--score", "--method", "gradcam--"), "gradcam--", "gradcam++")
+    assert_one_line(call("explain", demo_run.path, boats[0], "--score", "--target", "boat"), "--target", "leave")
+
+
+def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    options = ("--method", "gradcam", "--method", "occlusion", "--out", tmp_path / "maps", "--json")
+    status, out, _ = call("explain", demo_run.path, boats[0], *options)
+    assert status == 0
+    records = json.loads(out)
+    assert [record["method"] for record in records] == ["gradcam", "occlusion"]
+    assert sorted(Path(record["overlay"]).name for record in records) == sorted(path.name for path in (tmp_path / "maps").iterdir())

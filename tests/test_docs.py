@@ -76,7 +76,7 @@ def test_readme_seewhy_commands_parse() -> None:
 
 
 def test_help_names_every_method() -> None:
-    words = set(re.findall(r"[a-z+]+", cli_help("explain")))
+    words = set(re.findall(r"[a-z_+]+", cli_help("explain")))
     assert set(ALL_METHODS) <= words
 
 

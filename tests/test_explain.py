@@ -129,6 +129,20 @@ def test_more_pictures_than_a_batch_keep_their_order(tmp_path: Path, monkeypatch
     assert explanation.probs.shape == (5, 3)
 
 
+def test_each_picture_may_have_a_class_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, colour in enumerate(["blue", "red", "lime", "red", "blue"]):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{n}.png")
+    monkeypatch.setattr("seewhy.explain.BATCH", 2)
+    names = ["blue", "green", "green", "red", "red"]
+    explanation = explain(colour_run(), [tmp_path], "gradcam", target=names)
+    assert [COLOURS[target] for target in explanation.targets] == names
+    assert explanation.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]  # evidence where the picture has that colour
+    against = explain(colour_run(), [tmp_path], "hirescam", target=names, against=["red", "red", "red", "blue", "blue"])
+    assert against.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]
+    with pytest.raises(ConfigError, match="2 classes for 5 pictures; name one class, or one a picture"):
+        explain(colour_run(), [tmp_path], target=["red", "blue"])
+
+
 def test_no_evidence_gives_an_empty_map_and_an_overlay_without_glow(tmp_path: Path) -> None:
     Image.new("RGB", (80, 60), (255, 0, 0)).save(tmp_path / "red.png")
     explanation = explain(colour_run(), [tmp_path / "red.png"], target="blue")

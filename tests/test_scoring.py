@@ -77,6 +77,8 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         score_methods(colour_run(), [tmp_path], ["gradcma"])
     with pytest.raises(ConfigError, match="unknown score 'beauty'; use one of average drop"):
         score_methods(colour_run(), [tmp_path], ["gradcam"], ["beauty"])
+    with pytest.raises(ConfigError, match="unknown method 'gradcma'"):
+        sanity_check(colour_run(), [tmp_path], ["gradcma"])
 
 
 def test_table_and_figure_are_written(corners: Path, tmp_path: Path) -> None:
@@ -121,5 +123,7 @@ def test_maps_of_a_forgetting_network_lose_their_likeness(tmp_path: Path) -> Non
     assert found["eigencam"].iloc[-1] < 0.9
     assert found["gradcam"].iloc[0] < 0.9
     assert all(torch.equal(value, before[key]) for key, value in run.backbone.model.state_dict().items())
+    alone = sanity_check(run, [tmp_path], ["gradcam"], layers=["layer3"], parts=1)
+    assert alone["randomised_to"].tolist() == ["fc"]
     again = sanity_check(run, [tmp_path], ["gradcam"], layers=["layer3"])
     np.testing.assert_allclose(again["spearman_mean"], found["gradcam"], atol=1e-6)

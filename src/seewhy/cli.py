@@ -210,7 +210,11 @@ def explain(
     run: RunArgument,
     pictures: PicturesArgument,
     method: Annotated[
-        list[str] | None, typer.Option(help="heatmap method, more than once for several (default: gradcam++); see README")
+        list[str] | None,
+        typer.Option(
+            help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam, scorecam, integrated_gradients or occlusion; "
+            "more than once for several (default: gradcam++, and with --compare all but the three slow last)"
+        ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
     against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,

@@ -77,12 +77,13 @@ class Run:
         self,
         pictures: Sequence[str | Path] | str | Path,
         method: str = "gradcam++",
-        target: str | None = None,
-        against: str | None = None,
+        target: str | Sequence[str] | None = None,
+        against: str | Sequence[str] | None = None,
         layers: Sequence[str] = (),
     ) -> Explanation:
         """Heatmaps of the predicted class, or of class `target` (and not `against`), of files, folders and patterns.
 
+        target, against: one class, or one a picture.
         layers: dotted names, several are fused; none: the last feature maps.
         """
         from seewhy.explain import explain
@@ -92,7 +93,7 @@ class Run:
     def score_methods(
         self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """How far heatmap methods (None: all but Score-CAM) can be trusted on these pictures: a row a method and score, with intervals."""
+        """How far heatmaps of methods (None: all but the slow ones) can be trusted on these pictures: a row a method and score."""
         from seewhy.scoring import COMPARED, score_methods
 
         return score_methods(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
