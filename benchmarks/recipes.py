@@ -1,6 +1,7 @@
 """Which recipe is best on validation? A variant of `seewhy train caltech101`, tried on cached features; no test picture is looked at.
 
     python benchmarks/recipes.py --data-root DIR --seeds 0 1 --set backbone=efficientnet_lite0 unfreeze=1 ema_decay=0.99
+    python benchmarks/recipes.py --range-test ...             the learning rate that Lightning's range test suggests, then as above
     python benchmarks/recipes.py --quick                      two variants on the demo set, one JSON line
 
 Each call adds its row to results.json, also where the variant turned out worse. The test part of each seed is set aside (20% of each
@@ -14,12 +15,17 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from typing import Any
 
 from common import RESULTS, record
 
+from seewhy.backbones import create_backbone
+from seewhy.batches import make_loader, training_data
 from seewhy.config import make_config, parse_settings
+from seewhy.cutting import cut_backbone
 from seewhy.evaluate import evaluate_network
+from seewhy.fitting import FitModule
 from seewhy.images import ImageSet, open_images
 from seewhy.search import fit_candidate
 from seewhy.split import split_images
@@ -40,12 +46,39 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     }
 
 
+def suggested_lr(images: ImageSet, options: dict[str, Any], seed: int) -> float:
+    """What Lightning's learning-rate range test (Smith 2017, arXiv:1506.01186) suggests: where the loss falls fastest, of 200 rates."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.tuner import Tuner
+
+    config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
+    split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
+    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
+    cut = cut_backbone(backbone, config.unfreeze)
+    train_data, _ = training_data(images, split, backbone, cut, config)
+    loader = make_loader(train_data, int(config.batch_size or 32), config.seed, config.workers)
+    module = FitModule(backbone, cut, config, len(images.classes), None, len(loader))
+    module.lr = 0.0  # type: ignore[assignment]  # the tuner asks for the attribute; its rates go to the optimiser directly
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="auto", devices=1, logger=False, default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False
+        )
+        found = Tuner(trainer).lr_find(
+            module, train_dataloaders=loader, min_lr=1e-5, max_lr=0.1, num_training=200, attr_name="lr", update_attr=False
+        )
+    suggestion = found.suggestion() if found else None
+    if suggestion is None:
+        raise SystemExit("the range test suggests no learning rate")
+    return float(f"{suggestion:.2g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
     parser.add_argument("--weights", help="weights file for the backbone, where timm's cannot be fetched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="NAME=VALUE", help="options of `seewhy train`")
+    parser.add_argument("--range-test", action="store_true", help="take the learning rate from a range test on the first seed")
     parser.add_argument("--quick", action="store_true", help="two variants on the demo set")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -59,11 +92,13 @@ def main() -> None:
     options = {"backbone": "resnet18", "unfreeze": 1, **parse_settings(arguments.settings)}
     images = open_images("caltech101", arguments.data_root)
     weights = {"weights": arguments.weights} if arguments.weights else {}
+    if arguments.range_test:
+        options["lr"] = suggested_lr(images, options | weights, arguments.seeds[0])
     trials = [trial(images, options | weights, seed) for seed in arguments.seeds]
-    keep(options, arguments.seeds, trials)
+    keep(options, arguments.seeds, trials, "(range test's)" if arguments.range_test else "")
 
 
-def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float]]) -> None:
+def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float]], remark: str = "") -> None:
     """Adds the row of one variant to results.json, in place of an older one of the same variant."""
     shown = {name: value for name, value in options.items() if name not in ("backbone", "unfreeze")}
 
@@ -73,7 +108,7 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
     row = {
         "backbone": options["backbone"],
         "unfreeze": options["unfreeze"],
-        "options": ", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults",
+        "options": " ".join(filter(None, [", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults", remark])),
         "val accuracy %": mean("val_accuracy"),
         "with test_flip %": mean("val_accuracy_flip"),
         "val loss": mean("val_loss", 1, 4),
