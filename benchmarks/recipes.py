@@ -49,7 +49,7 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
 def suggested_lr(images: ImageSet, options: dict[str, Any], seed: int) -> float:
     """What Lightning's learning-rate range test (Smith 2017, arXiv:1506.01186) suggests: where the loss falls fastest, of 200 rates."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)

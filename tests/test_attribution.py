@@ -566,6 +566,45 @@ def test_asking_methods_in_other_layouts(name: str, method: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+# ---------------------------------------------------------------- moved copies
+
+
+def test_the_mean_over_moved_copies_finds_a_place_between_cells() -> None:
+    """A network whose 7 x 7 cells each count their bright pixels: alone it says which cell, moved copies say where."""
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(3, 2)
+            nn.init.ones_(self.classifier.weight)
+
+        def get_classifier(self) -> nn.Linear:
+            return self.classifier
+
+        def forward_features(self, pictures: Tensor) -> Tensor:
+            return nn.functional.avg_pool2d(pictures, 8)
+
+        def forward_head(self, features: Tensor) -> Tensor:
+            return self.classifier(features.mean(dim=(2, 3)))
+
+        def forward(self, pictures: Tensor) -> Tensor:
+            return self.forward_head(self.forward_features(pictures))
+
+    pictures = torch.zeros(1, 3, 56, 56)
+    pictures[:, :, 24:32, 28:36] = 1.0  # centred at (28, 32), on the corner of cells: their centres are at 4, 12, 20, 28, 36
+    model, targets = Cells(), torch.tensor([1])
+    single, _, _ = attribution.shifted_maps(model, pictures, "gradcam", targets)
+    assert single.shape == (1, 7, 7)
+    fine, logits, chosen = attribution.shifted_maps(model, pictures, "gradcam", targets, shifts=4)
+    assert fine.shape == (1, 56, 56)
+    assert chosen.tolist() == [1]
+    torch.testing.assert_close(logits, model(pictures))
+    places = torch.stack(torch.meshgrid(torch.arange(56), torch.arange(56), indexing="ij")).float()
+    centre = (places * fine[0]).sum(dim=(1, 2)) / fine[0].sum()
+    np.testing.assert_allclose(centre.numpy(), [27.5, 31.5], atol=0.6)
+    assert 0 <= fine.min() <= fine.max() <= 1
+
+
 # ---------------------------------------------------------------- pixels, by captum
 
 

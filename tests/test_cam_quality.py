@@ -60,8 +60,21 @@ def test_insertion_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pointing_and_energy_by_hand() -> None:
     maps = torch.tensor([[[0.0, 1.0], [0.5, 0.5]], [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
     masks = torch.tensor([[[False, True], [False, True]], [[True, False], [True, False]], [[True, True], [True, True]]])
-    assert quality.pointing(maps, masks).tolist() == [1.0, 0.5, 0.0]
+    assert quality.peak_on_object(maps, masks).tolist() == [1.0, 0.5, 0.0]
     assert quality.energy_inside(maps, masks).tolist() == [0.75, 0.5, 0.0]
+
+
+def test_the_pointing_game_has_its_margin() -> None:
+    """3% of 100 pixels: three pixels off, straight or (2, 2) aslant, is a hit; (3, 1) is 3.2 pixels off."""
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    mask[40:60, 40:60] = True
+    peaks = [(50, 50), (37, 50), (36, 50), (38, 38), (37, 39)]
+    maps = torch.zeros(len(peaks), 100, 100)
+    for n, (y, x) in enumerate(peaks):
+        maps[n, y, x] = 1
+    assert quality.pointing(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 1, 0, 1, 0]
+    assert quality.peak_on_object(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 0, 0, 0, 0]
+    assert quality.pointing(maps[:1], torch.zeros(1, 100, 100, dtype=torch.bool)).tolist() == [0]  # no object, no hit
 
 
 def test_imputing_by_hand() -> None:

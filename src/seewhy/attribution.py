@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from seewhy.cam import ALL_CLASSES, ASKING, METHODS, PIXELWISE, ablationcam_weights, combine, fuse, only_finite, scorecam_weights
+from seewhy.cam import (
+    ALL_CLASSES,
+    ASKING,
+    METHODS,
+    PIXELWISE,
+    ablationcam_weights,
+    combine,
+    fuse,
+    only_finite,
+    scale_to_one,
+    scorecam_weights,
+)
 from seewhy.errors import BackboneError, ConfigError
 from seewhy.pixels import chosen_classes, class_scores, pixel_maps
 
@@ -186,13 +198,45 @@ def class_activation_maps(
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
 
 
+def shifted_maps(
+    model: nn.Module,
+    pictures: Tensor,
+    method: str,
+    targets: Tensor | None = None,
+    against: Tensor | None = None,
+    layers: Sequence[str] = (),
+    shifts: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_activation_maps` averaged over shifts x shifts copies of each picture, moved around its rim by half cells of a 7 x 7 map.
+
+    Places between the centres of a coarse map's cells become visible, at shifts^2 times the cost. Maps (N, S, S), each scaled to
+    0..1 before the mean, with logits and targets of the picture as it is. benchmarks/cam_quality.py measures what it brings.
+    """
+    if shifts == 1:
+        return class_activation_maps(model, pictures, method, targets, against, layers)
+    with torch.inference_mode(False), torch.no_grad():
+        logits: Tensor = model(pictures.clone())
+        chosen = chosen_classes(logits, targets)
+    size = pictures.shape[-1]
+    offsets = [round((n - (shifts - 1) / 2) * size / 14) for n in range(shifts)]
+    total = torch.zeros(len(pictures), size, size)
+    for dy, dx in itertools.product(offsets, offsets):
+        moved = torch.roll(pictures, (dy, dx), dims=(2, 3))
+        maps, _, _ = class_activation_maps(model, moved, method, chosen, against, layers)
+        large = nn.functional.interpolate(scale_to_one(maps)[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        total += torch.roll(large, (-dy, -dx), dims=(1, 2)).to(total.device)
+    return total / len(offsets) ** 2, logits, chosen
+
+
 def maps_of_methods(
-    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = ()
+    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = (), shifts: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
     """(method, maps (N, h, w) >= 0) of each method in turn; those that start from the last feature maps share one forward pass."""
     features = None
     for method in methods:
-        if method in METHODS and not (layers or default_layers(model)):
+        if shifts > 1:
+            yield method, shifted_maps(model, pictures, method, targets, None, layers, shifts)[0]
+        elif method in METHODS and not (layers or default_layers(model)):
             if features is None:
                 with torch.no_grad():
                     features = feature_maps(model, pictures)

@@ -219,6 +219,7 @@ def explain(
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
     against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
+    shifts: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
     score: Annotated[
         bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
     ] = False,
@@ -237,7 +238,7 @@ def explain(
 
         loaded = load(run)
         methods = method or list(COMPARED) if compare else methods
-        table = loaded.score_methods(pictures, methods, layer or ())
+        table = loaded.score_methods(pictures, methods, layer or (), shifts)
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, out)
         if as_json:
@@ -254,7 +255,7 @@ def explain(
     records: list[dict[str, Any]] = []
     loaded = load(run)
     for name in methods:
-        explanation = loaded.explain(pictures, name, target, against, layer or ())
+        explanation = loaded.explain(pictures, name, target, against, layer or (), shifts)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         _print_json(records)

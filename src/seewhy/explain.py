@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seewhy.attribution import FeatureMaps, class_activation_maps, default_layers, maps_of_features, named_layer
+from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, shifted_maps
 from seewhy.cam import ALL_METHODS, ASKING, PIXELWISE, scale_to_one
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
@@ -125,6 +125,7 @@ def explain(
     target: str | Sequence[str] | None = None,
     against: str | Sequence[str] | None = None,
     layers: Sequence[str] = (),
+    shifts: int = 1,
     engine: str = "auto",
     workers: int = 2,
 ) -> Explanation:
@@ -132,7 +133,8 @@ def explain(
 
     target: one class, or one a picture. against: likewise, whose score is taken away: why the one and not the other.
     layers: dotted names of layers, fused where there are several; none: the last feature maps, which the engine of `predict`
-    computes, since nothing of a map needs the gradients below the head.
+    computes, since nothing of a map needs the gradients below the head. shifts: the mean over shifts x shifts moved copies
+    (`attribution.shifted_maps`), finer at that many times the cost.
 
     Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
@@ -144,7 +146,7 @@ def explain(
     paths = find_pictures(inputs)
     wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, against))
     below = FromSquares(nn.Identity(), preprocessing)
-    if from_pictures := bool(layers) or method in (*ASKING, *PIXELWISE):
+    if from_pictures := bool(layers) or shifts > 1 or method in (*ASKING, *PIXELWISE):
         forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
         forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
@@ -159,7 +161,7 @@ def explain(
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         held = others[done : done + len(way)] if others is not None else None
         if from_pictures:
-            return class_activation_maps(model, way, method, given, held, layers)
+            return shifted_maps(model, way, method, given, held, layers, shifts)
         return maps_of_features(model, way, method, given, held)
 
     done = 0

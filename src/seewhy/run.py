@@ -80,23 +80,29 @@ class Run:
         target: str | Sequence[str] | None = None,
         against: str | Sequence[str] | None = None,
         layers: Sequence[str] = (),
+        shifts: int = 1,
     ) -> Explanation:
         """Heatmaps of the predicted class, or of class `target` (and not `against`), of files, folders and patterns.
 
         target, against: one class, or one a picture.
-        layers: dotted names, several are fused; none: the last feature maps.
+        layers: dotted names, several are fused; none: the last feature maps. shifts: the mean over shifts x shifts moved copies.
         """
         from seewhy.explain import explain
 
-        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers)
+        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers, shifts)
 
     def score_methods(
-        self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
+        self,
+        pictures: Sequence[str | Path] | str | Path,
+        methods: Sequence[str] | None = None,
+        layers: Sequence[str] = (),
+        shifts: int = 1,
     ) -> pd.DataFrame:
         """How far heatmaps of methods (None: all but the slow ones) can be trusted on these pictures: a row a method and score."""
         from seewhy.scoring import COMPARED, score_methods
 
-        return score_methods(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
+        chosen = [pictures] if isinstance(pictures, str | Path) else pictures
+        return score_methods(self, chosen, methods or COMPARED, layers=layers, shifts=shifts)
 
     def sanity_check(
         self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()

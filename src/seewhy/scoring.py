@@ -51,13 +51,14 @@ def score_methods(
     methods: Sequence[str] = COMPARED,
     scores: Sequence[str] = tuple(QUALITY),
     layers: Sequence[str] = (),
+    shifts: int = 1,
     workers: int = 2,
 ) -> pd.DataFrame:
     """One row a method (and baseline) and score: method, score, better, mean, low, high, n.
 
     Maps are of the predicted class, in the plain direction. low, high: 95% bootstrap interval of the mean over pictures.
-    `pointing` and `energy inside` are there where outlines are known (outlines.py), over those pictures; so is a row of method
-    `(area)` for `energy inside`: the share of the picture that the object covers, which a flat map would score.
+    `pointing`, `peak on object` and `energy inside` are there where outlines are known (outlines.py), over those pictures; so is a
+    row of method `(area)` for `energy inside`: the share of the picture that the object covers, which a flat map would score.
     Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
     """
     for method in methods:
@@ -86,7 +87,7 @@ def score_methods(
             whole = probs.gather(1, targets[:, None])[:, 0]
             outlines = {n: outline for n, (_, outline) in enumerate(batch) if outline is not None}
             masks = torch.from_numpy(np.stack(list(outlines.values()))) if outlines else None
-            knowing = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers))
+            knowing = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers, shifts))
             knowing_nothing = ((name, baseline(len(batch), size, number)) for name, baseline in BASELINES.items())
             for name, maps in itertools.chain(knowing, knowing_nothing):
                 masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKED) else whole
