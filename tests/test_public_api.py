@@ -65,6 +65,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "predict",
         "cam",
         "cam_quality",
+        "pixels",
         "attribution",
         "figures",
         "explain",
