@@ -97,7 +97,7 @@ def test_map_is_the_map_of_the_class_over_its_maximum(left_red_right_blue: Path,
 def test_without_a_target_the_predicted_class_is_explained(left_red_right_blue: Path) -> None:
     explanation = explain(colour_run(), [left_red_right_blue])
     assert explanation.targets.tolist() == [0]  # more red than blue
-    assert explanation.method == "gradcam++"
+    assert explanation.method == "gradcam"
     np.testing.assert_array_equal(explanation.maps, explain(colour_run(), [left_red_right_blue], target="red").maps)
     assert explanation.maps.dtype == np.float32
 

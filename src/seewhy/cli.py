@@ -213,7 +213,7 @@ def explain(
         list[str] | None,
         typer.Option(
             help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam, scorecam, integrated_gradients or occlusion; "
-            "more than once for several (default: gradcam++, and with --compare all but the three slow last)"
+            "more than once for several (default: gradcam, and with --compare all but the three slow last)"
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
@@ -230,7 +230,7 @@ def explain(
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.run import load
 
-    methods = method or ["gradcam++"]
+    methods = method or ["gradcam"]
     if score or compare:
         if target is not None or against is not None:
             raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")

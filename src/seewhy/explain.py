@@ -121,7 +121,7 @@ def known_method(method: str) -> None:
 def explain(
     run: Run,
     inputs: Sequence[str | Path],
-    method: str = "gradcam++",
+    method: str = "gradcam",
     target: str | Sequence[str] | None = None,
     against: str | Sequence[str] | None = None,
     layers: Sequence[str] = (),

@@ -24,7 +24,7 @@ from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
 
 GALLERY = 8  # pictures a gallery
-METHOD = "gradcam++"
+METHOD = "gradcam"
 SCORED = 32  # test pictures whose heatmaps are scored
 SCORES = ("average drop", "increase")  # which cost a forward pass a map; `seewhy explain --compare` has the others
 

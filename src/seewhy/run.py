@@ -76,7 +76,7 @@ class Run:
     def explain(
         self,
         pictures: Sequence[str | Path] | str | Path,
-        method: str = "gradcam++",
+        method: str = "gradcam",
         target: str | Sequence[str] | None = None,
         against: str | Sequence[str] | None = None,
         layers: Sequence[str] = (),
