@@ -208,7 +208,7 @@ def test_overlay_glows_where_the_map_is_hot(left_red_right_blue: Path) -> None:
 def test_overlays_are_saved_under_safe_names(left_red_right_blue: Path, tmp_path: Path) -> None:
     run = replace(colour_run(), classes=("dark red/\\: *", "green", "bläu"))
     odd = left_red_right_blue.rename(tmp_path / "my block; $(x).png")
-    written = explain(run, [odd]).save(tmp_path / "out" / "deeper")
+    written = explain(run, [odd], "gradcam++").save(tmp_path / "out" / "deeper")
     assert [path.name for path in written] == ["my_block____x_.dark_red_____.gradcam__.png"]
     assert picture_size(written[0]) == (448, 149)
     (other,) = explain(run, [odd], "gradcam", target="bläu").save(tmp_path / "out" / "deeper")
