@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
     arguments = parser.parse_args()
-    count, rounds = (128, 2) if arguments.quick else (arguments.pictures // 64 * 64, arguments.rounds)
+    count, rounds = (64, 2) if arguments.quick else (arguments.pictures // 64 * 64, arguments.rounds)
     from seewhy.images import open_images
 
     with tempfile.TemporaryDirectory() as cache:
