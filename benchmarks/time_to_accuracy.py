@@ -358,9 +358,9 @@ def keep(raw: dict[str, Any]) -> None:
             }
         )
     notes = [
-        "One run each (seed 0), one after another, cold; the whole machine to itself. The last but one column divides by seewhy's ResNet-18 row "
-        "with the same layers trained (fastai and the plain recipe, which train everything: by the row with the last stage). Where a "
-        "candidate did not arrive, its time so far is a lower bound.",
+        "One run each (seed 0), one after another, cold; the whole machine to itself. The last column but one divides by seewhy's "
+        "ResNet-18 row with the same layers trained (fastai and the plain recipe, which train everything: by the row with the last "
+        "stage). Where a candidate did not arrive, its time so far is a lower bound.",
         "The plain recipe: seconds of an epoch by the step (median of 30) times the epochs that a run of its own, beside other work, took.",
     ]
     command = "python benchmarks/time_to_accuracy.py --only CANDIDATE"
