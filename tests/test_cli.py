@@ -202,3 +202,61 @@ def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run:
     records = json.loads(out)
     assert [record["method"] for record in records] == ["gradcam", "occlusion"]
     assert sorted(Path(record["overlay"]).name for record in records) == sorted(path.name for path in (tmp_path / "maps").iterdir())
+
+
+# ---------------------------------------------------------------- trust
+
+
+def test_predict_says_nothing_where_unsure(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    table = demo_run.predict(boats).table(1)
+    least = float(table["prob_1"].median())
+    status, out, _ = call("predict", demo_run.path, *boats, "--abstain-below", least, "--json")
+    answers = [record["answer"] for record in json.loads(out)]
+    assert status == 0
+    assert answers == [c if p >= least else None for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
+    assert None in answers
+    status, out, _ = call("predict", demo_run.path, *boats, "--abstain-below", least)
+    assert out.count("unsure: ") == answers.count(None)
+    call("predict", demo_run.path, *boats, "--precision", 0.8, "--out", tmp_path / "a.csv")
+    written = pd.read_csv(tmp_path / "a.csv").fillna("")
+    assert (
+        written["answer"] == [c if p >= demo_run.threshold_for(0.8) else "" for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
+    ).all()
+    assert_one_line(call("predict", demo_run.path, *boats, "--precision", 0.999), "no probability promises")
+    assert_one_line(call("predict", demo_run.path, *boats, "--precision", 0.9, "--abstain-below", 0.5), "give one of them")
+
+
+def test_audit_prints_what_it_writes(call: Call, boats: list[Path], tmp_path: Path) -> None:
+    for name, files in (("a", boats[:4]), ("b", boats[2:])):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, tmp_path / "data" / name)
+    status, out, _ = call("audit", tmp_path / "data", "--out", tmp_path / "audit", "--seeds", 2)
+    assert status == 0
+    assert "across labels    2 pairs" in out
+    summary = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert summary["pairs"]["exact"] == 2
+    status, out, _ = call("audit", tmp_path / "data", "--out", tmp_path / "audit", "--seeds", 2, "--json")
+    assert json.loads(out) == {"audit": str(tmp_path / "audit"), **summary}
+    assert_one_line(call("audit", tmp_path / "nowhere"), "no such folder or dataset")
+
+
+def test_compare_and_robustness_print_tables(call: Call, demo_run: Run, tmp_path: Path) -> None:
+    status, out, _ = call("compare", demo_run.path, demo_run.path)
+    assert status == 0
+    assert "96 pictures that neither run was trained on" in out
+    assert "McNemar's exact test p = 1" in out
+    status, out, _ = call("robustness", demo_run.path, "--pictures", 8, "--corruption", "jpeg", "--out", tmp_path)
+    assert status == 0
+    assert "n = 8" in out
+    assert (tmp_path / "robustness.csv").is_file()
+    assert_one_line(call("robustness", demo_run.path, "--corruption", "fog"), "unknown corruption 'fog'")
+
+
+def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    data = make_folder({"cat": 10, "dog": 10})
+    options = ["--backbone", "efficientnet_lite0", "--unfreeze", 0, "--epochs", 1, "--group-by", "exact", "--repeats", 2]
+    status, out, _ = call("train", data, *options, "--out", tmp_path / "many")
+    assert status == 0
+    assert "±" in out
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["repeats.csv", "repeats.json", "seed0", "seed1"]

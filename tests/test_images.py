@@ -230,9 +230,31 @@ def test_check_file_gives_hash_size_and_problem(tmp_path: Path) -> None:
     data = encoded(two_tone())
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(b"no")
-    assert check_file(tmp_path / "a.png") == Checked(hashlib.sha256(data).hexdigest(), 32, 16, "")
+    checked = check_file(tmp_path / "a.png")
+    assert checked == Checked(hashlib.sha256(data).hexdigest(), 32, 16, "", checked.phash, False)
+    assert int(checked.phash, 16) < 2**64
+    assert len(checked.phash) == 16
     assert check_file(tmp_path / "b.png") == Checked(hashlib.sha256(b"no").hexdigest(), 0, 0, "not an image")
     assert check_file(tmp_path / "c.png") == Checked("", 0, 0, "no such file or directory")
+
+
+def test_perceptual_hash_sees_through_size_and_compression(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((320, 240), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.png")
+    smooth.resize((200, 150)).save(tmp_path / "b.jpg", quality=60)
+    Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((320, 240), Image.Resampling.BICUBIC).save(tmp_path / "c.png")
+    a, b, c = (int(check_file(tmp_path / name).phash, 16) for name in ("a.png", "b.jpg", "c.png"))
+    assert (a ^ b).bit_count() <= 4
+    assert (a ^ c).bit_count() >= 16  # 32 on average
+
+
+def test_grey_pictures_are_known_through_jpeg(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(colours).convert("L").convert("RGB").save(tmp_path / "grey.jpg")
+    Image.fromarray(colours).resize((80, 80)).save(tmp_path / "colour.jpg")
+    assert check_file(tmp_path / "grey.jpg").grey
+    assert not check_file(tmp_path / "colour.jpg").grey
 
 
 # ---------------------------------------------------------------- checked once
@@ -295,8 +317,8 @@ def test_more_files_than_one_query_holds(cache: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_one_line(cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
-    (cache / "checked-1.sqlite").write_bytes(b"this is no database, and long enough to be looked at " * 100)
-    with pytest.raises(OutputError, match=r"checked-1\.sqlite: .*; remove it, or set SEEWHY_CACHE"):
+    (cache / "checked-2.sqlite").write_bytes(b"this is no database, and long enough to be looked at " * 100)
+    with pytest.raises(OutputError, match=r"checked-2\.sqlite: .*; remove it, or set SEEWHY_CACHE"):
         check_files([tmp_path / "a.png"])
 
 

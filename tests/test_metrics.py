@@ -213,3 +213,63 @@ def test_negative_log_likelihood_is_scikit_learns_and_by_hand() -> None:
     expected = log_loss(labels, metrics.softmax(logits), labels=range(7))
     assert metrics.negative_log_likelihood(labels, logits) == pytest.approx(expected)
     assert metrics.negative_log_likelihood(np.array([0]), np.array([[1000.0, 0.0]])) == 0.0
+
+
+# ---------------------------------------------------------------- intervals and comparisons
+
+
+def test_bootstrap_of_single_pictures_is_the_normal_interval() -> None:
+    right = np.random.default_rng(0).random(2000) < 0.9
+    ((low, high),) = metrics.group_bootstrap(lambda w: [float(np.average(right, weights=w))], np.arange(2000), resamples=2000)
+    half = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 2000)
+    assert low == pytest.approx(right.mean() - half, abs=0.002)
+    assert high == pytest.approx(right.mean() + half, abs=0.002)
+
+
+def test_pictures_of_a_group_are_no_independent_evidence() -> None:
+    """Ten copies of each picture: the interval is as wide as that of the pictures alone, sqrt(10) wider than if each copy counted."""
+    right = np.repeat(np.random.default_rng(1).random(200) < 0.8, 10)
+
+    def width(groups: np.ndarray) -> float:
+        ((low, high),) = metrics.group_bootstrap(lambda w: [float(np.average(right, weights=w))], groups)
+        return high - low
+
+    copies = width(np.arange(2000))
+    assert width(np.repeat(np.arange(200), 10)) == pytest.approx(math.sqrt(10) * copies, rel=0.12)
+    assert width(np.repeat(np.random.default_rng(2).permutation(200), 10)) == pytest.approx(math.sqrt(10) * copies, rel=0.12)
+
+
+def test_weighted_confusion_counts_pictures_as_often_as_drawn() -> None:
+    labels, predicted = guesses(0)
+    weights = np.random.default_rng(0).integers(0, 4, len(labels))
+    repeated = sk.confusion_matrix(labels.repeat(weights), predicted.repeat(weights), labels=range(7))
+    assert np.array_equal(metrics.confusion_matrix(labels, predicted, 7, weights), repeated)
+
+
+def test_mcnemar_by_hand_and_the_sign_of_the_difference() -> None:
+    right_a = np.array([True] * 60 + [True] * 2 + [False] * 9 + [False] * 9)
+    right_b = np.array([True] * 60 + [False] * 2 + [True] * 9 + [False] * 9)
+    found = metrics.compare_paired(right_a, right_b, np.arange(80))
+    assert (found.n, found.only_a, found.only_b) == (80, 2, 9)
+    tail = sum(math.comb(11, k) for k in range(3)) / 2**11  # at most 2 of 11 tosses
+    assert found.p_value == pytest.approx(2 * tail)
+    assert found.difference == pytest.approx(7 / 80)
+    assert 0 < found.low < found.difference < found.high
+    same = metrics.compare_paired(right_a, right_a, np.arange(80))
+    assert (same.p_value, same.low, same.high) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_auroc_and_fpr_equal_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    known, unknown = rng.normal(size=300).round(1), rng.normal(1, 1, size=200).round(1)  # with ties
+    truth = np.repeat([0, 1], [300, 200])
+    scores = np.concatenate([known, unknown])
+    assert metrics.auroc(known, unknown) == pytest.approx(sk.roc_auc_score(truth, scores), abs=1e-12)
+    # Known pictures are the positives of the field's FPR@95: low scores of ours, so both are turned round.
+    fpr, tpr, _ = sk.roc_curve(1 - truth, -scores, drop_intermediate=False)
+    assert metrics.false_passes_at(known, unknown) == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
+
+
+def test_auroc_by_hand() -> None:
+    assert metrics.auroc(np.array([0.1, 0.4]), np.array([0.4, 0.9])) == (1 + 1 + 0.5 + 1) / 4

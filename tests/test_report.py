@@ -56,7 +56,7 @@ def test_it_tells_the_numbers_of_the_run(html: str, demo_run: Run) -> None:
 
 def evaluation(labels: list[int], logits: list[list[float]], classes: tuple[str, ...]) -> Evaluation:
     paths = tuple(f"p{n}.jpg" for n in range(len(labels)))
-    return Evaluation("test", paths, np.array(labels), np.array(logits, dtype=np.float32), classes)
+    return Evaluation("test", paths, np.array(labels), np.array(logits, dtype=np.float32), classes, np.arange(len(labels)))
 
 
 def test_examples_by_hand() -> None:
@@ -72,7 +72,10 @@ def test_examples_by_hand() -> None:
 
 def test_confused_pairs_by_hand() -> None:
     found = confused_pairs(evaluation([0, 0, 0, 1], [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]], ("a", "b", "c")))
-    assert found == [{"true": "a", "predicted": "b", "count": 2}, {"true": "b", "predicted": "c", "count": 1}]
+    assert found == [
+        {"true": "a", "predicted": "b", "count": 2, "paths": ["p0.jpg", "p1.jpg"]},
+        {"true": "b", "predicted": "c", "count": 1, "paths": ["p3.jpg"]},
+    ]
 
 
 def test_hostile_names_are_escaped(demo_run: Run, tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_hostile_names_are_escaped(demo_run: Run, tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     classes = (hostile, *demo_run.classes[1:])
     test = demo_run.evaluate()
-    renamed = Evaluation("test", test.paths, test.labels, test.logits, classes)
+    renamed = dataclasses.replace(test, classes=classes)
     manifest = {**demo_run.manifest, "metrics": {**demo_run.metrics, "test": renamed.metrics}}
     run = dataclasses.replace(demo_run, classes=classes, manifest=manifest)
     history = [{"epoch": 1.0, "train_loss": 1.0, "val_loss": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5}]

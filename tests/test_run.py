@@ -17,6 +17,7 @@ from seewhy.run import Run, load
 from seewhy.scenes import draw_scenes
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
+FILES |= {"predictions_val.csv", "README.md"}
 FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
 
 
@@ -55,7 +56,10 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert manifest["format"] == 1
     assert manifest["config"]["backbone"] == "efficientnet_lite0"
     assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
-    assert manifest["split"] | {"hash": ""} == {"protocol": "ratio", "hash": "", "train": 336, "val": 48, "test": 96}
+    assert [manifest["split"][part] for part in ("protocol", "train", "val", "test")] == ["ratio", 336, 48, 96]
+    assert (manifest["split"]["grouped_pictures"], manifest["split"]["torn_classes"]) == (0, [])  # no two scenes are alike
+    assert manifest["calibration"]["temperature"] > 0
+    assert manifest["calibration"]["n"] == 48
     assert len(manifest["data"]["hash"]) == 64
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(manifest["metrics"]) == {"val", "test"}
@@ -135,3 +139,38 @@ def test_weights_of_another_architecture(copied: Path) -> None:
     state.pop("conv_stem.weight")
     save_file(state, copied / "model.safetensors")
     check(copied, "conv_stem.weight", "not the weights of efficientnet_lite0")
+
+
+def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
+    """The stored temperature is the one that fits val best; the threshold is that of val's answers; a wish too high is refused."""
+    from seewhy.calibration import fit_temperature, threshold_for
+
+    val = demo_run.evaluate("val")
+    assert demo_run.temperature == pytest.approx(fit_temperature(val.labels, val.logits), rel=1e-3)
+    assert val.temperature == demo_run.temperature
+    expected = threshold_for(val.sure, val.right, 0.8)
+    assert expected is not None
+    assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation pictures"):
+        demo_run.threshold_for(0.999)
+
+
+def test_a_run_of_an_older_version_is_uncalibrated(demo_run: Run) -> None:
+    import dataclasses
+
+    old = dataclasses.replace(demo_run, manifest={k: v for k, v in demo_run.manifest.items() if k != "calibration"})
+    assert old.temperature == 1.0
+
+
+def test_model_card_tells_the_numbers_of_the_run(demo_run: Run) -> None:
+    import yaml
+
+    card = (demo_run.path / "README.md").read_text()
+    head, body = card.removeprefix("---\n").split("\n---\n", 1)
+    meta = yaml.safe_load(head)
+    assert meta["pipeline_tag"] == "image-classification"
+    metrics = {m["type"]: m["value"] for m in meta["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["accuracy"] == pytest.approx(demo_run.metrics["test"]["accuracy"], abs=1e-4)
+    assert f"{100 * demo_run.metrics['test']['accuracy']:.1f}%" in body
+    assert "boat, car" in body
+    assert "fewer than 10" not in body  # 12 test pictures a class

@@ -27,6 +27,9 @@ def image_set(rows: Sequence[tuple[str, str, str]]) -> ImageSet:
         labels=np.array([classes.index(name) for name, _, _ in rows], dtype=np.int64),
         classes=classes,
         hashes=tuple(hashlib.sha256(content.encode()).hexdigest() for _, content, _ in rows),
+        phashes=np.zeros(len(rows), dtype=np.uint64),
+        sizes=np.full((len(rows), 2), 64),
+        grey=np.zeros(len(rows), dtype=bool),
         parts=tuple(part for _, _, part in rows),
         masks=(None,) * len(rows),
     )
@@ -316,3 +319,71 @@ def test_any_data(sizes: list[int], repeats: list[tuple[int, int]], seed: int, v
             assert abs(found["test"][c] - test_fraction * size) <= 1
             assert abs(found["val"][c] - val_fraction * size) <= 1
             assert found["train"][c] == size - found["val"][c] - found["test"][c]
+
+
+# ---------------------------------------------------------------- groups
+
+
+def straddling(split: Split, groups: np.ndarray) -> int:
+    """How many groups have pictures in more than one part."""
+    parts = [set(groups[split.part(name)].tolist()) for name in PARTS]
+    return len((parts[0] & parts[1]) | (parts[0] & parts[2]) | (parts[1] & parts[2]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_stay_in_one_part_and_parts_keep_their_sizes(seed: int) -> None:
+    images = image_set(plain({"a": 200, "b": 100}))
+    groups = np.random.default_rng(seed).integers(0, 120, 200).tolist() + [1000 + n for n in range(100)]
+    split = split_images(images, seed=seed, groups=np.array(groups))
+    assert straddling(split, np.array(groups)) == 0
+    found = counts(split, images)
+    assert abs(found["test"][0] - 40) <= 2
+    assert abs(found["val"][0] - 20) <= 2
+    assert (found["test"][1], found["val"][1]) == (20, 10)
+    assert split.torn == ()
+    assert straddling(split_images(images, seed=seed), np.array(groups)) > 0  # what a plain split would leak
+
+
+def test_large_and_small_groups_have_their_share_of_every_part() -> None:
+    """Half of the pictures in groups of four: about half of the test part too, or a test would be of singles alone."""
+    images = image_set(plain({"a": 400}))
+    groups = np.array([n // 4 if n < 200 else n for n in range(400)])
+    shares = [np.mean(split_images(images, seed=seed, groups=groups).test < 200) for seed in range(20)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_group_across_classes_stays_together_with_most_of_it() -> None:
+    images = image_set(plain({"a": 30, "b": 30}))
+    groups = np.arange(60)
+    groups[[0, 30, 31]] = 0
+    for seed in range(10):
+        split = split_images(images, seed=seed, groups=groups)
+        assert sum(0 in split.part(name) and {30, 31} <= set(split.part(name).tolist()) for name in PARTS) == 1
+
+
+def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
+    images = image_set(plain({"a": 20, "b": 20}))
+    groups = np.array([0] * 15 + list(range(15, 40)))
+    split = split_images(images, groups=groups)
+    assert split.torn == ("a",)
+    assert counts(split, images) == counts(split_images(images), images)
+    assert len(np.unique(split.groups)) == 40
+
+
+def test_given_parts_are_kept_even_where_they_leak() -> None:
+    images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
+    groups = np.arange(28)
+    groups[[0, 1, 20]] = 0  # two training pictures and a test picture
+    split = split_images(images, groups=groups)
+    assert split.test.tolist() == list(range(20, 28))
+    assert {0, 1} <= set(split.train.tolist()) or {0, 1} <= set(split.val.tolist())
+
+
+def test_groups_are_found_again_by_content(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 20, "b": 10}))
+    groups = np.array([n // 2 if n < 20 else n for n in range(30)])
+    split = split_images(images, groups=groups)
+    (tmp_path / "split.json").write_text(json.dumps(split.record(images)))
+    found = read_split(tmp_path, images)
+    assert np.array_equal(found.groups, split.groups)
+    assert np.array_equal(np.unique(groups, return_inverse=True)[1], np.unique(found.groups, return_inverse=True)[1])

@@ -55,8 +55,15 @@ def _main(
 
 
 def _train(
-    data: str | None, out: Path | None, resume: bool, config_file: Path | None, settings: list[str], as_json: bool, given: dict[str, Any]
-) -> Run:
+    data: str | None,
+    out: Path | None,
+    resume: bool,
+    repeats: int,
+    config_file: Path | None,
+    settings: list[str],
+    as_json: bool,
+    given: dict[str, Any],
+) -> Run | None:
     values = read_config(config_file) if config_file else {}
     values |= parse_settings(settings) | {name: value for name, value in given.items() if value is not None}
     if data is not None:
@@ -64,6 +71,9 @@ def _train(
     if "data" not in values:
         raise typer.BadParameter("name a dataset (caltech101, scenes), a folder of class folders, or a --config that does")
     config = make_config(**values)
+    if repeats > 1:
+        _repeat(config, repeats, out, resume, as_json)
+        return None
     from seewhy.workflow import train_run
 
     run = train_run(config, out, resume)
@@ -74,6 +84,20 @@ def _train(
     else:
         typer.echo(f"run     {run.path}\nreport  {run.path / 'report.html'}")
     return run
+
+
+def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, as_json: bool) -> None:
+    from seewhy.compare import repeat, spread
+
+    folder, table = repeat(config, repeats, out, resume)
+    numbers = spread(table)
+    if as_json:
+        _print_json({"runs": str(folder), "n": repeats, **numbers})
+        return
+    typer.echo(f"runs    {folder} ({repeats} splits)")
+    for name in ("accuracy", "mean_per_class_accuracy"):
+        found = numbers[f"test_{name}"]
+        typer.echo(f"test {name.replace('_', ' '):24} {found['mean']:.2%} ± {found['sd']:.2%} (standard deviation over the splits)")
 
 
 def _option_type(annotation: Any) -> Any:
@@ -98,6 +122,7 @@ def _derive_train_command() -> Any:
         ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")], None),
         ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
         ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
+        ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
         ("config", Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")], None),
         ("set", Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")], None),
         ("json", JsonOption, False),
@@ -117,9 +142,9 @@ def _derive_train_command() -> Any:
         for name, annotation, default in [*fixed, *derived]
     ]
 
-    def command(**values: Any) -> Run:
+    def command(**values: Any) -> Run | None:
         own = {name: values.pop(name) for name, _, _ in fixed}
-        return _train(own["data"], own["out"], own["resume"], own["config"], own["set"] or [], own["json"], values)
+        return _train(own["data"], own["out"], own["resume"], own["repeats"], own["config"], own["set"] or [], own["json"], values)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -160,14 +185,109 @@ def evaluate(
     if as_json:
         _print_json({evaluation.part: numbers})
         return
-    low, high = numbers["accuracy_ci95"]
-    typer.echo(f"{evaluation.part}: {numbers['n']} pictures")
-    typer.echo(f"accuracy                 {numbers['accuracy']:.2%}   (95% interval {low:.2%} to {high:.2%})")
-    typer.echo(f"top-5 accuracy           {numbers['top5_accuracy']:.2%}")
-    typer.echo(f"mean per-class accuracy  {numbers['mean_per_class_accuracy']:.2%}")
-    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}")
+    typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
+    names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
+    for name, shown in names.items():
+        low, high = numbers[f"{name}_ci95"]
+        typer.echo(f"{shown:24} {numbers[name]:.2%}   ({low:.2%} to {high:.2%})")
+    low, high = numbers["macro_f1_ci95"]
+    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}   ({low:.4f} to {high:.4f})")
+    typer.echo(
+        f"calibration error        {numbers['expected_calibration_error']:.2%}   "
+        f"({numbers['expected_calibration_error_uncalibrated']:.2%} before temperature {evaluation.temperature:.2f})"
+    )
     weakest = sorted((row for row in numbers["per_class"] if row["n"]), key=lambda row: (row["recall"], row["class"]))[:5]
     typer.echo("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest))
+
+
+@app.command()
+def audit(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")],
+    data_root: Annotated[str | None, typer.Option(help="folder that holds caltech101; also $SEEWHY_DATA")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
+    seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,
+    skip_bad: SkipBadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
+    from seewhy.audit import audit_images
+    from seewhy.audit_page import save_audit
+    from seewhy.images import open_images
+
+    found = audit_images(open_images(data, data_root, skip_bad), seeds)
+    written = save_audit(found, out)
+    counts = found.summary()
+    if as_json:
+        _print_json({"audit": str(out), **counts})
+        return
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts["pairs"].items())
+    typer.echo(f"{counts['pictures']:,} pictures in {counts['classes']} classes")
+    typer.echo(f"near-duplicates  {counts['grouped_pictures']:,} pictures in {counts['groups']:,} groups (pairs: {kinds})")
+    typer.echo("                 most in " + ", ".join(f"{name} {number:,}" for name, number in list(counts["pairs_by_class"].items())[:5]))
+    typer.echo(f"across labels    {counts['pairs_across_labels']:,} pairs")
+    if leak := counts.get("leak"):
+        typer.echo(
+            f"leak             {leak['leaked']:.1%} of a random split's test pictures, worth "
+            f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
+            f"near-duplicates kept together ({leak['seeds']} splits)"
+        )
+    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy']:.2%})")
+    typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
+    typer.echo("  ".join(map(str, written)))
+
+
+@app.command()
+def robustness(
+    run: RunArgument,
+    pictures: Annotated[int, typer.Option(min=1, help="at most so many test pictures, drawn at random")] = 300,
+    corruption: Annotated[
+        list[str] | None,
+        typer.Option(help="blur, noise, jpeg, brightness, darkness or rotation; more than once for several (default: all)"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for table and figure (default: the run's)")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy on blurred, noisy, badly compressed, lit or turned pictures, and on slices of the plain ones."""
+    from seewhy.robustness import run_robustness, save_robustness
+    from seewhy.run import load
+
+    table, parts = run_robustness(load(run), pictures, corruption)
+    written = save_robustness(table, parts, out or run)
+    if as_json:
+        _print_json({"robustness": table.to_dict("records"), "slices": parts.to_dict("records")})
+        return
+    plain = table[table["strength"] == 0].iloc[0]
+    typer.echo(f"plain pictures  {plain['accuracy']:.1%} ({plain['low']:.1%} to {plain['high']:.1%}), n = {plain['n']}")
+    wide = table[table["strength"] > 0].pivot(index="corruption", columns="strength", values="accuracy")
+    typer.echo((100 * wide.loc[list(dict.fromkeys(table["corruption"][1:]))]).round(1).to_string())
+    typer.echo("accuracy in % at strengths 1 (mild) to 5\n")
+    shown = parts.assign(**{name: (100 * parts[name]).round(1) for name in ("accuracy", "low", "high")})
+    typer.echo(shown.to_string(index=False))
+    typer.echo("  ".join(map(str, written)))
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="folder of a saved run")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="folder of another")],
+    data: Annotated[str | None, typer.Option(help="another labelled folder (default: the test pictures that both runs share)")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which of two runs is better on the same pictures, and whether that may be chance."""
+    from seewhy.compare import compare_runs
+    from seewhy.run import load
+
+    found = compare_runs(load(run_a), load(run_b), data)
+    paired = found.paired
+    if as_json:
+        _print_json({"a": found.a.metrics, "b": found.b.metrics, "paired": vars(paired)})
+        return
+    typer.echo(f"{paired.n} pictures that neither run was trained on" if data is None else f"{paired.n} pictures of {data}")
+    for name, path, evaluation in (("A", run_a, found.a), ("B", run_b, found.b)):
+        low, high = evaluation.metrics["accuracy_ci95"]
+        typer.echo(f"{name}  {evaluation.metrics['accuracy']:.2%} ({low:.2%} to {high:.2%})  {path}")
+    typer.echo(f"B - A {100 * paired.difference:+.2f} points (95% interval {100 * paired.low:+.2f} to {100 * paired.high:+.2f})")
+    typer.echo(f"right in A alone {paired.only_a}, in B alone {paired.only_b}; McNemar's exact test p = {paired.p_value:.3g}")
 
 
 @app.command()
@@ -176,25 +296,34 @@ def predict(
     pictures: PicturesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
     out: Annotated[Path | None, typer.Option(help="write the table here: .csv, .parquet or .json")] = None,
+    abstain_below: Annotated[
+        float | None, typer.Option(min=0, max=1, help="say nothing where the likeliest class is less probable than this")
+    ] = None,
+    precision: Annotated[
+        float | None, typer.Option(min=0, max=1, help="say nothing where answers would not be right so often; chosen on val")
+    ] = None,
     skip_bad: SkipBadOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what pictures show, with probabilities."""
+    """Say what pictures show, with calibrated probabilities."""
     from seewhy.predict import open_table, predict_blocks
     from seewhy.run import load
 
     records: list[dict[str, Any]] = []
     count = 0
+    if abstain_below is not None and precision is not None:
+        raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
     loaded = load(run)
+    least = loaded.threshold_for(precision) if precision is not None else abstain_below
     with open_table(out) if out is not None else nullcontext() as write:
         for block in predict_blocks(loaded, pictures, skip_bad):
             for path, reason in block.bad:
                 typer.echo(f"left out: {path} ({reason})", err=True)
             if write is not None and block.paths:
-                write(block.table(top_k))
+                write(block.table(top_k, least))
             count += len(block.paths)
             if as_json or out is None:
-                records += block.records(top_k)
+                records += block.records(top_k, least)
     if as_json:
         _print_json(records)
     elif out is not None:
@@ -202,7 +331,8 @@ def predict(
     else:
         for record in records:
             answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
-            typer.echo(f"{record['path']}:  {answers}")
+            unsure = "unsure: " if least is not None and record["answer"] is None else ""
+            typer.echo(f"{record['path']}:  {unsure}{answers}")
 
 
 @app.command()

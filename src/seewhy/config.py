@@ -72,6 +72,11 @@ class TrainConfig(BaseModel):
     unfreeze: int | Literal["all"] = _main(1, "train the N deepest stages with the classifier; 0 = classifier only, all")
     views: int = _main(2, "views of each training picture: 1 plain, 2 + mirrored, more = random; 0 = fresh every epoch", ge=0, le=64)
     protocol: Literal["ratio", "caltech30"] = _main("ratio", "ratio (70/10/20 of each class) or caltech30 (30 training pictures a class)")
+    group_by: str = _main(
+        "duplicates",
+        "what stays in one part of the split: duplicates (near ones too), exact (equal files alone), a .csv of path and group, or a "
+        "regular expression over paths",
+    )
     split_from: str | None = _main(None, "use the split of another run (its folder or split.json)")
     epochs: int | None = _main(None, "most epochs; early stopping may end sooner", ge=1)
     lr: float | None = _main(None, "learning rate of the classifier", gt=0)

@@ -11,11 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from seewhy import metrics
+from seewhy import calibration, metrics
 from seewhy.backbones import Backbone
 from seewhy.cutting import Cut
 from seewhy.features import extract_features, take_rows
 from seewhy.images import ImageSet
+
+TOP = 5
+HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Evaluation:
     """What a network says of N labelled pictures.
 
     part: 'train', 'val', 'test' or 'all'. logits: (N, C), unnormalised. labels: (N,) true classes.
+    groups: (N,) a number a group of pictures that show the same. temperature: what divides the logits before the softmax.
     """
 
     part: str
@@ -30,17 +34,31 @@ class Evaluation:
     labels: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
     classes: tuple[str, ...]
+    groups: npt.NDArray[np.int64]
+    temperature: float = 1.0
 
     @cached_property
     def probs(self) -> npt.NDArray[np.float64]:
-        """(N, C) softmax probabilities."""
-        return metrics.softmax(self.logits)
+        """(N, C) calibrated probabilities: softmax(logits / temperature)."""
+        return metrics.softmax(self.logits / self.temperature)
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:
         """(N,) most probable classes."""
         best: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
         return best
+
+    @property
+    def sure(self) -> npt.NDArray[np.float64]:
+        """(N,) probability of the predicted class."""
+        largest: npt.NDArray[np.float64] = self.probs.max(axis=1)
+        return largest
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the predicted class is the true one."""
+        same: npt.NDArray[np.bool_] = self.predicted == self.labels
+        return same
 
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
@@ -49,17 +67,32 @@ class Evaluation:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The entry of `metrics.json`: headline numbers and one row a class."""
+        """The entry of `metrics.json` (docs/METRICS.md): headline numbers with bootstrap intervals over groups, and one row a class."""
         n = len(self.labels)
-        correct = int((self.labels == self.predicted).sum())
         rows = metrics.per_class(self.confusion)
+        among = metrics.in_top_k(self.labels, self.logits, TOP)
+
+        def headline(weights: npt.NDArray[np.int64]) -> list[float]:
+            confusion = metrics.confusion_matrix(self.labels, self.predicted, len(self.classes), weights)
+            right = float(np.diag(confusion).sum() / confusion.sum())
+            return [
+                right,
+                float(np.average(among, weights=weights)),
+                metrics.mean_per_class_accuracy(confusion),
+                metrics.macro_f1(confusion),
+            ]
+
+        values = headline(np.ones(n, dtype=np.int64))
+        intervals = metrics.group_bootstrap(headline, self.groups)
+        count = len(np.unique(self.groups))
+        if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
+            intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
+        numbers: dict[str, Any] = {"n": n, "groups": count}
+        for name, value, interval in zip(HEADLINE, values, intervals, strict=True):
+            numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
-            "n": n,
-            "accuracy": correct / n,
-            "accuracy_ci95": list(metrics.wilson_interval(correct, n)),
-            "top5_accuracy": metrics.top_k_accuracy(self.labels, self.logits, 5),
-            "mean_per_class_accuracy": metrics.mean_per_class_accuracy(self.confusion),
-            "macro_f1": metrics.macro_f1(self.confusion),
+            **numbers,
+            **self._calibration(),
             "per_class": [
                 {
                     "class": name,
@@ -70,6 +103,17 @@ class Evaluation:
                 }
                 for c, name in enumerate(self.classes)
             ],
+        }
+
+    def _calibration(self) -> dict[str, Any]:
+        """How far the probabilities can be believed, and what answering only the surest pictures brings."""
+        plain = metrics.softmax(self.logits).max(axis=1)
+        return {
+            "negative_log_likelihood": metrics.negative_log_likelihood(self.labels, self.logits / self.temperature),
+            "brier_score": calibration.brier_score(self.labels, self.probs),
+            "expected_calibration_error": calibration.expected_calibration_error(self.sure, self.right),
+            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.right),
+            "area_under_risk_coverage": calibration.risk_coverage(self.sure, self.right).area,
         }
 
 
@@ -83,10 +127,13 @@ def evaluate_network(
     workers: int = 2,
     keep: bool = True,
     flip: bool = False,
+    groups: npt.NDArray[np.int64] | None = None,
+    temperature: float = 1.0,
 ) -> Evaluation:
     """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache.
 
     flip: logits are the mean of those of the picture and of its mirror image.
+    groups: (N,) numbers of the pictures at `indices`; None: each is a group of its own.
     """
     trained_whole = cut.trunk is None
     halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
@@ -98,6 +145,8 @@ def evaluate_network(
         labels=images.labels[indices],
         logits=np.mean([tail_logits(halves.tail, features.store, features.rows[:, view]) for view in range(views)], axis=0),
         classes=images.classes,
+        groups=np.arange(len(indices)) if groups is None else groups,
+        temperature=temperature,
     )
 
 

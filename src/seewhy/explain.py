@@ -180,7 +180,7 @@ def explain(
         paths=tuple(str(path) for path in paths),
         maps=np.concatenate(maps),
         targets=np.concatenate(targets),
-        probs=softmax(np.concatenate(logits)),
+        probs=softmax(np.concatenate(logits) / run.temperature),
         classes=run.classes,
         preprocessing=preprocessing,
     )

@@ -127,6 +127,92 @@ def method_scores(table: Sequence[dict[Any, Any]], baselines: Sequence[str], the
     return png_of(figure)
 
 
+def leak_figure(plain: Sequence[float], grouped: Sequence[float], theme: str = "light") -> bytes:
+    """Test accuracy of each split, at random and with near-duplicates kept together, the two of a seed joined; PNG."""
+    colours = THEMES[theme]
+    with plt.rc_context(_style(theme)):
+        figure, axis = plt.subplots(figsize=(5.2, 3.0), layout="constrained")
+        for one, other in zip(plain, grouped, strict=True):
+            axis.plot([0, 1], [100 * one, 100 * other], color=colours["faint"], linewidth=1.2, zorder=1)
+        for place, values in ((0, plain), (1, grouped)):
+            axis.scatter([place] * len(values), [100 * value for value in values], color=colours["val"], s=28, zorder=2)
+            axis.plot([place - 0.12, place + 0.12], [100 * float(np.mean(values))] * 2, color=colours["ink"], linewidth=2, zorder=3)
+        axis.set_xticks([0, 1], ["split at random", "near-duplicates\nkept together"])
+        axis.set_xlim(-0.5, 1.5)
+        axis.set_ylabel("test accuracy (%)")
+        axis.grid(axis="y", linewidth=0.6)
+    return png_of(figure)
+
+
+def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int], theme: str = "light") -> bytes:
+    """How often answers of each confidence are right, against the diagonal of perfect calibration, with a histogram below; PNG."""
+    colours = THEMES[theme]
+    with plt.rc_context(_style(theme)):
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 4.8), height_ratios=(3, 1), sharex=True, layout="constrained")
+        top.plot([0, 100], [0, 100], color=colours["train"], linestyle="--", linewidth=1.2, label="perfectly calibrated")
+        top.plot(
+            [100 * c for c in confidence],
+            [100 * a for a in accuracy],
+            "o-",
+            color=colours["val"],
+            linewidth=1.8,
+            markersize=5,
+            label="test",
+        )
+        top.set_ylabel("right answers (%)")
+        top.set_ylim(0, 102)
+        top.legend(frameon=False, loc="upper left")
+        top.grid(linewidth=0.6)
+        bottom.bar([100 * c for c in confidence], count, width=4, color=colours["train"])
+        bottom.set_yscale("log")
+        bottom.set_ylabel("pictures")
+        bottom.set_xlabel("confidence: probability of the answer (%)")
+        bottom.set_xlim(0, 102)
+    return png_of(figure)
+
+
+def risk_coverage_figure(
+    coverage: Sequence[float], risk: Sequence[float], marks: Sequence[tuple[float, float, str]] = (), theme: str = "light"
+) -> bytes:
+    """Share of wrong answers against the share of pictures answered, the surest first; marks: (coverage, risk, text). PNG."""
+    colours = THEMES[theme]
+    with plt.rc_context(_style(theme)):
+        figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+        axis.step([100 * c for c in coverage], [100 * r for r in risk], where="post", color=colours["val"], linewidth=1.8)
+        for share, wrong, text in marks:
+            axis.plot(100 * share, 100 * wrong, "o", color=colours["ink"], markersize=5)
+            axis.annotate(text, (100 * share, 100 * wrong), (-4, 8), textcoords="offset points", ha="right", fontsize=8)
+        axis.set_xlabel("pictures answered, the surest first (%)")
+        axis.set_ylabel("wrong answers among them (%)")
+        axis.set_xlim(0, 102)
+        axis.set_ylim(bottom=0)
+        axis.grid(linewidth=0.6)
+    return png_of(figure)
+
+
+def robustness_figure(table: Sequence[dict[Any, Any]], theme: str = "light") -> bytes:
+    """Accuracy against strength, a panel a corruption, its 95% interval shaded; PNG. table: rows of `robustness`."""
+    colours = THEMES[theme]
+    names = list(dict.fromkeys(str(row["corruption"]) for row in table if row["strength"]))
+    plain = [row for row in table if not row["strength"]]
+    with plt.rc_context(_style(theme)):
+        figure, axes = plt.subplots(1, len(names), figsize=(1.9 * len(names) + 1, 2.8), sharey=True, layout="constrained", squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            rows = plain + [row for row in table if row["corruption"] == name]
+            strengths = [row["strength"] for row in rows]
+            axis.fill_between(
+                strengths, [100 * row["low"] for row in rows], [100 * row["high"] for row in rows], color=colours["val"], alpha=0.2
+            )
+            axis.plot(strengths, [100 * row["accuracy"] for row in rows], "o-", color=colours["val"], markersize=4, linewidth=1.8)
+            axis.set_title(name, fontsize=10)
+            axis.set_xticks(range(6))
+            axis.set_xlabel("strength")
+            axis.grid(axis="y", linewidth=0.6)
+        axes[0][0].set_ylabel("accuracy (%)")
+        axes[0][0].set_ylim(0, 102)
+    return png_of(figure)
+
+
 def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
 

@@ -12,9 +12,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import imagehash
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,6 +28,7 @@ from seewhy.progress import progress
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_PIXELS = 100_000_000  # refused before decoding: 300 MB of RGB
 MIN_SIDE = 8  # smaller than this there is nothing to see
+GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 # Our own pixel limit replaces Pillow's warning, which would be printed in between progress bars.
@@ -34,12 +37,18 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Checked:
-    """What looking at one file said: sha256 of its bytes, size in pixels, and why it is unusable ('' if it is not)."""
+    """What looking at one file said.
+
+    sha256: of its bytes. width, height: in pixels. problem: why it is unusable, '' if it is not.
+    phash: its perceptual hash, 64 bits as 16 hexadecimal digits. grey: whether it has no colours.
+    """
 
     sha256: str
     width: int
     height: int
     problem: str
+    phash: str = ""
+    grey: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class ImageSet:
     """Labelled pictures of one dataset, all of them decodable.
 
     paths: N files. labels: (N,) int64 indices into `classes`. hashes: N sha256 of the file contents.
+    phashes: (N,) uint64 perceptual hashes. sizes: (N, 2) int64 width and height in pixels. grey: (N,) whether without colours.
     parts: N names ('train', 'val', 'test') where the dataset comes divided, else ''.
     masks: N files with the object's mask (white on black), or None where there is none.
     bad: (path, reason) of pictures left out.
@@ -58,6 +68,9 @@ class ImageSet:
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     hashes: tuple[str, ...]
+    phashes: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.int64]
+    grey: npt.NDArray[np.bool_]
     parts: tuple[str, ...]
     masks: tuple[Path | None, ...]
     bad: tuple[tuple[str, str], ...] = field(default=())
@@ -147,10 +160,17 @@ def check_file(path: Path) -> Checked:
         return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        width, height = decode(data).size
+        image = decode(data)
     except ValueError as error:
         return Checked(sha256, 0, 0, str(error))
-    return Checked(sha256, width, height, "")
+    small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return Checked(sha256, image.width, image.height, "", str(imagehash.phash(small)), is_grey(small))
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether red, green and blue agree up to what JPEG leaves between them, at 99 of 100 places."""
+    values = np.asarray(image.convert("RGB"), dtype=np.int16)
+    return bool(np.mean(np.ptp(values, axis=2) <= GREY_SPREAD) >= 0.99)
 
 
 # ---------------------------------------------------------------- many pictures
@@ -170,9 +190,9 @@ def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
                     known[stats[i]] = checked
                     advance(1)
                     if checked.sha256:  # an unreadable file may become readable without changing
-                        rows.append((stats[i], checked.sha256, checked.width, checked.height, checked.problem))
+                        rows.append((stats[i], *astuple(checked)))
                 with record:
-                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?)", rows)
+                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     return [known[key] for key in stats]
 
 
@@ -186,16 +206,17 @@ def _stat_key(path: Path) -> str:
 
 def _open_record() -> sqlite3.Connection:
     # The rules for what counts as usable are part of the name: new rules, new record.
-    file = cache_dir() / "checked-1.sqlite"
+    file = cache_dir() / "checked-2.sqlite"
     try:
         record = sqlite3.connect(file, timeout=60)
-        record.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT)")
+        columns = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({columns})")
     except sqlite3.Error as error:
         raise OutputError(f"{file}: {error}; remove it, or set SEEWHY_CACHE to a writable folder") from error
     return record
 
 
-def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[str, str, int, int, str]]:
+def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
     for start in range(0, len(keys), 500):
         chunk = keys[start : start + 500]
         marks = ",".join("?" * len(chunk))
@@ -241,6 +262,9 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
         labels=np.array([index[listing.class_names[i]] for i in keep], dtype=np.int64),
         classes=classes,
         hashes=tuple(checked[i].sha256 for i in keep),
+        phashes=np.array([int(checked[i].phash, 16) for i in keep], dtype=np.uint64),
+        sizes=np.array([(checked[i].width, checked[i].height) for i in keep], dtype=np.int64),
+        grey=np.array([bool(checked[i].grey) for i in keep]),
         parts=tuple(listing.parts[i] for i in keep),
         masks=tuple(listing.masks[i] for i in keep),
         bad=bad,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, rankdata
 
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -33,18 +34,23 @@ def accuracy(labels: Labels, predicted: Labels) -> float:
     return float(np.mean(labels == predicted))
 
 
-def top_k_accuracy(labels: Labels, probs: Floats, k: int) -> float:
-    """Share of pictures whose true class is among the k most probable; of equal ones the later class comes first.
-
-    That order of ties is scikit-learn's (`top_k_accuracy_score`); k of at least C gives 1.
-    """
+def in_top_k(labels: Labels, probs: Floats, k: int) -> npt.NDArray[np.bool_]:
+    """(N,) whether the true class is among the k most probable; of equal ones the later class comes first (scikit-learn's order)."""
     best = np.argsort(probs, axis=1, kind="stable")[:, -k:]
-    return float(np.mean((best == labels[:, None]).any(axis=1)))
+    among: npt.NDArray[np.bool_] = (best == labels[:, None]).any(axis=1)
+    return among
 
 
-def confusion_matrix(labels: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:
-    """(C, C) counts; row = true class, column = predicted class."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def top_k_accuracy(labels: Labels, probs: Floats, k: int) -> float:
+    """Share of pictures whose true class is among the k most probable (scikit-learn's `top_k_accuracy_score`); k of at least C gives 1."""
+    return float(in_top_k(labels, probs, k).mean())
+
+
+def confusion_matrix(labels: Labels, predicted: Labels, classes: int, weights: Labels | None = None) -> npt.NDArray[np.int64]:
+    """(C, C) counts; row = true class, column = predicted class. weights: (N,) how often each picture counts (None: once)."""
+    cells = labels * classes + predicted
+    counts = np.bincount(cells, minlength=classes * classes, weights=weights)  # floats, where there are weights
+    return counts.astype(np.int64).reshape(classes, classes)
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,74 @@ def mean_interval(values: npt.NDArray[np.float64], confidence: float = 0.95, res
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+# ---------------------------------------------------------------- intervals and comparisons
+
+
+def group_bootstrap(
+    statistics: Callable[[npt.NDArray[np.int64]], Sequence[float]],
+    groups: Labels,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[tuple[float, float]]:
+    """Percentile bootstrap interval of each statistic of N pictures, drawing whole groups with replacement (Efron 1979; Field 2007).
+
+    groups: (N,) a number a group; pictures that show the same thing come and go together, since they are no independent evidence.
+    statistics: (N,) how often each picture counts -> the values. Where all of them are equal, the interval has no width.
+    """
+    _, places = np.unique(groups, return_inverse=True)
+    count = int(places.max()) + 1
+    rng = np.random.default_rng(seed)
+    values = [statistics(np.bincount(rng.integers(0, count, count), minlength=count)[places]) for _ in range(resamples)]
+    lows, highs = np.quantile(np.array(values), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return [(float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two classifiers on the same N pictures.
+
+    only_a, only_b: pictures that one alone gets right. p_value: McNemar's exact test of whether both are right equally often.
+    difference: accuracy of b minus that of a; low, high: its paired bootstrap interval.
+    """
+
+    n: int
+    only_a: int
+    only_b: int
+    p_value: float
+    difference: float
+    low: float
+    high: float
+
+
+def compare_paired(right_a: npt.NDArray[np.bool_], right_b: npt.NDArray[np.bool_], groups: Labels, confidence: float = 0.95) -> Comparison:
+    """(N,) whether each classifier is right -> Comparison: McNemar 1947 in its exact form, and a bootstrap that draws whole groups."""
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    gain = right_b.astype(np.float64) - right_a
+    ((low, high),) = group_bootstrap(lambda weights: [float(np.average(gain, weights=weights))], groups, confidence)
+    return Comparison(len(gain), only_a, only_b, p_value, float(gain.mean()), low, high)
+
+
+# ---------------------------------------------------------------- telling two kinds apart by a score
+
+
+def auroc(known: Floats, unknown: Floats) -> float:
+    """Probability that a score of `unknown` exceeds one of `known`, ties by half: the area under the ROC curve. 0..1.
+
+    By ranks (Mann and Whitney 1947); scikit-learn's `roc_auc_score`.
+    """
+    ranks = rankdata(np.concatenate([known, unknown]))[len(known) :]
+    above = ranks.sum() - len(unknown) * (len(unknown) + 1) / 2
+    return float(above / (len(known) * len(unknown)))
+
+
+def false_passes_at(known: Floats, unknown: Floats, passed: float = 0.95) -> float:
+    """FPR@95: share of `unknown` scores below the threshold that lets `passed` of the `known` through. 0..1, lower is better.
+
+    The convention of the field (Hendrycks 2017, arXiv:1610.02136): known pictures are the positives.
+    """
+    threshold = np.quantile(known, passed, method="inverted_cdf")  # the least that lets so many through
+    return float(np.mean(np.asarray(unknown) <= threshold))

@@ -29,7 +29,7 @@ from seewhy.run import Run
 class Predictions:
     """Class probabilities of N pictures.
 
-    probs: (N, C), rows summing to 1. bad: (path, reason) of pictures left out with `skip_bad`.
+    probs: (N, C), rows summing to 1, calibrated by the run's temperature. bad: (path, reason) of pictures left out with `skip_bad`.
     """
 
     paths: tuple[str, ...]
@@ -37,22 +37,29 @@ class Predictions:
     classes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = field(default=())
 
-    def table(self, top_k: int = 5) -> pd.DataFrame:
-        """One row a picture: path, class_1, prob_1, class_2, ... for the top_k most probable classes."""
+    def table(self, top_k: int = 5, abstain_below: float | None = None) -> pd.DataFrame:
+        """One row a picture: path, class_1, prob_1, class_2, ... for the top_k most probable classes.
+
+        abstain_below: adds the column `answer`, class_1 where its probability is at least this and nothing elsewhere.
+        """
         order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
         columns: dict[str, Any] = {"path": list(self.paths)}
         for k in range(order.shape[1]):
             columns[f"class_{k + 1}"] = [self.classes[c] for c in order[:, k]]
             columns[f"prob_{k + 1}"] = self.probs[np.arange(len(order)), order[:, k]]
+        if abstain_below is not None:
+            columns["answer"] = [c if sure >= abstain_below else "" for c, sure in zip(columns["class_1"], columns["prob_1"], strict=True)]
         return pd.DataFrame(columns)
 
-    def records(self, top_k: int = 5) -> list[dict[str, Any]]:
-        """JSON-ready: [{"path", "top": [{"class", "prob"}, ...]}, ...]."""
+    def records(self, top_k: int = 5, abstain_below: float | None = None) -> list[dict[str, Any]]:
+        """JSON-ready: [{"path", "top": [{"class", "prob"}, ...]}, ...], with "answer" (a class or null) where `abstain_below` is given."""
         order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
-        return [
-            {"path": path, "top": [{"class": self.classes[c], "prob": float(self.probs[n, c])} for c in order[n]]}
-            for n, path in enumerate(self.paths)
-        ]
+        found = []
+        for n, path in enumerate(self.paths):
+            top = [{"class": self.classes[c], "prob": float(self.probs[n, c])} for c in order[n]]
+            answer = {"answer": top[0]["class"] if self.probs[n].max() >= abstain_below else None} if abstain_below is not None else {}
+            found.append({"path": path, "top": top, **answer})
+        return found
 
     def save(self, path: Path | str, top_k: int = 5) -> None:
         """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
@@ -226,7 +233,7 @@ def predict_blocks(
                 advance(len(reasons))
             kept += len(names)
             if skip_bad or not bad:
-                yield Predictions(tuple(names), softmax(np.concatenate(logits)), run.classes, tuple(bad[before:]))
+                yield Predictions(tuple(names), softmax(np.concatenate(logits) / run.temperature), run.classes, tuple(bad[before:]))
     if bad and (not skip_bad or not kept):
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
         more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from jinja2 import Environment, select_autoescape
-from PIL import Image
 
+from seewhy.calibration import reliability, risk_coverage
 from seewhy.cam import METHODS
 from seewhy.errors import BackboneError
 from seewhy.evaluate import Evaluation
 from seewhy.explain import Explanation, explain, view_for_people
-from seewhy.figures import confusion_figure, heatmap_gallery, overlay_heatmap, save_png, training_curves
+from seewhy.figures import (
+    heatmap_gallery,
+    overlay_heatmap,
+    reliability_figure,
+    risk_coverage_figure,
+    save_png,
+    training_curves,
+)
+from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
 
@@ -42,10 +45,8 @@ def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation
         ]
         save_png(heatmap_gallery(items), folder / "figures" / "heatmaps.png")
     trust = _trust(run, test) if explained is not None else None
-    environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("seewhy").joinpath("templates/report.html").read_text(encoding="utf-8"))
     facts = _facts(run, history, test, explained, examples) | {"trust": trust}
-    (folder / "report.html").write_text(template.render(facts), encoding="utf-8")
+    (folder / "report.html").write_text(render_page("report.html", facts), encoding="utf-8")
 
 
 def pick_examples(test: Evaluation) -> dict[str, list[int]]:
@@ -108,9 +109,12 @@ def _facts(
         "run": run,
         "manifest": run.manifest,
         "numbers": run.metrics["test"],
-        "curves": {theme: _data_url(training_curves(history, best_epoch, theme), "png") for theme in ("light", "dark")},
-        "confusion": {theme: _data_url(confusion_figure(test.confusion, run.classes, theme), "png") for theme in ("light", "dark")},
-        "pairs": confused_pairs(test)[:12],
+        "curves": {theme: data_url(training_curves(history, best_epoch, theme), "png") for theme in ("light", "dark")},
+        "matrix": _matrix(test),
+        "reliability": {theme: data_url(_reliability(test, theme), "png") for theme in ("light", "dark")},
+        "coverage": {theme: data_url(_coverage(run, test, theme), "png") for theme in ("light", "dark")},
+        "warnings": warnings_of(run),
+        "pairs": [pair | {"images": [thumbnail_url(path, 96) for path in pair["paths"][:3]]} for pair in confused_pairs(test)[:12]],
         "numbered": len(run.classes) > 40,
         "galleries": [
             (title, [_card(run, test, n, explained, next(places), title != "Right and sure") for n in numbers])
@@ -121,15 +125,67 @@ def _facts(
     }
 
 
+def _matrix(test: Evaluation) -> dict[str, Any]:
+    """The cells of the confusion matrix that are not empty, in units of a cell; margin: room for names."""
+    totals = test.confusion.sum(axis=1)
+    cells = [
+        {"x": int(x), "y": int(y), "count": int(test.confusion[y, x]), "total": int(totals[y]), "share": test.confusion[y, x] / totals[y]}
+        for y, x in np.argwhere(test.confusion)
+    ]
+    return {"count": len(test.classes), "cells": cells, "margin": min(7, 1 + max(len(name) for name in test.classes) // 3)}
+
+
+def _reliability(test: Evaluation, theme: str) -> bytes:
+    found = reliability(test.sure, test.right)
+    return reliability_figure(found.confidence.tolist(), found.accuracy.tolist(), found.count.tolist(), theme)
+
+
+def _coverage(run: Run, test: Evaluation, theme: str) -> bytes:
+    """The risk-coverage curve, marked where the thresholds chosen on val lie."""
+    curve = risk_coverage(test.sure, test.right)
+    marks = [
+        (row["test_answered"], 1 - row["test_right"], f"{row['precision']:.0%} wanted")
+        for row in run.manifest.get("calibration", {}).get("abstain", [])
+        if row["threshold"] is not None and row.get("test_right") is not None
+    ]
+    return risk_coverage_figure(curve.coverage.tolist(), curve.risk.tolist(), marks, theme)
+
+
+def warnings_of(run: Run) -> list[str]:
+    """What a reader should know before believing the numbers, in sentences."""
+    test, data, split = run.metrics["test"], run.manifest["data"], run.manifest["split"]
+    found = []
+    small = [row["class"] for row in test["per_class"] if 0 < row["n"] < 10]
+    if small:
+        shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+        noun = "class has" if len(small) == 1 else "classes have"
+        found.append(f"{len(small)} {noun} fewer than 10 test pictures, so their own numbers are rough: {shown}.")
+    low, high = test["accuracy_ci95"]
+    if high - low > 0.06:
+        found.append(f"With {test['n']} test pictures the accuracy is known to ± {50 * (high - low):.0f} points only.")
+    if torn := split.get("torn_classes"):
+        shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
+        found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")
+    if run.config.group_by == "exact":
+        found.append("Near-duplicates were not kept together (--group-by exact); the accuracy may be too good.")
+    if data["bad"]:
+        found.append(f"{len(data['bad'])} pictures could not be used and were left out.")
+    if data["conflicting_duplicates"]:
+        found.append(f"{len(data['conflicting_duplicates'])} pictures lie under more than one class.")
+    return found
+
+
 def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
-    """True class, predicted class and how often, most frequent first."""
+    """True class, predicted class, how often, and the files; most frequent first."""
     wrong = test.confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")
     found = []
     for place in order[: int((wrong > 0).sum())]:
         true, predicted = divmod(int(place), wrong.shape[0])
-        found.append({"true": test.classes[true], "predicted": test.classes[predicted], "count": int(wrong[true, predicted])})
+        members = np.flatnonzero((test.labels == true) & (test.predicted == predicted))
+        pair = {"true": test.classes[true], "predicted": test.classes[predicted], "count": int(wrong[true, predicted])}
+        found.append({**pair, "paths": [test.paths[n] for n in members]})
     return found
 
 
@@ -138,9 +194,9 @@ def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Expl
     picture = view_for_people(test.paths[n], run.backbone.preprocessing, 288)
     shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []
     return {
-        "picture": _data_url(_jpeg(picture), "jpeg"),
+        "picture": jpeg_url(picture),
         "overlays": [
-            {"class": test.classes[c], "image": _data_url(_jpeg(overlay_heatmap(picture, explained[which].maps[place])), "jpeg")}
+            {"class": test.classes[c], "image": jpeg_url(overlay_heatmap(picture, explained[which].maps[place]))}
             for c, which in shown
             if explained is not None
         ],
@@ -151,13 +207,3 @@ def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Expl
         "other_prob": float(test.probs[n, other_class(test, n)]),
         "file": "/".join(Path(test.paths[n]).parts[-2:]),
     }
-
-
-def _jpeg(picture: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

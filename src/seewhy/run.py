@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import shutil
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -59,6 +61,32 @@ class Run:
         metrics: dict[str, Any] = self.manifest["metrics"]
         return metrics
 
+    @property
+    def temperature(self) -> float:
+        """What divides the logits so that probabilities are calibrated; fitted on val. 1 in runs of older versions."""
+        return float(self.manifest.get("calibration", {}).get("temperature", 1.0))
+
+    def threshold_for(self, precision: float) -> float:
+        """The least probability to answer at, so that answers are right with probability `precision` (0..1): chosen on val.
+
+        Raises RunError where no threshold promises that, with what there is on val, and for a run without val answers.
+        """
+        from seewhy.calibration import threshold_for
+
+        file = self.path / "predictions_val.csv"
+        try:
+            with file.open(newline="", encoding="utf-8") as lines:
+                rows = [(float(row["prob"]), row["true"] == row["predicted"]) for row in csv.DictReader(lines)]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{file}: cannot be read; train the run again, or give the threshold itself") from error
+        found = threshold_for(np.array([p for p, _ in rows]), np.array([right for _, right in rows], dtype=bool), precision)
+        if found is None:
+            raise RunError(
+                f"{self.path}: no probability promises {precision:.1%} right answers, by its {len(rows)} validation pictures; "
+                "ask for less, or validate on more (--set val_fraction=0.2)"
+            )
+        return found
+
     # The doors to the later stages; imported when used, so that a run can be read without them.
 
     def evaluate(self, part: str = "test", data: str | None = None) -> Evaluation:
@@ -68,7 +96,7 @@ class Run:
         return evaluate_run(self, part, data)
 
     def predict(self, pictures: Sequence[str | Path], skip_bad: bool = False) -> Predictions:
-        """Class probabilities of files, folders and patterns."""
+        """Calibrated class probabilities of files, folders and patterns."""
         from seewhy.predict import predict
 
         return predict(self, pictures, skip_bad)

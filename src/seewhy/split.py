@@ -1,4 +1,4 @@
-"""ImageSet -> Split: seeded, stratified by class, exact duplicates kept in one part."""
+"""ImageSet -> Split: seeded, stratified by class, pictures of a group kept in one part."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.duplicates import chain, exact_pairs, group_numbers
 from seewhy.errors import SplitError
 from seewhy.images import ImageSet
 
@@ -26,6 +27,8 @@ class Split:
 
     protocol: how it was made ('ratio', 'caltech30', 'folders', or 'file').
     train, val, test: int64 indices into the ImageSet, sorted, disjoint.
+    groups: (N,) a number a group of the ImageSet's pictures; no group lies in two parts but those of the classes in `torn`.
+    torn: classes with too few groups to have one in each part; only their exact duplicates were kept together.
     """
 
     protocol: str
@@ -33,6 +36,8 @@ class Split:
     train: npt.NDArray[np.int64]
     val: npt.NDArray[np.int64]
     test: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+    torn: tuple[str, ...] = ()
 
     def part(self, name: str) -> npt.NDArray[np.int64]:
         """Indices of 'train', 'val' or 'test'."""
@@ -47,8 +52,16 @@ class Split:
             "protocol": self.protocol,
             "seed": self.seed,
             "hash": self.hash(images),
+            "groups": self._groups_by_hash(images),
             **{name: sorted(images.hashes[i] for i in self.part(name)) for name in PARTS},
         }
+
+    def _groups_by_hash(self, images: ImageSet) -> list[list[str]]:
+        """The groups of more than one picture content, each sorted."""
+        members: dict[int, set[str]] = {}
+        for group, sha256 in zip(self.groups.tolist(), images.hashes, strict=True):
+            members.setdefault(group, set()).add(sha256)
+        return sorted(sorted(hashes) for hashes in members.values() if len(hashes) > 1)
 
     def hash(self, images: ImageSet) -> str:
         """sha256 over which picture is in which part."""
@@ -62,8 +75,12 @@ def split_images(
     seed: int = 0,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
+    groups: npt.NDArray[np.int64] | None = None,
 ) -> Split:
-    """Divides each class at random.
+    """Divides each class at random, whole groups at a time.
+
+    groups: (N,) a number a group of pictures that show the same; exact duplicates belong together in any case. None: these alone.
+    A group of several classes is dealt with the one that most of it belongs to.
 
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
     caltech30: 27 train + 3 val pictures of each class, the rest test.
@@ -72,9 +89,17 @@ def split_images(
     """
     rng = np.random.default_rng(seed)
     given = {part for part in images.parts if part}
-    groups = _groups_by_class(images, rng)
+    exact = group_numbers(len(images), exact_pairs(images))
+    joined = exact
+    if groups is not None:
+        if given:  # what the folders divide stays divided; the audit tells of it
+            groups = np.unique(np.stack([groups, np.unique(images.parts, return_inverse=True)[1]]), axis=1, return_inverse=True)[1].reshape(
+                -1
+            )
+        joined = group_numbers(len(images), np.concatenate([exact_pairs(images), chain(groups)]))
+    joined, torn = _torn_apart(images, joined, exact, 2 if protocol == "caltech30" and not given else 3)
     assigned: dict[str, list[int]] = {name: [] for name in PARTS}
-    for label, class_groups in enumerate(groups):
+    for label, class_groups in enumerate(_groups_by_class(images, joined, rng)):
         name = images.classes[label]
         if given:
             wanted = _divide_given(images, name, class_groups, given, val_fraction, test_fraction, assigned)
@@ -86,25 +111,40 @@ def split_images(
         _check_enough(name, pool, wanted, protocol if not given else "folders")
         _deal(pool, wanted, assigned)
     train, val, test = (np.array(sorted(assigned[name]), dtype=np.int64) for name in PARTS)
-    return Split("folders" if given else protocol, seed, train, val, test)
+    return Split("folders" if given else protocol, seed, train, val, test, joined, torn)
+
+
+def _torn_apart(
+    images: ImageSet, joined: npt.NDArray[np.int64], exact: npt.NDArray[np.int64], least: int
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Groups, but only exact duplicates where a class would have fewer than `least` of them, or one that holds over half of it."""
+    sizes = np.bincount(joined, minlength=len(images))
+    torn = []
+    for label, name in enumerate(images.classes):
+        mine = np.flatnonzero(images.labels == label)
+        counts = np.bincount(joined[mine], minlength=len(images))
+        if sizes[joined[mine]].max() > 1 and (np.count_nonzero(counts) < least or 2 * counts.max() > len(mine)):
+            torn.append(name)
+    if not torn:
+        return joined, ()
+    loose = np.isin(images.labels, [images.classes.index(name) for name in torn])
+    # Whatever shares a group with a torn class falls back too: half a group would be no group.
+    loose |= np.isin(joined, joined[loose])
+    return np.where(loose, exact, joined), tuple(torn)
 
 
 def _size(groups: Sequence[list[int]]) -> int:
     return sum(len(group) for group in groups)
 
 
-def _groups_by_class(images: ImageSet, rng: np.random.Generator) -> list[list[list[int]]]:
-    """For each class its groups of pictures of equal content, shuffled.
-
-    A picture that occurs under several classes is dealt with the first of them, as one group.
-    """
-    members: dict[str, list[int]] = {}
-    for i, sha256 in enumerate(images.hashes):
-        members.setdefault(sha256, []).append(i)
+def _groups_by_class(images: ImageSet, joined: npt.NDArray[np.int64], rng: np.random.Generator) -> list[list[list[int]]]:
+    """For each class its groups, shuffled. A group of several classes is dealt with the commonest of them."""
+    members: dict[int, list[int]] = {}
+    for i in sorted(range(len(images)), key=lambda i: images.hashes[i]):  # by content, so that neither paths nor file order decide
+        members.setdefault(int(joined[i]), []).append(i)
     groups: list[list[list[int]]] = [[] for _ in images.classes]
-    # Sorted by content, so that neither paths nor file order decide.
-    for sha256 in sorted(members):
-        groups[min(int(images.labels[i]) for i in members[sha256])].append(members[sha256])
+    for group in members.values():
+        groups[int(np.bincount(images.labels[group]).argmax())].append(sorted(group))
     for class_groups in groups:
         rng.shuffle(class_groups)
     return groups
@@ -159,13 +199,17 @@ def _check_enough(name: str, groups: Sequence[list[int]], wanted: dict[str, int]
 
 
 def _deal(groups: Sequence[list[int]], wanted: dict[str, int], assigned: dict[str, list[int]]) -> None:
-    """Whole groups to the first part that has room for them (test, val, train); train takes what is over."""
+    """Whole groups to the first part that has room for them (test, val, train); train takes what is over.
+
+    In the order they come, large or small, so that each part has its share of either; but every part gets a group before any gets
+    a second one, and the smallest ones serve for that.
+    """
     order = sorted(wanted, key=lambda part: PARTS.index(part), reverse=True)  # test, val, train
     left = dict(wanted)
-    # Every part gets a group before any gets a second one.
-    queue = sorted(groups, key=len) if any(len(g) > 1 for g in groups) else list(groups)
+    queue = list(groups)
     for part in order:
-        group = queue.pop(0)
+        fitting = [n for n, group in enumerate(queue) if len(group) <= left[part]]
+        group = queue.pop(fitting[0] if fitting else min(range(len(queue)), key=lambda n: len(queue[n])))
         assigned[part] += group
         left[part] -= len(group)
     for group in queue:
@@ -184,6 +228,7 @@ def read_split(path: Path, images: ImageSet) -> Split:
         record = json.loads(file.read_text(encoding="utf-8"))
         part_of = {sha256: name for name in PARTS for sha256 in record[name]}
         protocol, seed = str(record["protocol"]), int(record["seed"])
+        group_of = {sha256: number for number, group in enumerate(record.get("groups", [])) for sha256 in group}
     except FileNotFoundError as error:
         raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -199,4 +244,5 @@ def read_split(path: Path, images: ImageSet) -> Split:
         if not members:
             raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
     train, val, test = (np.array(indices[name], dtype=np.int64) for name in PARTS)
-    return Split(protocol, seed, train, val, test)
+    names = [group_of.get(sha256, sha256) for sha256 in images.hashes]
+    return Split(protocol, seed, train, val, test, group_numbers(len(images), chain([str(name) for name in names])))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,22 @@ from filelock import FileLock, Timeout
 
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
+from seewhy.calibration import answered_at, fit_temperature, threshold_for
+from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import DataError, OutputError, RunError
 from seewhy.evaluate import Evaluation, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
+from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
 from seewhy.progress import LOG
-from seewhy.report import write_report
+from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_weights, write_json
 from seewhy.split import PARTS, Split, read_split, split_images
+
+PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
 @dataclass(frozen=True)
@@ -90,19 +96,23 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
     seconds["fit"] = fitted.seconds
     mark = time.perf_counter()
-    evaluations = {part: _evaluate(images, split.part(part), part, backbone, cut, config) for part in ("val", "test")}
+    val = _evaluate(images, split.val, "val", backbone, cut, config, split.groups)
+    temperature = fit_temperature(val.labels, val.logits)
+    test = _evaluate(images, split.test, "test", backbone, cut, config, split.groups)
+    evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     seconds["evaluation"] = time.perf_counter() - mark
     run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found)
-    test = run.metrics["test"]
+    numbers = run.metrics["test"]
     LOG.info(
-        f"test accuracy {test['accuracy']:.1%} ({test['n']} pictures, 95% interval {test['accuracy_ci95'][0]:.1%} to "
-        f"{test['accuracy_ci95'][1]:.1%}), mean per-class {test['mean_per_class_accuracy']:.1%}"
+        f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
+        f"{numbers['accuracy_ci95'][1]:.1%}), mean per-class {numbers['mean_per_class_accuracy']:.1%}"
     )
     return run
 
 
 def _split(images: ImageSet, config: TrainConfig) -> Split:
-    return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction)
+    groups = group_pictures(images, config.group_by, config.workers, config.cache)
+    return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups)
 
 
 def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
@@ -133,10 +143,25 @@ def _tell_of(images: ImageSet, split: Split) -> None:
         LOG.info(f"left out {len(images.bad)} unusable pictures (listed in run.json)")
     for _, paths in conflicting_duplicates(images)[:5]:
         LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
+    if grouped := int(np.sum(np.bincount(split.groups)[split.groups] > 1)):
+        LOG.info(f"{grouped:,} pictures have near-duplicates or belong to a group; each group stays in one part")
+    if split.torn:
+        shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
+        LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
 
 
-def _evaluate(images: ImageSet, indices: Any, part: str, backbone: Backbone, cut: Cut, config: TrainConfig) -> Evaluation:
-    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache, bool(config.test_flip))
+def _evaluate(
+    images: ImageSet,
+    indices: Any,
+    part: str,
+    backbone: Backbone,
+    cut: Cut,
+    config: TrainConfig,
+    groups: Any = None,
+    temperature: float = 1.0,
+) -> Evaluation:
+    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
+    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache, flip, own, temperature)
 
 
 # ---------------------------------------------------------------- places
@@ -229,7 +254,8 @@ def _write_run(
         write_json(work / "split.json", record)
         write_json(work / "metrics.json", metrics)
         _write_history(work / "history.csv", fitted)
-        _write_answers(work / "predictions_test.csv", evaluations["test"])
+        for part, evaluation in evaluations.items():
+            _write_answers(work / f"predictions_{part}.csv", evaluation)
         save_png(training_curves(fitted.history, fitted.best_epoch), work / "figures" / "training_curves.png")
         save_png(confusion_figure(evaluations["test"].confusion, images.classes), work / "figures" / "confusion_matrix.png")
         facts = {
@@ -241,9 +267,16 @@ def _write_run(
                 "bad": [{"path": path, "reason": reason} for path, reason in images.bad],
                 "conflicting_duplicates": [list(paths) for _, paths in conflicting_duplicates(images)],
             },
-            "split": {"protocol": split.protocol, "hash": record["hash"], **{part: len(split.part(part)) for part in PARTS}},
+            "split": {
+                "protocol": split.protocol,
+                "hash": record["hash"],
+                **{part: len(split.part(part)) for part in PARTS},
+                "grouped_pictures": int(np.sum(np.bincount(split.groups)[split.groups] > 1)),
+                "torn_classes": list(split.torn),
+            },
             "best_epoch": fitted.best_epoch,
             "epochs_run": len(fitted.history),
+            "calibration": _calibration(evaluations["val"], evaluations["test"]),
             "metrics": metrics,
             "hardware": hardware(),
             **({"search": found} if found else {}),
@@ -251,6 +284,7 @@ def _write_run(
         manifest = make_manifest(config, images.classes, backbone, facts)
         run = Run(places.target, config, images.classes, backbone, cut, manifest)
         write_report(run, fitted.history, evaluations["test"], work)
+        (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         remove_tree(work / "checkpoints")
         (work / "config.json").unlink()
         (work / "search.json").unlink(missing_ok=True)  # run.json holds it
@@ -263,6 +297,20 @@ def _write_run(
     return run
 
 
+def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
+    """What makes answers trustworthy, chosen on val, and what came of it on test."""
+    rows = []
+    for precision in PRECISIONS:
+        threshold = threshold_for(val.sure, val.right, precision)
+        row: dict[str, Any] = {"precision": precision, "threshold": threshold}
+        if threshold is not None:
+            for part, evaluation in (("val", val), ("test", test)):
+                coverage, right = answered_at(evaluation.sure, evaluation.right, threshold)
+                row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
+        rows.append(row)
+    return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
+
+
 def _write_history(path: Path, fitted: Fit) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(fitted.history[0]))
@@ -271,7 +319,7 @@ def _write_history(path: Path, fitted: Fit) -> None:
 
 
 def _write_answers(path: Path, evaluation: Evaluation) -> None:
-    """One row a test picture: path, true class, predicted class and its probability."""
+    """One row a picture: path, true class, predicted class and its calibrated probability."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "true", "predicted", "prob"])
@@ -292,9 +340,10 @@ def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evalu
     config = run.config
     images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
     if data is not None:
-        indices, part = np.arange(len(images)), "all"
+        indices, part, groups = np.arange(len(images)), "all", None
     else:
-        indices = read_split(run.path, images).part(part)
+        split = read_split(run.path, images)
+        indices, groups = split.part(part), split.groups
     unknown = sorted(set(images.classes) - set(run.classes))
     if unknown:
         raise DataError(
@@ -303,4 +352,4 @@ def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evalu
     if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
         place = np.array([run.classes.index(name) for name in images.classes])
         images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
-    return _evaluate(images, indices, part, run.backbone, run.cut, config)
+    return _evaluate(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)

@@ -1,0 +1,41 @@
+"""Picture files -> those that look odd: dark, light, blurry, empty, grey, oddly sized or shaped, by cleanvision."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pandas as pd
+
+# cleanvision's name -> ours
+KINDS = {
+    "dark": "dark",
+    "light": "light",
+    "blurry": "blurry",
+    "low_information": "nearly empty",
+    "grayscale": "grey",
+    "odd_size": "odd size",
+    "odd_aspect_ratio": "odd ratio",
+}
+
+
+def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
+    """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
+
+    'odd size' is far from the median of the set; 'odd ratio' a side more than about three times the other.
+    """
+    from cleanvision import Imagelab  # slow to import
+
+    logging.getLogger("cleanvision").setLevel(logging.ERROR)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
+        lab = Imagelab(filepaths=[str(path) for path in paths])
+        lab.find_issues({name: {} for name in KINDS}, n_jobs=max(1, workers), verbose=False)
+    rows = []
+    for theirs, ours in KINDS.items():
+        found = lab.issues[lab.issues[f"is_{theirs}_issue"]]
+        rows += [{"path": str(path), "look": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
+    table = pd.DataFrame(rows, columns=["path", "look", "score"])
+    return table.sort_values(["look", "score", "path"], ignore_index=True)
