@@ -38,7 +38,7 @@ def max_prob(known: Known) -> Measure:
 
 def max_logit(known: Known) -> Measure:
     """- the largest logit (Hendrycks 2022, arXiv:1911.11132)."""
-    return lambda vectors, logits: -logits.astype(np.float64).max(axis=1)
+    return lambda vectors, logits: -logits.max(axis=1).astype(np.float64)
 
 
 def energy(known: Known) -> Measure:
@@ -69,7 +69,8 @@ def relative_mahalanobis(known: Known) -> Measure:
     whiten = axes / np.sqrt(values)
 
     def measure(vectors: Array, logits: Array) -> Score:
-        return near(vectors, logits) - np.square((vectors - centre).astype(np.float64) @ whiten).sum(axis=1)
+        whole: Score = near(vectors, logits) - np.square((vectors - centre).astype(np.float64) @ whiten).sum(axis=1)
+        return whole
 
     return measure
 
