@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from seewhy import cli
 from seewhy.config import TrainConfig
@@ -260,3 +262,21 @@ def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Pa
     assert status == 0
     assert "±" in out
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["repeats.csv", "repeats.json", "seed0", "seed1"]
+
+
+def test_pictures_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    """Noise and grey are told from boats; on the test part about 5% are flagged, as the threshold has it on val."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    Image.new("RGB", (200, 200), (128, 128, 128)).save(tmp_path / "grey.png")
+    status, out, _ = call("predict", demo_run.path, tmp_path, *boats, "--json")
+    assert status == 0
+    flags = {Path(record["path"]).name: record["unknown"] for record in json.loads(out)}
+    assert flags.pop("noise.png")
+    assert flags.pop("grey.png")
+    assert sum(flags.values()) <= 1
+    unknowns = demo_run.manifest["unknowns"]
+    assert unknowns["val_flagged"] <= 0.05
+    assert unknowns["test_flagged"] <= 0.15
+    _, out, _ = call("predict", demo_run.path, tmp_path / "noise.png")
+    assert "looks like nothing known: " in out

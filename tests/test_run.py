@@ -17,7 +17,7 @@ from seewhy.run import Run, load
 from seewhy.scenes import draw_scenes
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
-FILES |= {"predictions_val.csv", "README.md"}
+FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors"}
 FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
 
 

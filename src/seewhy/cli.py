@@ -331,8 +331,9 @@ def predict(
     else:
         for record in records:
             answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
+            strange = "looks like nothing known: " if record["unknown"] else ""
             unsure = "unsure: " if least is not None and record["answer"] is None else ""
-            typer.echo(f"{record['path']}:  {unsure}{answers}")
+            typer.echo(f"{record['path']}:  {strange}{unsure}{answers}")
 
 
 @app.command()

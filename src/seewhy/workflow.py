@@ -23,16 +23,18 @@ from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import DataError, OutputError, RunError
-from seewhy.evaluate import Evaluation, evaluate_network
+from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
 from seewhy.progress import LOG
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_weights, write_json
+from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, read_split, split_images
+from seewhy.unknowns import REFERENCES, References, sample_references
 
+KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
@@ -100,8 +102,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     temperature = fit_temperature(val.labels, val.logits)
     test = _evaluate(images, split.test, "test", backbone, cut, config, split.groups)
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
+    strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found)
+    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange)
     numbers = run.metrics["test"]
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -243,6 +246,7 @@ def _write_run(
     seconds: dict[str, float],
     began: float,
     found: dict[str, Any],
+    strange: tuple[References, dict[str, Any]] | None,
 ) -> Run:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
@@ -250,6 +254,8 @@ def _write_run(
     try:
         backbone.model.requires_grad_(False)
         save_weights(backbone, work)
+        if strange:
+            save_references(strange[0], work)
         record = split.record(images)
         write_json(work / "split.json", record)
         write_json(work / "metrics.json", metrics)
@@ -277,6 +283,7 @@ def _write_run(
             "best_epoch": fitted.best_epoch,
             "epochs_run": len(fitted.history),
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
+            **({"unknowns": strange[1]} if strange else {}),
             "metrics": metrics,
             "hardware": hardware(),
             **({"search": found} if found else {}),
@@ -309,6 +316,22 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
                 row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
         rows.append(row)
     return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
+
+
+def _unknowns(
+    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
+) -> tuple[References, dict[str, Any]] | None:
+    """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
+    drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
+    indices = np.concatenate([drawn, split.val, split.test])
+    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache)
+    if vectors is None:
+        return None
+    references = sample_references(vectors[: len(drawn)])
+    val, test = np.split(references.strangeness(vectors[len(drawn) :]), [len(split.val)])
+    threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
+    flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
+    return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
 
 
 def _write_history(path: Path, fitted: Fit) -> None:
