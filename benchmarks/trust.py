@@ -128,7 +128,7 @@ def main() -> None:
             f"Near-duplicates: {len(near):,} pairs ({kinds['exact']} equal files, {kinds['hash']} by perceptual hash and features, "
             f"{kinds['features']} by features alone), {int(sizes[sizes > 1].sum())} pictures in {int((sizes > 1).sum())} groups; pairs by "
             f"class: {nests}. Across labels: {int((images.labels[near.pairs[:, 0]] != images.labels[near.pairs[:, 1]]).sum())}. Found in "
-            f"{seconds:.1f} s once the features are there. Of the test pictures of a random split {100 * statistics.mean(leaked):.1f}% have "
+            f"{seconds:.1f} s once the features are there. Of a random split's test pictures {100 * statistics.mean(leaked):.1f}% have "
             "a near-duplicate in training.",
             f"Wrong labels: of 5% flipped at random, the first 5% of the ranking by log-odds hold {100 * odds:.1f}%, by margin "
             f"{100 * margins:.1f}% (mean of {len(seeds)} seeds).",
