@@ -22,6 +22,7 @@ from seewhy.figures import (
     save_png,
     training_curves,
 )
+from seewhy.labels import doubt_labels
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
@@ -114,6 +115,7 @@ def _facts(
         "reliability": {theme: data_url(_reliability(test, theme), "png") for theme in ("light", "dark")},
         "coverage": {theme: data_url(_coverage(run, test, theme), "png") for theme in ("light", "dark")},
         "warnings": warnings_of(run),
+        "doubts": _doubts(test)[:12],
         "pairs": [pair | {"images": [thumbnail_url(path, 96) for path in pair["paths"][:3]]} for pair in confused_pairs(test)[:12]],
         "numbered": len(run.classes) > 40,
         "galleries": [
@@ -123,6 +125,22 @@ def _facts(
         "method": METHOD,
         "config": run.manifest["config"],
     }
+
+
+def _doubts(test: Evaluation) -> list[dict[str, Any]]:
+    """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
+    logits = test.logits.astype(np.float64) / test.temperature
+    found = doubt_labels(test.labels, logits)  # log-odds are differences of logits
+    kept = np.flatnonzero(found.log_odds < -np.log(20))
+    return [
+        {
+            "file": "/".join(Path(test.paths[n]).parts[-2:]),
+            "label": test.classes[test.labels[n]],
+            "suggested": test.classes[found.suggested[place]],
+            "odds": float(np.exp(min(-found.log_odds[place], 20))),
+        }
+        for place, n in ((int(place), int(found.order[place])) for place in kept)
+    ]
 
 
 def _matrix(test: Evaluation) -> dict[str, Any]:

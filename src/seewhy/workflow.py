@@ -270,6 +270,10 @@ def _write_run(
                 "name": images.name,
                 "pictures": len(images),
                 "hash": images.content_hash,
+                "grey": int(images.grey.sum()),
+                "median_size": np.median(images.sizes, axis=0).astype(int).tolist(),
+                "smallest_side": int(images.sizes.min()),
+                "class_sizes": [int(n) for n in np.sort(np.bincount(images.labels))[[0, -1]]],
                 "bad": [{"path": path, "reason": reason} for path, reason in images.bad],
                 "conflicting_duplicates": [list(paths) for _, paths in conflicting_duplicates(images)],
             },
@@ -277,7 +281,7 @@ def _write_run(
                 "protocol": split.protocol,
                 "hash": record["hash"],
                 **{part: len(split.part(part)) for part in PARTS},
-                "grouped_pictures": int(np.sum(np.bincount(split.groups)[split.groups] > 1)),
+                **_grouping(images, split),
                 "torn_classes": list(split.torn),
             },
             "best_epoch": fitted.best_epoch,
@@ -332,6 +336,18 @@ def _unknowns(
     threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
     flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
     return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
+
+
+def _grouping(images: ImageSet, split: Split) -> dict[str, int]:
+    """How many pictures belong to groups, in how many, how large the largest is, and how many groups have several labels."""
+    sizes = np.bincount(split.groups)
+    members = np.unique(np.stack([split.groups, images.labels], axis=1), axis=0)  # each label of each group once
+    return {
+        "grouped_pictures": int(sizes[sizes > 1].sum()),
+        "groups": int((sizes > 1).sum()),
+        "largest_group": int(sizes.max()),
+        "groups_across_labels": int((np.bincount(members[:, 0]) > 1).sum()),
+    }
 
 
 def _write_history(path: Path, fitted: Fit) -> None:
