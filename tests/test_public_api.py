@@ -84,6 +84,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "pages",
         "audit_page",
         "export",
+        "portable",
         "report",
         "card",
         "workflow",

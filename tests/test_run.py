@@ -48,6 +48,8 @@ def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures
     found = load(copied).predict(pictures)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
     assert found.classes == expected.classes
+    assert found.unknown.tolist() == expected.unknown.tolist()
+    assert demo_run.references is not None  # a run fresh from training can tell strangers too
     assert len(pictures) == 32
 
 

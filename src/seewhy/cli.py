@@ -396,6 +396,34 @@ def explain(
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx in the run's folder)")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 200,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run as one ONNX file that carries its preprocessing, probabilities and the heatmaps of all classes."""
+    from seewhy.portable import export_onnx
+    from seewhy.run import load
+
+    file = out or run / "model.onnx"
+    parity = export_onnx(load(run), file, pictures)
+    if as_json:
+        _print_json({"file": str(file), "bytes": file.stat().st_size, "parity": vars(parity) if parity else None})
+        return
+    typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    if parity is None:
+        typer.echo("not compared with the run: its pictures are not where they were")
+        return
+    maps = (
+        f", heatmaps correlate {parity.correlation_mean:.4f} (least {parity.correlation_least:.4f})" if parity.correlation_mean > 0 else ""
+    )
+    typer.echo(
+        f"on {parity.n} test pictures: the same class in {parity.same_class:.1%}, probabilities within {parity.difference:.4f}{maps}"
+    )
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="remove everything in the cache")] = False,
     as_json: JsonOption = False,

@@ -293,7 +293,7 @@ def _write_run(
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
-        run = Run(places.target, config, images.classes, backbone, cut, manifest)
+        run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
         write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         remove_tree(work / "checkpoints")
