@@ -19,7 +19,8 @@ from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.features import render_view
 from seewhy.images import read_image
 from seewhy.metrics import softmax
-from seewhy.predict import Predictions, find_pictures, open_table, predict, predict_blocks
+from seewhy.predict import predict, predict_blocks
+from seewhy.predictions import Predictions, find_pictures, open_table
 from seewhy.run import Run
 
 TABLE = Predictions(

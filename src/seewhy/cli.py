@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -18,6 +18,7 @@ from seewhy.errors import SeewhyError
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
+    from seewhy.predictions import Predictions
     from seewhy.run import Run
 
 app = typer.Typer(
@@ -292,7 +293,7 @@ def compare(
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run, or a file of `seewhy export`")],
     pictures: PicturesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
     out: Annotated[Path | None, typer.Option(help="write the table here: .csv, .parquet or .json")] = None,
@@ -306,17 +307,16 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
-    from seewhy.predict import open_table, predict_blocks
-    from seewhy.run import load
+    from seewhy.predictions import open_table
 
     records: list[dict[str, Any]] = []
     count = 0
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    loaded = load(run)
-    least = loaded.threshold_for(precision) if precision is not None else abstain_below
+    blocks, least = _answering(run, pictures, skip_bad, precision)
+    least = abstain_below if least is None else least
     with open_table(out) if out is not None else nullcontext() as write:
-        for block in predict_blocks(loaded, pictures, skip_bad):
+        for block in blocks:
             for path, reason in block.bad:
                 typer.echo(f"left out: {path} ({reason})", err=True)
             if write is not None and block.paths:
@@ -334,6 +334,20 @@ def predict(
             strange = "looks like nothing known: " if record["unknown"] else ""
             unsure = "unsure: " if least is not None and record["answer"] is None else ""
             typer.echo(f"{record['path']}:  {strange}{unsure}{answers}")
+
+
+def _answering(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
+    """Predictions of a run or of an exported file, which needs no torch, and the threshold for a wanted precision."""
+    if run.suffix == ".onnx":
+        from seewhy.runtime import load_onnx, predict_onnx
+
+        model = load_onnx(run)
+        return predict_onnx(model, pictures, skip_bad), model.threshold_for(precision) if precision is not None else None
+    from seewhy.predict import predict_blocks
+    from seewhy.run import load
+
+    loaded = load(run)
+    return predict_blocks(loaded, pictures, skip_bad), loaded.threshold_for(precision) if precision is not None else None
 
 
 @app.command()

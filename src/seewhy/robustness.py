@@ -13,7 +13,7 @@ import pandas as pd
 from seewhy.corruptions import CORRUPTIONS, corrupt
 from seewhy.engines import kept_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, in_batches, in_order, square_of
+from seewhy.features import square_of
 from seewhy.figures import robustness_figure
 from seewhy.images import ImageSet, open_images
 from seewhy.metrics import wilson_interval
@@ -21,6 +21,7 @@ from seewhy.predict import both_ways
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.split import read_split
+from seewhy.streams import BATCH, in_batches, in_order
 
 STRENGTHS = (1, 2, 3, 4, 5)
 Indices = npt.NDArray[np.int64]

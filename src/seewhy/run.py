@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from seewhy.evaluate import Evaluation
     from seewhy.explain import Explanation
-    from seewhy.predict import Predictions
+    from seewhy.predictions import Predictions
 
 FORMAT = 1  # of run.json; raised when a reader of the old one would misread the new one
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
