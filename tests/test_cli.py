@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,16 @@ def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run:
     records = json.loads(out)
     assert [record["method"] for record in records] == ["gradcam", "occlusion"]
     assert sorted(Path(record["overlay"]).name for record in records) == sorted(path.name for path in (tmp_path / "maps").iterdir())
+
+
+def test_a_light_installation_says_what_is_missing() -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'filelock', 'lightning'): sys.modules[name] = None\n"
+        "from seewhy.cli import call, run_guarded\nsys.exit(run_guarded(lambda: call(['train', 'scenes'])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; `pip install seewhy` brings it\n", done.stderr)
 
 
 # ---------------------------------------------------------------- trust

@@ -476,6 +476,10 @@ def run_guarded(work: Callable[[], Any]) -> int:
         return _complain(" ".join(str(error).splitlines()))
     except KeyboardInterrupt:
         return _complain("interrupted; `seewhy train ... --resume` goes on with the features and epochs that were finished", status=130)
+    except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
+        if (error.name or "seewhy").split(".")[0] == "seewhy":
+            raise
+        return _complain(f"this needs {error.name}, which is not installed; `pip install seewhy` brings it")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):
