@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from seewhy.errors import SplitError
 from seewhy.images import ImageSet
-from seewhy.split import PARTS, Split, read_split, split_images
+from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 
 
 def image_set(rows: Sequence[tuple[str, str, str]]) -> ImageSet:
@@ -377,6 +377,17 @@ def test_given_parts_are_kept_even_where_they_leak() -> None:
     split = split_images(images, groups=groups)
     assert split.test.tolist() == list(range(20, 28))
     assert {0, 1} <= set(split.train.tolist()) or {0, 1} <= set(split.val.tolist())
+
+
+def test_leaks_are_counted() -> None:
+    images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
+    groups = np.arange(28)
+    groups[[0, 1, 20]] = 0
+    groups[[27, 26]] = 26  # two test pictures: no leak
+    split = split_images(images, val_fraction=0.1, groups=groups)
+    expected = [20] if {0, 1} & set(split.train.tolist()) else []
+    assert leaked_pictures(split, groups).tolist() == expected == [20]
+    assert leaked_pictures(split_images(image_set(plain({"a": 30})), groups=np.arange(30) // 2), np.arange(30) // 2).tolist() == []
 
 
 def test_groups_are_found_again_by_content(tmp_path: Path) -> None:

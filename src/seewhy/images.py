@@ -34,7 +34,7 @@ PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
 class Checked:
     """What looking at one file said.
 

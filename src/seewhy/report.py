@@ -181,6 +181,8 @@ def warnings_of(run: Run) -> list[str]:
     low, high = test["accuracy_ci95"]
     if high - low > 0.06:
         found.append(f"With {test['n']} test pictures the accuracy is known to ± {50 * (high - low):.0f} points only.")
+    if leaked := split.get("leaked_test_pictures"):
+        found.append(f"{leaked} of the {split['test']} test pictures have a near-duplicate in training; the accuracy may be too good.")
     if torn := split.get("torn_classes"):
         shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
         found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")

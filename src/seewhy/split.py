@@ -69,6 +69,11 @@ class Split:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def leaked_pictures(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Test pictures that share a group with a training picture: what parts given by folders, or torn classes, let through."""
+    return split.test[np.isin(groups[split.test], groups[split.train])]
+
+
 def split_images(
     images: ImageSet,
     protocol: str = "ratio",

@@ -31,7 +31,7 @@ from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_image
 from seewhy.progress import LOG
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
-from seewhy.split import PARTS, Split, read_split, split_images
+from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.unknowns import REFERENCES, References, sample_references
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
@@ -84,8 +84,10 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
-    split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config)
-    _tell_of(images, split)
+    groups = None if config.split_from else group_pictures(images, config.group_by, config.workers, config.cache)
+    split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config, groups)
+    leaked = len(leaked_pictures(split, split.groups if groups is None else groups))
+    _tell_of(images, split, leaked)
     seconds["pictures"] = time.perf_counter() - began
     config, found = _searched(places, config, images, split)
     seconds["search"] = time.perf_counter() - began - seconds["pictures"]
@@ -104,7 +106,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange)
+    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange, leaked)
     numbers = run.metrics["test"]
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -113,8 +115,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     return run
 
 
-def _split(images: ImageSet, config: TrainConfig) -> Split:
-    groups = group_pictures(images, config.group_by, config.workers, config.cache)
+def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
     return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups)
 
 
@@ -137,7 +138,7 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
     return best, found
 
 
-def _tell_of(images: ImageSet, split: Split) -> None:
+def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
     LOG.info(
         f"{images.name}: {len(images):,} pictures, {len(images.classes)} classes; "
         + ", ".join(f"{p} {len(split.part(p)):,}" for p in PARTS)
@@ -148,6 +149,8 @@ def _tell_of(images: ImageSet, split: Split) -> None:
         LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
     if grouped := int(np.sum(np.bincount(split.groups)[split.groups] > 1)):
         LOG.info(f"{grouped:,} pictures have near-duplicates or belong to a group; each group stays in one part")
+    if leaked:
+        LOG.info(f"{leaked:,} of {len(split.test):,} test pictures have a near-duplicate in training: the accuracy may be too good")
     if split.torn:
         shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
@@ -247,6 +250,7 @@ def _write_run(
     began: float,
     found: dict[str, Any],
     strange: tuple[References, dict[str, Any]] | None,
+    leaked: int,
 ) -> Run:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
@@ -282,6 +286,7 @@ def _write_run(
                 "hash": record["hash"],
                 **{part: len(split.part(part)) for part in PARTS},
                 **_grouping(images, split),
+                "leaked_test_pictures": leaked,
                 "torn_classes": list(split.torn),
             },
             "best_epoch": fitted.best_epoch,
