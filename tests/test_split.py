@@ -370,6 +370,13 @@ def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
     assert len(np.unique(split.groups)) == 40
 
 
+def test_groups_that_were_named_are_never_torn() -> None:
+    images = image_set(plain({"a": 20, "b": 20}))
+    groups = np.array([0] * 15 + list(range(15, 40)))
+    with pytest.raises(SplitError, match="class 'a' has too few groups, or one with over half"):
+        split_images(images, groups=groups, tear=False)
+
+
 def test_given_parts_are_kept_even_where_they_leak() -> None:
     images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
     groups = np.arange(28)

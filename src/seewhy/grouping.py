@@ -14,13 +14,15 @@ from seewhy.embedding import embed
 from seewhy.errors import ConfigError
 from seewhy.images import ImageSet
 
+MANY = 50_000  # pictures up to which features are computed to find near-duplicates
 Groups = npt.NDArray[np.int64]
 
 
 def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, keep: bool = True) -> Groups | None:
     """(N,) a number a group of pictures that must stay in one part of a split; None where only equal bytes count.
 
-    how: 'duplicates' (by bytes, perceptual hash and features), 'exact', the path of a .csv with columns path and group, or a regular
+    how: 'duplicates' (by bytes, perceptual hash and features; by hash alone for more than MANY pictures, whose features would take
+    longer than the training), 'exact', the path of a .csv with columns path and group, or a regular
     expression over the path below the dataset's folder: what its first group (else the whole match) says is the group.
     keep: whether features that are computed for this stay in the cache.
     Raises ConfigError for a table or pattern that leaves a picture out.
@@ -28,7 +30,8 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
     if how == "exact":
         return None
     if how == "duplicates":
-        return group_numbers(len(images), near_pairs(images, embed(images, workers=workers, keep=keep)).pairs)
+        few = len(images) <= MANY
+        return group_numbers(len(images), near_pairs(images, embed(images, workers=workers, keep=keep) if few else None).pairs)
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
     found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
     numbers: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)

@@ -81,11 +81,14 @@ def split_images(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     groups: npt.NDArray[np.int64] | None = None,
+    tear: bool = True,
 ) -> Split:
     """Divides each class at random, whole groups at a time.
 
     groups: (N,) a number a group of pictures that show the same; exact duplicates belong together in any case. None: these alone.
     A group of several classes is dealt with the one that most of it belongs to.
+    tear: what to do with a class of too few groups, or with one that holds over half of it: divide it all the same, keeping equal files
+    alone together (and name it in `torn`), or raise SplitError, which is right where groups were named and not guessed.
 
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
     caltech30: 27 train + 3 val pictures of each class, the rest test.
@@ -103,6 +106,11 @@ def split_images(
             )
         joined = group_numbers(len(images), np.concatenate([exact_pairs(images), chain(groups)]))
     joined, torn = _torn_apart(images, joined, exact, 2 if protocol == "caltech30" and not given else 3)
+    if torn and not tear:
+        raise SplitError(
+            f"class {torn[0]!r} has too few groups, or one with over half of its pictures, to keep groups in one part each; "
+            "add pictures of other groups, merge classes, or use --group-by duplicates or exact"
+        )
     assigned: dict[str, list[int]] = {name: [] for name in PARTS}
     for label, class_groups in enumerate(_groups_by_class(images, joined, rng)):
         name = images.classes[label]

@@ -116,7 +116,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
 
 
 def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
-    return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups)
+    return split_images(
+        images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups, config.group_by == "duplicates"
+    )
 
 
 def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
