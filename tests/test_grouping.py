@@ -46,6 +46,10 @@ def test_table_goes_by_the_path_below_the_folder(images: ImageSet, tmp_path: Pat
         ("", "cannot be read"),
         ("file,group\na,1\n", "has the columns file, group"),
         ("path,group\ncat/0.png,1\n", "5 of 6 pictures are not in it, 'cat/1.png'"),
+        (
+            "path,group\n" + "".join(f"{c}/{n}.png,{'' if n else 'NA'}\n" for c in ("cat", "dog") for n in range(3)),
+            "4 pictures have no group",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit(images: ImageSet, tmp_path: Path, content: str | None, words: str) -> None:

@@ -45,6 +45,7 @@ def test_no_stage_imports_a_later_one() -> None:
     """The order of ARCHITECTURE.md, by the imports at the top of each module."""
     order = [
         "errors",
+        "jsonable",
         "progress",
         "cache",
         "config",

@@ -370,6 +370,38 @@ def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
     assert len(np.unique(split.groups)) == 40
 
 
+def test_a_class_starved_by_groups_of_a_larger_one_falls_back() -> None:
+    """Three of its four pictures are near-duplicates of pictures of the other class, which would take them all."""
+    images = image_set(plain({"a": 4, "b": 12}))
+    groups = np.arange(16)
+    for n in range(3):
+        groups[[n, 4 + 2 * n, 5 + 2 * n]] = n
+    split = split_images(images, groups=groups)
+    assert split.torn == ("a",)
+    assert counts(split, images)["train"][0] == 2
+
+
+def test_fallback_where_parts_are_given_looks_at_the_training_folder() -> None:
+    rows = plain({"a": 10, "b": 10}, "train") + plain({"a": 10, "b": 10}, "val")
+    images = image_set(rows)
+    groups = np.arange(40)
+    groups[:10] = 0  # the training pictures of a: one group, with test to be cut out of them
+    split = split_images(images, groups=groups)
+    assert split.torn == ("a",)
+    assert counts(split, images)["test"] == [2, 2]
+
+
+def test_torn_classes_are_remembered_by_split_json(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 20, "b": 20}))
+    groups = np.array([0] * 15 + list(range(15, 40)))
+    split = split_images(images, groups=groups)
+    (tmp_path / "split.json").write_text(json.dumps(split.record(images)))
+    assert read_split(tmp_path, images).torn == ("a",)
+    old = {name: value for name, value in split.record(images).items() if name not in ("groups", "torn")}  # of an older version
+    (tmp_path / "split.json").write_text(json.dumps(old))
+    assert read_split(tmp_path, images).torn == ()
+
+
 def test_groups_that_were_named_are_never_torn() -> None:
     images = image_set(plain({"a": 20, "b": 20}))
     groups = np.array([0] * 15 + list(range(15, 40)))

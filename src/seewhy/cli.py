@@ -14,7 +14,8 @@ import typer
 
 from seewhy import __version__
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
-from seewhy.errors import SeewhyError
+from seewhy.errors import ConfigError, SeewhyError
+from seewhy.jsonable import finite
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable 
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False))
+    typer.echo(json.dumps(finite(content), ensure_ascii=False, allow_nan=False))
 
 
 def _show_version(wanted: bool) -> None:
@@ -164,7 +165,9 @@ def call(arguments: list[str] | None = None) -> Any:
 
 def train_from_arguments(arguments: list[str]) -> Run:
     """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
-    run: Run = call(["train", *arguments])
+    run: Run | None = call(["train", *arguments])
+    if run is None:
+        raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
     return run
 
 
@@ -232,7 +235,7 @@ def audit(
             f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
             f"near-duplicates kept together ({leak['seeds']} splits)"
         )
-    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy']:.2%})")
+    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
     typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
     typer.echo("  ".join(map(str, written)))
 

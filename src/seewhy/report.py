@@ -186,7 +186,7 @@ def warnings_of(run: Run) -> list[str]:
     if torn := split.get("torn_classes"):
         shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
         found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")
-    if run.config.group_by == "exact":
+    if run.config.group_by == "exact" and not run.config.split_from:
         found.append("Near-duplicates were not kept together (--group-by exact); the accuracy may be too good.")
     if data["bad"]:
         found.append(f"{len(data['bad'])} pictures could not be used and were left out.")

@@ -22,6 +22,7 @@ from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
+from seewhy.jsonable import finite
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import References
 
@@ -88,8 +89,10 @@ class Run:
         try:
             with file.open(newline="", encoding="utf-8") as lines:
                 rows = [(float(row["prob"]), row["true"] == row["predicted"]) for row in csv.DictReader(lines)]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{file}: cannot be read; train the run again, or give the threshold itself") from error
+        if not rows:
+            raise RunError(f"{file}: empty; train the run again, or give the threshold itself")
         found = threshold_for(np.array([p for p, _ in rows]), np.array([right for _, right in rows], dtype=bool), precision)
         if found is None:
             raise RunError(
@@ -189,7 +192,7 @@ def save_references(references: References, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:

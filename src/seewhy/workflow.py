@@ -84,7 +84,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
-    groups = None if config.split_from else group_pictures(images, config.group_by, config.workers, config.cache)
+    groups = group_pictures(images, config.group_by, config.workers, config.cache)
     split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config, groups)
     leaked = len(leaked_pictures(split, split.groups if groups is None else groups))
     _tell_of(images, split, leaked)
@@ -371,7 +371,7 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         writer.writerow(["path", "true", "predicted", "prob"])
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
-            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], f"{evaluation.probs[n, best]:.6f}"]
+            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], repr(float(evaluation.probs[n, best]))]
             writer.writerow(row)
 
 
