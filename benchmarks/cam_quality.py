@@ -239,8 +239,8 @@ def main() -> None:
             rows, ratios = costs(arguments.backbones, arguments.rounds)
             notes = [
                 f"Batches of {BATCH} pictures of 224 pixels, eager PyTorch for everybody, {arguments.rounds} interleaved rounds, medians; "
-                "random weights; Ablation-CAM on one picture, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with seewhy's engine. Integrated Gradients and "
-                "occlusion are captum's own code on both sides, ours in batches of 32.",
+                "random weights; Ablation-CAM on one picture, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with "
+                "seewhy's engine. Integrated Gradients and occlusion are captum's own code on both sides, ours in batches of 32.",
             ]
             command = f"python benchmarks/cam_quality.py --only cost --rounds {arguments.rounds}"
             record(
