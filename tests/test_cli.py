@@ -214,7 +214,7 @@ def test_a_light_installation_says_what_is_missing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; `pip install seewhy` brings it\n", done.stderr)
+    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; the full installation \(README\) brings it\n", done.stderr)
 
 
 # ---------------------------------------------------------------- trust

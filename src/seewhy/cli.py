@@ -482,7 +482,7 @@ def run_guarded(work: Callable[[], Any]) -> int:
     except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
         if (error.name or "seewhy").split(".")[0] == "seewhy":
             raise
-        return _complain(f"this needs {error.name}, which is not installed; `pip install seewhy` brings it")
+        return _complain(f"this needs {error.name}, which is not installed; the full installation (README) brings it")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):

@@ -101,7 +101,7 @@ def split_images(
     exact = group_numbers(len(images), exact_pairs(images))
     joined = exact
     if groups is not None:
-        if given:  # what the folders divide stays divided; the audit tells of it
+        if given:  # what the folders divide stays divided; `leaked_pictures` counts what that lets through
             groups = np.unique(np.stack([groups, np.unique(images.parts, return_inverse=True)[1]]), axis=1, return_inverse=True)[1].reshape(
                 -1
             )
