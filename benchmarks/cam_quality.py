@@ -31,6 +31,7 @@ SLOW = ("scorecam", "integrated_gradients", "occlusion")
 BACKBONES = ("efficientnet_lite0", "resnet18")
 FINE: dict[str, tuple[str, ...]] = {"efficientnet_lite0": ("blocks.5",), "resnet18": ()}
 BATCH = 8  # of the timed maps
+ALONE = ("ablationcam",)  # timed on one picture, once: pytorch-grad-cam's takes half a minute a picture
 
 
 def test_paths(run: Any) -> list[Path]:
@@ -144,8 +145,10 @@ def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tu
         peer_model, model = fresh(), fresh()
         layer = peer_model.get_submodule({"resnet18": "layer4", "efficientnet_lite0": "bn2"}[name])
         found = peers(peer_model, pictures, layer)
+        found |= {method: others for method, others in peers(peer_model, pictures[:1], layer).items() if method in ALONE}
         for method, others in ((method, found[method]) for method in found if method not in left_out):
-            seconds = interleave({"seewhy": ours(model, pictures, method), **others}, rounds)
+            batch, times = (pictures[:1], 1) if method in ALONE else (pictures, rounds)
+            seconds = interleave({"seewhy": ours(model, batch, method), **others}, times)
             for peer in others:
                 ratios[f"{peer} {method} {name}"] = ratio(seconds, peer, "seewhy")
             rows.append(
@@ -153,7 +156,7 @@ def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tu
                     "backbone": name,
                     "method": method,
                     **{
-                        f"{who}, ms a map": f"{1000 * float(np.median(seconds[who])) / BATCH:.0f}" if who in seconds else "–"
+                        f"{who}, ms a map": f"{1000 * float(np.median(seconds[who])) / len(batch):.0f}" if who in seconds else "–"
                         for who in ("seewhy", "pytorch-grad-cam", "captum")
                     },
                     "seewhy is ahead": ", ".join(f"{ratios[f'{peer} {method} {name}']:.1f}x" for peer in others),
@@ -236,8 +239,8 @@ def main() -> None:
             rows, ratios = costs(arguments.backbones, arguments.rounds)
             notes = [
                 f"Batches of {BATCH} pictures of 224 pixels, eager PyTorch for everybody, {arguments.rounds} interleaved rounds, medians; "
-                "random weights. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with seewhy's engine. Integrated Gradients and "
-                "occlusion are captum's own code on both sides, ours in batches of 32.",
+                "random weights; Ablation-CAM on one picture, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with "
+                "seewhy's engine. Integrated Gradients and occlusion are captum's own code on both sides, ours in batches of 32.",
             ]
             command = f"python benchmarks/cam_quality.py --only cost --rounds {arguments.rounds}"
             record(

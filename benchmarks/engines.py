@@ -96,7 +96,7 @@ def square_of(images: Any, i: int, preprocessing: Any) -> Any:
 
 def pooled(engine: Any, images: Any, indices: Any, preprocessing: Any) -> Any:
     """(N, K) features of the evaluation views."""
-    from seewhy.features import in_batches, in_order
+    from seewhy.streams import in_batches, in_order
 
     squares = in_order(lambda i: square_of(images, i, preprocessing), indices, 2)
     batches = in_batches(squares, BATCH)
@@ -124,9 +124,9 @@ def main() -> None:
     from seewhy.backbones import create_backbone
     from seewhy.cutting import cut_backbone
     from seewhy.engines import FromSquares, make_engine
-    from seewhy.features import in_order
     from seewhy.images import open_images
     from seewhy.split import split_images
+    from seewhy.streams import in_order
 
     names = ["efficientnet_lite0"] if arguments.quick else ["resnet18", "efficientnet_lite0"]
     rounds = 2 if arguments.quick else arguments.rounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,29 @@ def test_files_say_the_same(audit: Audit, tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
     assert "boat-under-fish.jpg" in page
     assert len(page) < 5e6
+
+
+def test_odd_sets_have_an_answer(make_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
+    """Three pictures a class, one of them grey with transparency; given parts are no random split."""
+    folder = make_folder({"cat": 3, "dog": 3})
+    Image.open(folder / "cat" / "0.png").convert("LA").save(folder / "cat" / "0.png")
+    found = audit_images(open_images(str(folder)), seeds=2)
+    assert found.leak is None
+    save_audit(found, tmp_path / "out")
+    text = (tmp_path / "out" / "audit.json").read_text()
+    assert "NaN" not in text
+    json.loads(text)
+
+
+def test_leak_is_that_of_a_random_split_where_parts_are_given() -> None:
+    from test_split import image_set
+
+    rng = np.random.default_rng(0)
+    images = image_set([(name, f"{name}{n}", "train" if n < 60 else "test") for name in "ab" for n in range(100)])
+    vectors = np.repeat(rng.normal(size=(100, 80)), 2, axis=0).astype(np.float32)
+    leak = measure_leak(images, vectors, np.arange(200) // 2, 3)
+    assert leak is not None
+    assert np.mean(leak.plain) > np.mean(leak.grouped) + 0.1
 
 
 def test_leak_of_a_set_where_every_picture_has_a_copy() -> None:

@@ -98,7 +98,7 @@ def test_threshold_holds_on_new_pictures() -> None:
         coverages.append(coverage)
     assert missed <= 6
     assert len(coverages) >= 50  # and it does not get there by finding none, or by saying nothing
-    assert np.mean(coverages) > 0.35
+    assert np.mean(coverages) > 0.3
 
 
 def test_no_threshold_where_the_wish_cannot_be_met() -> None:

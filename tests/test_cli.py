@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from seewhy import cli
 from seewhy.config import TrainConfig
@@ -204,6 +207,16 @@ def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run:
     assert sorted(Path(record["overlay"]).name for record in records) == sorted(path.name for path in (tmp_path / "maps").iterdir())
 
 
+def test_a_light_installation_says_what_is_missing() -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'filelock', 'lightning'): sys.modules[name] = None\n"
+        "from seewhy.cli import call, run_guarded\nsys.exit(run_guarded(lambda: call(['train', 'scenes'])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; the full installation \(README\) brings it\n", done.stderr)
+
+
 # ---------------------------------------------------------------- trust
 
 
@@ -260,3 +273,21 @@ def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Pa
     assert status == 0
     assert "±" in out
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["repeats.csv", "repeats.json", "seed0", "seed1"]
+
+
+def test_pictures_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+    """Noise and grey are told from boats; on the test part about 5% are flagged, as the threshold has it on val."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    Image.new("RGB", (200, 200), (128, 128, 128)).save(tmp_path / "grey.png")
+    status, out, _ = call("predict", demo_run.path, tmp_path, *boats, "--json")
+    assert status == 0
+    flags = {Path(record["path"]).name: record["unknown"] for record in json.loads(out)}
+    assert flags.pop("noise.png")
+    assert flags.pop("grey.png")
+    assert sum(flags.values()) <= 1
+    unknowns = demo_run.manifest["unknowns"]
+    assert unknowns["val_flagged"] <= 0.05
+    assert unknowns["test_flagged"] <= 0.15
+    _, out, _ = call("predict", demo_run.path, tmp_path / "noise.png")
+    assert "looks like nothing known: " in out

@@ -15,7 +15,7 @@ import pytest
 import seewhy
 from seewhy.compare import compare_runs, repeat, spread
 from seewhy.config import make_config
-from seewhy.errors import OutputError, RunError
+from seewhy.errors import ConfigError, OutputError, RunError
 from seewhy.run import Run
 
 
@@ -54,6 +54,15 @@ def test_repeats_are_other_splits_and_can_be_resumed(make_folder: Callable[..., 
         repeat(config, 2, tmp_path / "many")
     _, longer = repeat(config, 3, tmp_path / "many", resume=True)
     pd.testing.assert_frame_equal(longer[:2], table)
+
+
+def test_repeats_of_one_split_are_refused(tmp_path: Path) -> None:
+    config = make_config(data="scenes", split_from=str(tmp_path))
+    with pytest.raises(ConfigError, match="--split-from gives one"):
+        repeat(config, 2, tmp_path / "x")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="exists already"):
+        repeat(make_config(data="scenes"), 2, tmp_path / "file")
 
 
 def test_spread_by_hand() -> None:

@@ -25,6 +25,16 @@ def test_hash_pairs_equal_brute_force(seed: int, n: int, most: int) -> None:
     assert [tuple(pair) for pair in duplicates.hash_pairs(hashes, most).tolist()] == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), most=st.integers(0, 3))
+def test_bands_find_the_same_pairs(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, 40, dtype=np.uint64)[rng.integers(0, 40, 120)]
+    for _ in range(2):
+        hashes ^= np.uint64(1) << rng.integers(0, 64, 120, dtype=np.uint64)
+    assert duplicates._banded(hashes, most).tolist() == duplicates.hash_pairs(hashes, most).tolist()
+
+
 def test_hashes_of_one_colour_say_nothing() -> None:
     assert len(duplicates.hash_pairs(np.array([1, 1, 0, 0], dtype=np.uint64))) == 0
 

@@ -18,7 +18,7 @@ from seewhy.attribution import FeatureMaps
 from seewhy.backbones import create_backbone
 from seewhy.cutting import cut_backbone
 from seewhy.engines import FromSquares, kept_engine, make_engine
-from seewhy.features import in_order
+from seewhy.streams import in_order
 from seewhy.transforms import Preprocessing
 
 TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seewhy import grouping
 from seewhy.errors import ConfigError
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, open_images
@@ -45,6 +46,10 @@ def test_table_goes_by_the_path_below_the_folder(images: ImageSet, tmp_path: Pat
         ("", "cannot be read"),
         ("file,group\na,1\n", "has the columns file, group"),
         ("path,group\ncat/0.png,1\n", "5 of 6 pictures are not in it, 'cat/1.png'"),
+        (
+            "path,group\n" + "".join(f"{c}/{n}.png,{'' if n else 'NA'}\n" for c in ("cat", "dog") for n in range(3)),
+            "4 pictures have no group",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit(images: ImageSet, tmp_path: Path, content: str | None, words: str) -> None:
@@ -58,6 +63,15 @@ def test_a_table_that_does_not_fit(images: ImageSet, tmp_path: Path, content: st
 def test_a_pattern_that_does_not_fit(images: ImageSet, pattern: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         group_pictures(images, pattern)
+
+
+def test_many_pictures_are_compared_by_hash_alone(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_features(*arguments: object, **options: object) -> None:
+        raise AssertionError("features computed")
+
+    monkeypatch.setattr(grouping, "MANY", 5)
+    monkeypatch.setattr(grouping, "embed", no_features)
+    assert same(group_pictures(images)) == list(range(6))  # noise is like no other noise
 
 
 def test_near_duplicates_of_photographs_are_found(caltech_root: Path, cache: Path, tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.features import render_view
 from seewhy.images import read_image
 from seewhy.metrics import softmax
-from seewhy.predict import Predictions, find_pictures, open_table, predict, predict_blocks
+from seewhy.predict import predict, predict_blocks
+from seewhy.predictions import Predictions, find_pictures, open_table
 from seewhy.run import Run
 
 TABLE = Predictions(
     paths=("a, b.jpg", "é.png"),
     probs=np.array([[0.1, 0.7, 0.2], [1 / 3, 1 / 3, 1 / 3]]),
     classes=("ant", "bee", "cat"),
+    unknown=np.array([False, True]),
 )
 
 
@@ -90,16 +92,18 @@ def test_no_inputs_are_a_data_error() -> None:
 
 def test_table_holds_the_most_probable_classes_first() -> None:
     table = TABLE.table(2)
-    assert list(table.columns) == ["path", "class_1", "prob_1", "class_2", "prob_2"]
-    assert table.to_numpy().tolist() == [["a, b.jpg", "bee", 0.7, "cat", 0.2], ["é.png", "ant", 1 / 3, "bee", 1 / 3]]
-    assert TABLE.table(99).shape == (2, 1 + 2 * 3)
+    assert list(table.columns) == ["path", "class_1", "prob_1", "class_2", "prob_2", "unknown"]
+    assert table.to_numpy().tolist() == [["a, b.jpg", "bee", 0.7, "cat", 0.2, False], ["é.png", "ant", 1 / 3, "bee", 1 / 3, True]]
+    assert TABLE.table(99).shape == (2, 1 + 2 * 3 + 1)
+    assert TABLE.table(1, abstain_below=0.5)["answer"].tolist() == ["bee", ""]
 
 
 def test_records_hold_what_the_table_holds_and_are_json() -> None:
     assert json.loads(json.dumps(TABLE.records(1))) == [
-        {"path": "a, b.jpg", "top": [{"class": "bee", "prob": 0.7}]},
-        {"path": "é.png", "top": [{"class": "ant", "prob": 1 / 3}]},
+        {"path": "a, b.jpg", "top": [{"class": "bee", "prob": 0.7}], "unknown": False},
+        {"path": "é.png", "top": [{"class": "ant", "prob": 1 / 3}], "unknown": True},
     ]
+    assert [record["answer"] for record in TABLE.records(1, abstain_below=0.5)] == ["bee", None]
 
 
 READERS = {
@@ -116,7 +120,7 @@ def test_saved_table_reads_back_equal(tmp_path: Path, suffix: str) -> None:
     tolerance = {"csv": 1e-14, "parquet": 0, "json": 1e-9}[suffix]  # pandas writes 10 digits to JSON
     pd.testing.assert_frame_equal(READERS[suffix](path), TABLE.table(3), rtol=tolerance, atol=0)
     TABLE.save(str(path), top_k=1)  # replaces it
-    assert READERS[suffix](path).shape == (2, 3)
+    assert READERS[suffix](path).shape == (2, 4)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

@@ -17,7 +17,7 @@ from seewhy.run import Run, load
 from seewhy.scenes import draw_scenes
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
-FILES |= {"predictions_val.csv", "README.md"}
+FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors"}
 FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
 
 
@@ -48,6 +48,8 @@ def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures
     found = load(copied).predict(pictures)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
     assert found.classes == expected.classes
+    assert found.unknown.tolist() == expected.unknown.tolist()
+    assert demo_run.references is not None  # a run fresh from training can tell strangers too
     assert len(pictures) == 32
 
 

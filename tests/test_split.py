@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from seewhy.errors import SplitError
 from seewhy.images import ImageSet
-from seewhy.split import PARTS, Split, read_split, split_images
+from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 
 
 def image_set(rows: Sequence[tuple[str, str, str]]) -> ImageSet:
@@ -370,6 +370,45 @@ def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
     assert len(np.unique(split.groups)) == 40
 
 
+def test_a_class_starved_by_groups_of_a_larger_one_falls_back() -> None:
+    """Three of its four pictures are near-duplicates of pictures of the other class, which would take them all."""
+    images = image_set(plain({"a": 4, "b": 12}))
+    groups = np.arange(16)
+    for n in range(3):
+        groups[[n, 4 + 2 * n, 5 + 2 * n]] = n
+    split = split_images(images, groups=groups)
+    assert split.torn == ("a",)
+    assert counts(split, images)["train"][0] == 2
+
+
+def test_fallback_where_parts_are_given_looks_at_the_training_folder() -> None:
+    rows = plain({"a": 10, "b": 10}, "train") + plain({"a": 10, "b": 10}, "val")
+    images = image_set(rows)
+    groups = np.arange(40)
+    groups[:10] = 0  # the training pictures of a: one group, with test to be cut out of them
+    split = split_images(images, groups=groups)
+    assert split.torn == ("a",)
+    assert counts(split, images)["test"] == [2, 2]
+
+
+def test_torn_classes_are_remembered_by_split_json(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 20, "b": 20}))
+    groups = np.array([0] * 15 + list(range(15, 40)))
+    split = split_images(images, groups=groups)
+    (tmp_path / "split.json").write_text(json.dumps(split.record(images)))
+    assert read_split(tmp_path, images).torn == ("a",)
+    old = {name: value for name, value in split.record(images).items() if name not in ("groups", "torn")}  # of an older version
+    (tmp_path / "split.json").write_text(json.dumps(old))
+    assert read_split(tmp_path, images).torn == ()
+
+
+def test_groups_that_were_named_are_never_torn() -> None:
+    images = image_set(plain({"a": 20, "b": 20}))
+    groups = np.array([0] * 15 + list(range(15, 40)))
+    with pytest.raises(SplitError, match="class 'a' has too few groups, or one with over half"):
+        split_images(images, groups=groups, tear=False)
+
+
 def test_given_parts_are_kept_even_where_they_leak() -> None:
     images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
     groups = np.arange(28)
@@ -377,6 +416,17 @@ def test_given_parts_are_kept_even_where_they_leak() -> None:
     split = split_images(images, groups=groups)
     assert split.test.tolist() == list(range(20, 28))
     assert {0, 1} <= set(split.train.tolist()) or {0, 1} <= set(split.val.tolist())
+
+
+def test_leaks_are_counted() -> None:
+    images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
+    groups = np.arange(28)
+    groups[[0, 1, 20]] = 0
+    groups[[27, 26]] = 26  # two test pictures: no leak
+    split = split_images(images, val_fraction=0.1, groups=groups)
+    expected = [20] if {0, 1} & set(split.train.tolist()) else []
+    assert leaked_pictures(split, groups).tolist() == expected == [20]
+    assert leaked_pictures(split_images(image_set(plain({"a": 30})), groups=np.arange(30) // 2), np.arange(30) // 2).tolist() == []
 
 
 def test_groups_are_found_again_by_content(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import mahalanobis
 from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
-from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.metrics.pairwise import cosine_similarity
 
 from seewhy import unknowns
 from seewhy.metrics import auroc
@@ -52,11 +52,16 @@ def test_relative_mahalanobis_takes_the_common_distance_away(known: Known, new: 
 
 
 def test_nearest_neighbours_equal_sorting(known: Known, new: tuple[np.ndarray, np.ndarray]) -> None:
-    def unit(v: np.ndarray) -> np.ndarray:
-        return v / np.linalg.norm(v, axis=1, keepdims=True)
+    centre = known.vectors.mean(axis=0)
+    expected = np.sort(1 - cosine_similarity(new[0] - centre, known.vectors - centre), axis=1)[:, 2]
+    np.testing.assert_allclose(SCORES["nearest neighbours"](known)(*new), expected, atol=2e-3)  # kept in half precision
 
-    expected = np.sort(euclidean_distances(unit(new[0]), unit(known.vectors)), axis=1)[:, 9]
-    np.testing.assert_allclose(SCORES["nearest neighbours"](known)(*new), expected, rtol=1e-4, atol=1e-5)
+
+def test_references_are_a_sample_and_few_pictures_have_fewer_neighbours() -> None:
+    vectors = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
+    assert len(unknowns.sample_references(vectors).directions) == 4096
+    two = unknowns.sample_references(vectors[:2])
+    np.testing.assert_allclose(two.strangeness(vectors[:2]), [2, 2], atol=1e-3)  # centred, two vectors are opposite
 
 
 def test_virtual_logit_by_its_definition(known: Known, new: tuple[np.ndarray, np.ndarray]) -> None:

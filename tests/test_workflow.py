@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 import seewhy
 from seewhy import fitting, workflow
 from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
 from seewhy.run import Run
+from seewhy.scenes import draw_scenes
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -203,3 +205,20 @@ def test_whole_network_and_no_cache_run_to_the_end(folder: Path, tmp_path: Path)
     assert run.metrics["test"]["n"] == 6
     assert run.cut.trunk is None
     assert run.evaluate().metrics == run.metrics["test"]
+
+
+def test_parts_that_leak_are_kept_and_told_of(make_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
+    """Folders train/ and test/ with smaller copies of training pictures in test: trained as given, and said in log, record and report."""
+    source = sorted((draw_scenes(tmp_path / "scenes") / "pictures").iterdir())[:2]
+    for folder in source:
+        files = sorted(folder.iterdir())
+        for part, chosen in (("train", files[:14]), ("test", files[14:20])):
+            (tmp_path / "data" / part / folder.name).mkdir(parents=True)
+            for file in chosen:
+                shutil.copy(file, tmp_path / "data" / part / folder.name)
+    for n in range(5):
+        Image.open(files[n]).resize((230, 230)).save(tmp_path / "data" / "test" / folder.name / f"again{n}.jpg", quality=95)
+    run = seewhy.train(tmp_path / "data", out=tmp_path / "run", backbone="efficientnet_lite0", unfreeze=0, epochs=2)
+    leaked = run.manifest["split"]["leaked_test_pictures"]
+    assert leaked in (3, 4, 5)  # val was cut out of the training folder, and may have taken one or two of the originals
+    assert f"{leaked} of the 17 test pictures have a near-duplicate in training" in (tmp_path / "run" / "report.html").read_text()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from seewhy.explain import Explanation
     from seewhy.export import export_state_dict
     from seewhy.images import ImageSet, open_images
-    from seewhy.predict import Predictions
+    from seewhy.predictions import Predictions
     from seewhy.run import Run, load
     from seewhy.split import Split, split_images
     from seewhy.workflow import train
@@ -61,7 +61,7 @@ _HOMES = {
     "explain": ("Explanation",),
     "export": ("export_state_dict",),
     "images": ("ImageSet", "open_images"),
-    "predict": ("Predictions",),
+    "predictions": ("Predictions",),
     "run": ("Run", "load"),
     "split": ("Split", "split_images"),
     "workflow": ("train",),

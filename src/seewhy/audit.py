@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,12 @@ class Audit:
         crossing: npt.NDArray[np.bool_] = labels[self.near.pairs[:, 0]] != labels[self.near.pairs[:, 1]]
         return crossing
 
+    @property
+    def asked(self) -> npt.NDArray[np.bool_]:
+        """(N,) which pictures were judged by a classifier that knows their class."""
+        own: npt.NDArray[np.bool_] = np.isfinite(self.log_probs[np.arange(len(self.images)), self.images.labels])
+        return own
+
     def pairs_table(self) -> pd.DataFrame:
         """A row a near pair: path_a, class_a, path_b, class_b, kind, bits, cosine."""
         first, second = self.near.pairs.T
@@ -101,13 +107,14 @@ class Audit:
     def confusions_table(self) -> pd.DataFrame:
         """A row a pair of classes, the commonest first: label, predicted (out of fold), pictures."""
         predicted, names = self.log_probs.argmax(axis=1), np.array(self.images.classes)
-        wrong = predicted != self.images.labels
+        wrong = (predicted != self.images.labels) & self.asked
         table = pd.DataFrame({"label": names[self.images.labels[wrong]], "predicted": names[predicted[wrong]]})
         return table.value_counts().rename("pictures").reset_index()
 
     def summary(self) -> dict[str, Any]:
         """The counts, JSON-ready."""
         sizes = np.bincount(self.groups)
+        right = (self.log_probs.argmax(axis=1) == self.images.labels)[self.asked]
         by_class = pd.Series(np.array(self.images.classes)[self.images.labels[self.near.pairs[:, 0]]]).value_counts()
         counts: dict[str, Any] = {
             "pictures": len(self.images),
@@ -118,12 +125,14 @@ class Audit:
             "grouped_pictures": int(sizes[sizes > 1].sum()),
             "largest_group": int(sizes.max()),
             "pairs_by_class": {str(name): int(count) for name, count in by_class.head(10).items()},
-            "out_of_fold_accuracy": float((self.log_probs.argmax(axis=1) == self.images.labels).mean()),
+            "out_of_fold_accuracy": float(right.mean()) if len(right) else None,
             "doubtful_labels": int((self.doubts.log_odds < DOUBTFUL).sum()),
             "looks": {str(name): int(count) for name, count in self.looks["look"].value_counts().items()},
         }
         if self.leak is not None:
-            counts["leak"] = {name: float(np.mean(values)) for name, values in vars(self.leak).items()} | {"seeds": len(self.leak.plain)}
+            means = {name: [v for v in values if not math.isnan(v)] for name, values in vars(self.leak).items()}
+            counts["leak"] = {name: float(np.mean(values)) if values else None for name, values in means.items()}
+            counts["leak"]["seeds"] = len(self.leak.plain)
         return counts
 
 
@@ -144,11 +153,14 @@ def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audi
 
 def measure_leak(images: ImageSet, vectors: npt.NDArray[np.float32], groups: Indices, seeds: int) -> Leak | None:
     """The same classifier (a linear discriminant on the vectors) under plain and grouped splits; None where some class is too small."""
+    images = replace(images, parts=("",) * len(images))  # what folders give is no random split
     rows = []
     for seed in range(seeds):
         try:
             plain, grouped = (split_images(images, seed=seed, groups=chosen) for chosen in (None, groups))
         except SplitError:
+            return None
+        if min(len(plain.train), len(grouped.train)) <= len(images.classes):  # too few for a covariance
             return None
         leaked = np.isin(groups[plain.test], groups[plain.train])
         right, right_grouped = (

@@ -68,7 +68,7 @@ def model_card(run: Run, warnings: list[str]) -> str:
         f"error {test['expected_calibration_error']:.1%}.",
         *(["Thresholds below which to say nothing, chosen on the validation part:", "\n".join(abstain)] if abstain else []),
         "## Limits",
-        "\n".join(f"- {text}" for text in [*warnings, "It knows its classes only: a picture of anything else is given one of them."]),
+        "\n".join(f"- {text}" for text in [*warnings, _about_strangers(manifest)]),
         "## Use",
         f'```python\nimport seewhy\n\nrun = seewhy.load("{run.path.name}")\nrun.predict(["a.jpg"]).table()\n'
         'run.explain(["a.jpg"]).overlay(0)\n```',
@@ -76,6 +76,13 @@ def model_card(run: Run, warnings: list[str]) -> str:
         f"seewhy {manifest['versions']['seewhy']}, data sha256 `{manifest['data']['hash'][:16]}`, split sha256 `{split['hash'][:16]}`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _about_strangers(manifest: dict[str, Any]) -> str:
+    text = "It knows its classes only: a picture of anything else is given one of them"
+    if "unknowns" not in manifest:
+        return f"{text}."
+    return f"{text}, though `seewhy predict` marks pictures unlike the training ones (it misses some, and marks about 5% of known ones)."
 
 
 def _shown(name: str, value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -14,10 +14,12 @@ import typer
 
 from seewhy import __version__
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
-from seewhy.errors import SeewhyError
+from seewhy.errors import ConfigError, SeewhyError
+from seewhy.jsonable import finite
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
+    from seewhy.predictions import Predictions
     from seewhy.run import Run
 
 app = typer.Typer(
@@ -35,7 +37,7 @@ SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable 
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False))
+    typer.echo(json.dumps(finite(content), ensure_ascii=False, allow_nan=False))
 
 
 def _show_version(wanted: bool) -> None:
@@ -163,7 +165,9 @@ def call(arguments: list[str] | None = None) -> Any:
 
 def train_from_arguments(arguments: list[str]) -> Run:
     """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
-    run: Run = call(["train", *arguments])
+    run: Run | None = call(["train", *arguments])
+    if run is None:
+        raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
     return run
 
 
@@ -231,7 +235,7 @@ def audit(
             f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
             f"near-duplicates kept together ({leak['seeds']} splits)"
         )
-    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy']:.2%})")
+    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
     typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
     typer.echo("  ".join(map(str, written)))
 
@@ -292,7 +296,7 @@ def compare(
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run, or a file of `seewhy export`")],
     pictures: PicturesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
     out: Annotated[Path | None, typer.Option(help="write the table here: .csv, .parquet or .json")] = None,
@@ -306,17 +310,16 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
-    from seewhy.predict import open_table, predict_blocks
-    from seewhy.run import load
+    from seewhy.predictions import open_table
 
     records: list[dict[str, Any]] = []
     count = 0
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    loaded = load(run)
-    least = loaded.threshold_for(precision) if precision is not None else abstain_below
+    blocks, least = _answering(run, pictures, skip_bad, precision)
+    least = abstain_below if least is None else least
     with open_table(out) if out is not None else nullcontext() as write:
-        for block in predict_blocks(loaded, pictures, skip_bad):
+        for block in blocks:
             for path, reason in block.bad:
                 typer.echo(f"left out: {path} ({reason})", err=True)
             if write is not None and block.paths:
@@ -331,8 +334,23 @@ def predict(
     else:
         for record in records:
             answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
+            strange = "looks like nothing known: " if record["unknown"] else ""
             unsure = "unsure: " if least is not None and record["answer"] is None else ""
-            typer.echo(f"{record['path']}:  {unsure}{answers}")
+            typer.echo(f"{record['path']}:  {strange}{unsure}{answers}")
+
+
+def _answering(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
+    """Predictions of a run or of an exported file, which needs no torch, and the threshold for a wanted precision."""
+    if run.suffix == ".onnx":
+        from seewhy.runtime import load_onnx, predict_onnx
+
+        model = load_onnx(run)
+        return predict_onnx(model, pictures, skip_bad), model.threshold_for(precision) if precision is not None else None
+    from seewhy.predict import predict_blocks
+    from seewhy.run import load
+
+    loaded = load(run)
+    return predict_blocks(loaded, pictures, skip_bad), loaded.threshold_for(precision) if precision is not None else None
 
 
 @app.command()
@@ -395,6 +413,34 @@ def explain(
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx in the run's folder)")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 200,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run as one ONNX file that carries its preprocessing, probabilities and the heatmaps of all classes."""
+    from seewhy.portable import export_onnx
+    from seewhy.run import load
+
+    file = out or run / "model.onnx"
+    parity = export_onnx(load(run), file, pictures)
+    if as_json:
+        _print_json({"file": str(file), "bytes": file.stat().st_size, "parity": vars(parity) if parity else None})
+        return
+    typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    if parity is None:
+        typer.echo("not compared with the run: its pictures are not where they were")
+        return
+    maps = (
+        f", heatmaps correlate {parity.correlation_mean:.4f} (least {parity.correlation_least:.4f})" if parity.correlation_mean > 0 else ""
+    )
+    typer.echo(
+        f"on {parity.n} test pictures: the same class in {parity.same_class:.1%}, probabilities within {parity.difference:.4f}{maps}"
+    )
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="remove everything in the cache")] = False,
     as_json: JsonOption = False,
@@ -433,6 +479,10 @@ def run_guarded(work: Callable[[], Any]) -> int:
         return _complain(" ".join(str(error).splitlines()))
     except KeyboardInterrupt:
         return _complain("interrupted; `seewhy train ... --resume` goes on with the features and epochs that were finished", status=130)
+    except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
+        if (error.name or "seewhy").split(".")[0] == "seewhy":
+            raise
+        return _complain(f"this needs {error.name}, which is not installed; the full installation (README) brings it")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):

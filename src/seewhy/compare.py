@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from seewhy.config import TrainConfig
-from seewhy.errors import DataError, OutputError, RunError
+from seewhy.errors import ConfigError, DataError, OutputError, RunError
 from seewhy.evaluate import HEADLINE, Evaluation, evaluate_network
 from seewhy.images import open_images
 from seewhy.metrics import Comparison, compare_paired
@@ -78,7 +78,9 @@ def repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool = F
     """
     data = Path(config.data).name or "data"
     folder = out or Path("runs") / f"{data}-{config.backbone}-unfreeze{config.unfreeze}-repeats"
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if config.split_from:
+        raise ConfigError("--repeats draws a split for each run, and --split-from gives one; leave one of them out")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not resume)):
         raise OutputError(f"{folder}: exists already; choose another --out, remove it, or pass --resume")
     rows = []
     for number in range(repeats):

@@ -108,6 +108,39 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     return cut
 
 
+class WithVector(nn.Module):
+    """What feeds `cut.tail` (or pictures, for all of a network) -> (N, C + K): logits, then the vector that the classifier reads."""
+
+    def __init__(self, model: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.classifier = cast(nn.Module, cast(Any, model).get_classifier())
+        self.tail = tail
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        tail = cast(Any, self.tail)
+        if self.tail is self.classifier:
+            vector = inputs
+        elif isinstance(self.tail, _Tail):
+            vector = tail.head.forward_head(tail.units(inputs), pre_logits=True)
+        else:
+            vector = tail.forward_head(tail.forward_features(inputs), pre_logits=True)
+        return torch.cat([self.classifier(vector), vector], dim=1)
+
+
+def with_vector(backbone: Backbone, tail: nn.Module) -> WithVector | None:
+    """The tail (or the network itself) with the classifier's input beside its logits; None where its head is of another kind."""
+    model, size = backbone.model, backbone.preprocessing.size
+    wrapped = WithVector(model, model).eval()
+    picture = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode():
+            logits, found = model.eval()(picture), wrapped(picture)
+        same = found.ndim == 2 and torch.allclose(logits, found[:, : logits.shape[1]], rtol=1e-4, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        same = False
+    return WithVector(model, tail).eval() if same else None
+
+
 def _head_modules(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
     """Children that `forward_features` does not run: pooling, last norm, classifier."""
     owners = {unit.split(".")[0] for unit in units}

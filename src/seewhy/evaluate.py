@@ -13,7 +13,7 @@ from torch import nn
 
 from seewhy import calibration, metrics
 from seewhy.backbones import Backbone
-from seewhy.cutting import Cut
+from seewhy.cutting import Cut, with_vector
 from seewhy.features import extract_features, take_rows
 from seewhy.images import ImageSet
 
@@ -148,6 +148,25 @@ def evaluate_network(
         groups=np.arange(len(indices)) if groups is None else groups,
         temperature=temperature,
     )
+
+
+def classifier_vectors(
+    backbone: Backbone,
+    cut: Cut,
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    engine: str = "auto",
+    workers: int = 2,
+    keep: bool = True,
+) -> npt.NDArray[np.float32] | None:
+    """(N, K) what the classifier reads of the pictures at `indices` (evaluation view); None where the network has no such vector."""
+    trained_whole = cut.trunk is None
+    tail = with_vector(backbone, backbone.model if trained_whole else cut.tail)
+    if tail is None:
+        return None
+    halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
+    features = extract_features(images, indices, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole)
+    return tail_logits(halves.tail, features.store, features.rows[:, 0])[:, len(images.classes) :]
 
 
 @torch.inference_mode()

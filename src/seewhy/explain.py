@@ -18,13 +18,14 @@ from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, na
 from seewhy.cam import ALL_METHODS, ASKING, PIXELWISE, scale_to_one
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, in_batches, in_order, square_of
+from seewhy.features import square_of
 from seewhy.figures import overlay_heatmap
 from seewhy.images import read_image
 from seewhy.metrics import softmax
-from seewhy.predict import find_pictures
+from seewhy.predictions import find_pictures
 from seewhy.progress import progress
 from seewhy.run import Run
+from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, eval_view, render
 
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp

@@ -7,12 +7,10 @@ import hashlib
 import itertools
 import json
 import mmap
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +25,11 @@ from seewhy.engines import make_engine
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet, read_image
 from seewhy.progress import progress
+from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
 
-BATCH = 32
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 2
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -254,29 +249,6 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
     return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
-
-
-def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
-    """work(job) for each job, in order, in `workers` threads, at most `ahead` jobs before who takes them."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    left = iter(items)
-    while batch := list(itertools.islice(left, size)):
-        yield batch
 
 
 def round_like_stored(features: Tensor) -> Tensor:

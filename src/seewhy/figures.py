@@ -17,6 +17,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from seewhy.metrics import wilson_interval
+
 THEMES: dict[str, dict[str, Any]] = {
     "light": {"background": "#ffffff", "ink": "#1f2430", "faint": "#d9dde5", "train": "#8a94a6", "val": "#c2410c", "map": "Blues"},
     "dark": {"background": "#171a21", "ink": "#e6e9ef", "faint": "#363c49", "train": "#8a94a6", "val": "#fb923c", "map": "magma"},
@@ -145,23 +147,27 @@ def leak_figure(plain: Sequence[float], grouped: Sequence[float], theme: str = "
 
 
 def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int], theme: str = "light") -> bytes:
-    """How often answers of each confidence are right, against the diagonal of perfect calibration, with a histogram below; PNG."""
+    """How often answers of each confidence are right, against the diagonal of perfect calibration, with a histogram below; PNG.
+
+    Each point has its 95% Wilson interval, and is the larger the more pictures it stands for.
+    """
     colours = THEMES[theme]
     with plt.rc_context(_style(theme)):
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 4.8), height_ratios=(3, 1), sharex=True, layout="constrained")
         top.plot([0, 100], [0, 100], color=colours["train"], linestyle="--", linewidth=1.2, label="perfectly calibrated")
-        top.plot(
+        limits = np.array([wilson_interval(round(a * n), n) for a, n in zip(accuracy, count, strict=True)])
+        top.vlines([100 * c for c in confidence], 100 * limits[:, 0], 100 * limits[:, 1], color=colours["val"], linewidth=1.2, alpha=0.5)
+        top.scatter(
             [100 * c for c in confidence],
             [100 * a for a in accuracy],
-            "o-",
+            s=[14 + 60 * n / max(count) for n in count],
             color=colours["val"],
-            linewidth=1.8,
-            markersize=5,
-            label="test",
+            zorder=3,
+            label="test, with 95% interval",
         )
         top.set_ylabel("right answers (%)")
         top.set_ylim(0, 102)
-        top.legend(frameon=False, loc="upper left")
+        top.legend(frameon=False, loc="lower right")
         top.grid(linewidth=0.6)
         bottom.bar([100 * c for c in confidence], count, width=4, color=colours["train"])
         bottom.set_yscale("log")

@@ -14,13 +14,15 @@ from seewhy.embedding import embed
 from seewhy.errors import ConfigError
 from seewhy.images import ImageSet
 
+MANY = 50_000  # pictures up to which features are computed to find near-duplicates
 Groups = npt.NDArray[np.int64]
 
 
 def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, keep: bool = True) -> Groups | None:
     """(N,) a number a group of pictures that must stay in one part of a split; None where only equal bytes count.
 
-    how: 'duplicates' (by bytes, perceptual hash and features), 'exact', the path of a .csv with columns path and group, or a regular
+    how: 'duplicates' (by bytes, perceptual hash and features; by hash alone for more than MANY pictures, whose features would take
+    longer than the training), 'exact', the path of a .csv with columns path and group, or a regular
     expression over the path below the dataset's folder: what its first group (else the whole match) says is the group.
     keep: whether features that are computed for this stay in the cache.
     Raises ConfigError for a table or pattern that leaves a picture out.
@@ -28,7 +30,8 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
     if how == "exact":
         return None
     if how == "duplicates":
-        return group_numbers(len(images), near_pairs(images, embed(images, workers=workers, keep=keep)).pairs)
+        few = len(images) <= MANY
+        return group_numbers(len(images), near_pairs(images, embed(images, workers=workers, keep=keep) if few else None).pairs)
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
     found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
     numbers: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
@@ -37,18 +40,20 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
 
 def _from_table(file: Path, names: list[str]) -> list[str]:
     try:
-        table = pd.read_csv(file, dtype=str)
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise ConfigError(f"{file}: cannot be read ({reason}); --group-by takes a .csv with the columns path and group") from error
     if not {"path", "group"} <= set(table.columns):
         raise ConfigError(f"{file}: has the columns {', '.join(map(str, table.columns))}; --group-by needs path and group")
-    group_of = dict(zip(table["path"], table["group"].fillna(""), strict=True))
+    group_of = dict(zip(table["path"], table["group"], strict=True))
     if missing := [name for name in names if name not in group_of]:
         raise ConfigError(
             f"{file}: {len(missing)} of {len(names)} pictures are not in it, {missing[0]!r} for one; "
             "name each by its path below the dataset's folder"
         )
+    if blank := [name for name in names if not group_of[name].strip()]:
+        raise ConfigError(f"{file}: {len(blank)} pictures have no group, {blank[0]!r} for one; give each of them one, alone or with others")
     return [group_of[name] for name in names]
 
 
@@ -63,4 +68,9 @@ def _from_pattern(pattern: str, names: list[str]) -> list[str]:
             f"--group-by {pattern!r}: does not match {len(missing)} of {len(names)} paths, {missing[0]!r} for one; "
             "match all of them, or use duplicates, exact or a .csv file"
         )
-    return [match.group(1) or "" if compiled.groups else match.group(0) for match in matches if match]
+    found = [(match.group(1) if compiled.groups else match.group(0)) or "" for match in matches if match]
+    if blank := [name for name, group in zip(names, found, strict=True) if not group]:
+        raise ConfigError(
+            f"--group-by {pattern!r}: says no group of {len(blank)} paths, {blank[0]!r} for one; let it match something in each"
+        )
+    return found

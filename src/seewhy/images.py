@@ -16,7 +16,6 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,7 +34,7 @@ PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
 class Checked:
     """What looking at one file said.
 
@@ -163,6 +162,8 @@ def check_file(path: Path) -> Checked:
         image = decode(data)
     except ValueError as error:
         return Checked(sha256, 0, 0, str(error))
+    import imagehash  # brings SciPy, which answering with an ONNX file does without
+
     small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return Checked(sha256, image.width, image.height, "", str(imagehash.phash(small)), is_grey(small))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -19,7 +20,18 @@ LogProbs = npt.NDArray[np.float64]
 
 def discriminant(vectors: npt.NDArray[np.float32], labels: Labels) -> LinearDiscriminantAnalysis:
     """Linear discriminant analysis with Ledoit and Wolf's shrunken covariance, fitted: a classifier in closed form."""
-    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(vectors, labels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Only one sample available")  # of a class
+        return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(vectors, labels)
+
+
+def log_probabilities(model: LinearDiscriminantAnalysis, vectors: npt.NDArray[np.float32]) -> LogProbs:
+    """(N, C) in float64 and without scikit-learn's lower limit, so that very unlikely classes can still be told apart."""
+    scores = np.asarray(model.decision_function(vectors), dtype=np.float64)
+    if scores.ndim == 1:  # of two classes: the log-odds of the second
+        scores = np.stack([np.zeros_like(scores), scores], axis=1)
+    found: LogProbs = log_softmax(scores, axis=1)
+    return found
 
 
 def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels, folds: int = FOLDS, seed: int = 0) -> LogProbs:
@@ -39,7 +51,7 @@ def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels
             if not 1 < len(np.unique(labels[train])) < len(train):  # too few pictures for a covariance
                 continue
             model = discriminant(vectors[train], labels[train])
-            log_probs[np.ix_(rest, model.classes_)] = model.predict_log_proba(vectors[rest])
+            log_probs[np.ix_(rest, model.classes_)] = log_probabilities(model, vectors[rest])
     return log_probs
 
 
@@ -48,7 +60,7 @@ class Doubts:
     """The labels of N pictures, the least believable first.
 
     order: (N,) pictures. log_odds: (N,) of the label against the likeliest other class, in nats and in this order; negative where the
-    other is likelier. suggested: (N,) that other class, in this order.
+    other is likelier, infinite where nobody who knows the class was asked. suggested: (N,) that other class, in this order.
     """
 
     order: Labels
@@ -66,7 +78,8 @@ def doubt_labels(labels: Labels, log_probs: LogProbs) -> Doubts:
     own = log_probs[np.arange(len(labels)), labels]
     others = log_probs.copy()
     others[np.arange(len(labels)), labels] = -np.inf
-    log_odds = np.maximum(own, LEAST) - np.maximum(others.max(axis=1), LEAST)
+    # Where no classifier that was asked knew the class, there is no doubt to speak of: last.
+    log_odds = np.where(np.isfinite(own), own - np.maximum(others.max(axis=1), LEAST), np.inf)
     order = np.argsort(log_odds, kind="stable").astype(np.int64)
     return Doubts(order, log_odds[order], others.argmax(axis=1)[order].astype(np.int64))
 

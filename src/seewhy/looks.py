@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 # cleanvision's name -> ours
 KINDS = {
@@ -29,6 +30,8 @@ def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
     """
     from cleanvision import Imagelab  # slow to import
 
+    paths = [path for path in paths if not _has_two_bands(path)]
+
     logging.getLogger("cleanvision").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
         lab = Imagelab(filepaths=[str(path) for path in paths])
@@ -39,3 +42,9 @@ def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
         rows += [{"path": str(path), "look": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
     table = pd.DataFrame(rows, columns=["path", "look", "score"])
     return table.sort_values(["look", "score", "path"], ignore_index=True)
+
+
+def _has_two_bands(path: Path) -> bool:
+    """Grey or palette with transparency, which cleanvision 0.3 cannot take."""
+    with Image.open(path) as image:
+        return image.mode in ("LA", "La", "PA")

@@ -22,6 +22,7 @@ from seewhy.figures import (
     save_png,
     training_curves,
 )
+from seewhy.labels import doubt_labels
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
@@ -114,6 +115,7 @@ def _facts(
         "reliability": {theme: data_url(_reliability(test, theme), "png") for theme in ("light", "dark")},
         "coverage": {theme: data_url(_coverage(run, test, theme), "png") for theme in ("light", "dark")},
         "warnings": warnings_of(run),
+        "doubts": _doubts(test)[:12],
         "pairs": [pair | {"images": [thumbnail_url(path, 96) for path in pair["paths"][:3]]} for pair in confused_pairs(test)[:12]],
         "numbered": len(run.classes) > 40,
         "galleries": [
@@ -123,6 +125,22 @@ def _facts(
         "method": METHOD,
         "config": run.manifest["config"],
     }
+
+
+def _doubts(test: Evaluation) -> list[dict[str, Any]]:
+    """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
+    logits = test.logits.astype(np.float64) / test.temperature
+    found = doubt_labels(test.labels, logits)  # log-odds are differences of logits
+    kept = np.flatnonzero(found.log_odds < -np.log(20))
+    return [
+        {
+            "file": "/".join(Path(test.paths[n]).parts[-2:]),
+            "label": test.classes[test.labels[n]],
+            "suggested": test.classes[found.suggested[place]],
+            "odds": float(np.exp(min(-found.log_odds[place], 20))),
+        }
+        for place, n in ((int(place), int(found.order[place])) for place in kept)
+    ]
 
 
 def _matrix(test: Evaluation) -> dict[str, Any]:
@@ -163,10 +181,12 @@ def warnings_of(run: Run) -> list[str]:
     low, high = test["accuracy_ci95"]
     if high - low > 0.06:
         found.append(f"With {test['n']} test pictures the accuracy is known to ± {50 * (high - low):.0f} points only.")
+    if leaked := split.get("leaked_test_pictures"):
+        found.append(f"{leaked} of the {split['test']} test pictures have a near-duplicate in training; the accuracy may be too good.")
     if torn := split.get("torn_classes"):
         shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
         found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")
-    if run.config.group_by == "exact":
+    if run.config.group_by == "exact" and not run.config.split_from:
         found.append("Near-duplicates were not kept together (--group-by exact); the accuracy may be too good.")
     if data["bad"]:
         found.append(f"{len(data['bad'])} pictures could not be used and were left out.")

@@ -12,8 +12,8 @@ import pandas as pd
 
 from seewhy.corruptions import CORRUPTIONS, corrupt
 from seewhy.engines import kept_engine
-from seewhy.errors import ConfigError, OutputError
-from seewhy.features import BATCH, in_batches, in_order, square_of
+from seewhy.errors import ConfigError, DataError, OutputError
+from seewhy.features import square_of
 from seewhy.figures import robustness_figure
 from seewhy.images import ImageSet, open_images
 from seewhy.metrics import wilson_interval
@@ -21,6 +21,7 @@ from seewhy.predict import both_ways
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.split import read_split
+from seewhy.streams import BATCH, in_batches, in_order
 
 STRENGTHS = (1, 2, 3, 4, 5)
 Indices = npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ def robustness(run: Run, images: ImageSet, indices: Indices, names: Sequence[str
             {
                 "corruption": name,
                 "strength": strength,
-                "value": chosen.values[strength - 1] if chosen else np.nan,
+                "value": chosen.values[strength - 1] if chosen else None,
                 "unit": chosen.unit if chosen else "",
                 "accuracy": float(column.mean()),
                 "low": low,
@@ -78,9 +79,11 @@ def run_robustness(run: Run, pictures: int, names: Sequence[str] | None = None) 
     """`robustness` on at most `pictures` test pictures drawn at random, and `slices` of the whole test part."""
     config = run.config
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
+    if images.classes != run.classes:
+        raise DataError(f"{images.root}: no longer holds the {len(run.classes)} classes of {run.path}; put the missing class folders back")
     split = read_split(run.path, images)
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:pictures])
-    table = robustness(run, images, drawn, tuple(names) if names else tuple(CORRUPTIONS), config.workers)
+    table = robustness(run, images, drawn, tuple(dict.fromkeys(names or CORRUPTIONS)), config.workers)
     evaluation = run.evaluate("test")
     return table, slices(images, split.test, evaluation.right, np.bincount(images.labels[split.train], minlength=len(images.classes)))
 

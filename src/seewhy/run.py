@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import shutil
 from collections.abc import Sequence
@@ -21,14 +22,16 @@ from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
+from seewhy.jsonable import finite
 from seewhy.transforms import Preprocessing
+from seewhy.unknowns import References
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from seewhy.evaluate import Evaluation
     from seewhy.explain import Explanation
-    from seewhy.predict import Predictions
+    from seewhy.predictions import Predictions
 
 FORMAT = 1  # of run.json; raised when a reader of the old one would misread the new one
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
@@ -39,6 +42,7 @@ class Run:
     """A fitted classifier with its record.
 
     path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
+    references: what tells pictures of nothing known; None where the network has no vector for that, and in runs of older versions.
     engines: what has run the network so far, by use and kind; filled by `predict` and `explain`.
     """
 
@@ -48,7 +52,10 @@ class Run:
     backbone: Backbone
     cut: Cut
     manifest: dict[str, Any]
-    engines: dict[str, dict[tuple[str, int], Engine]] = field(default_factory=lambda: {"network": {}, "maps": {}}, compare=False)
+    references: References | None = None
+    engines: dict[str, dict[tuple[str, int], Engine]] = field(
+        default_factory=lambda: {"network": {}, "answers": {}, "maps": {}}, compare=False
+    )
 
     def __repr__(self) -> str:
         accuracy = self.metrics.get("test", {}).get("accuracy")
@@ -66,6 +73,11 @@ class Run:
         """What divides the logits so that probabilities are calibrated; fitted on val. 1 in runs of older versions."""
         return float(self.manifest.get("calibration", {}).get("temperature", 1.0))
 
+    @property
+    def unknown_above(self) -> float:
+        """The strangeness above which a picture looks like nothing known; infinite where `references` is None."""
+        return float(self.manifest.get("unknowns", {}).get("threshold", math.inf))
+
     def threshold_for(self, precision: float) -> float:
         """The least probability to answer at, so that answers are right with probability `precision` (0..1): chosen on val.
 
@@ -77,8 +89,10 @@ class Run:
         try:
             with file.open(newline="", encoding="utf-8") as lines:
                 rows = [(float(row["prob"]), row["true"] == row["predicted"]) for row in csv.DictReader(lines)]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{file}: cannot be read; train the run again, or give the threshold itself") from error
+        if not rows:
+            raise RunError(f"{file}: empty; train the run again, or give the threshold itself")
         found = threshold_for(np.array([p for p, _ in rows]), np.array([right for _, right in rows], dtype=bool), precision)
         if found is None:
             raise RunError(
@@ -171,8 +185,14 @@ def save_weights(backbone: Backbone, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(save(state))  # save_file would make it readable by its owner alone
 
 
+def save_references(references: References, folder: Path) -> None:
+    """To unknowns.safetensors."""
+    state = {"centre": torch.from_numpy(references.centre), "directions": torch.from_numpy(references.directions)}
+    (folder / "unknowns.safetensors").write_bytes(save(state))
+
+
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
@@ -238,7 +258,18 @@ def load(path: Path | str) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'run.json'}: damaged ({error}); copy the run again or train it again") from error
     backbone.model.requires_grad_(False)
-    return Run(path, config, classes, backbone, cut, manifest)
+    return Run(path, config, classes, backbone, cut, manifest, _load_references(path, manifest))
+
+
+def _load_references(path: Path, manifest: dict[str, Any]) -> References | None:
+    if "unknowns" not in manifest:
+        return None
+    file = path / "unknowns.safetensors"
+    try:
+        state = load_file(file)
+        return References(state["centre"].numpy(), state["directions"].numpy())
+    except Exception as error:  # as above
+        raise RunError(f"{file}: missing or damaged ({' '.join(str(error).split())[:80]}); copy the run again or train it again") from error
 
 
 def remove_tree(path: Path) -> None:

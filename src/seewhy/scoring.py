@@ -32,13 +32,14 @@ from seewhy.cam_quality import (
 from seewhy.engines import FromSquares, float_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.explain import known_method
-from seewhy.features import in_batches, in_order, square_of
+from seewhy.features import square_of
 from seewhy.figures import method_scores
 from seewhy.metrics import mean_interval
 from seewhy.outlines import outline_of
-from seewhy.predict import find_pictures
+from seewhy.predictions import find_pictures
 from seewhy.progress import progress
 from seewhy.run import Run
+from seewhy.streams import in_batches, in_order
 
 BATCH = 16
 AREA = "(area)"

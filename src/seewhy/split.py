@@ -53,6 +53,7 @@ class Split:
             "seed": self.seed,
             "hash": self.hash(images),
             "groups": self._groups_by_hash(images),
+            "torn": list(self.torn),
             **{name: sorted(images.hashes[i] for i in self.part(name)) for name in PARTS},
         }
 
@@ -69,6 +70,11 @@ class Split:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def leaked_pictures(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Test pictures that share a group with a training picture: what parts given by folders, or torn classes, let through."""
+    return split.test[np.isin(groups[split.test], groups[split.train])]
+
+
 def split_images(
     images: ImageSet,
     protocol: str = "ratio",
@@ -76,11 +82,14 @@ def split_images(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     groups: npt.NDArray[np.int64] | None = None,
+    tear: bool = True,
 ) -> Split:
     """Divides each class at random, whole groups at a time.
 
     groups: (N,) a number a group of pictures that show the same; exact duplicates belong together in any case. None: these alone.
     A group of several classes is dealt with the one that most of it belongs to.
+    tear: what to do with a class of too few groups, or with one that holds over half of it: divide it all the same, keeping equal files
+    alone together (and name it in `torn`), or raise SplitError, which is right where groups were named and not guessed.
 
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
     caltech30: 27 train + 3 val pictures of each class, the rest test.
@@ -92,12 +101,17 @@ def split_images(
     exact = group_numbers(len(images), exact_pairs(images))
     joined = exact
     if groups is not None:
-        if given:  # what the folders divide stays divided; the audit tells of it
+        if given:  # what the folders divide stays divided; `leaked_pictures` counts what that lets through
             groups = np.unique(np.stack([groups, np.unique(images.parts, return_inverse=True)[1]]), axis=1, return_inverse=True)[1].reshape(
                 -1
             )
         joined = group_numbers(len(images), np.concatenate([exact_pairs(images), chain(groups)]))
-    joined, torn = _torn_apart(images, joined, exact, 2 if protocol == "caltech30" and not given else 3)
+    joined, torn = _torn_apart(images, joined, exact, given)
+    if torn and not tear:
+        raise SplitError(
+            f"class {torn[0]!r} has too few groups, or one with over half of its pictures, to keep groups in one part each; "
+            "add pictures of other groups, merge classes, or use --group-by duplicates or exact"
+        )
     assigned: dict[str, list[int]] = {name: [] for name in PARTS}
     for label, class_groups in enumerate(_groups_by_class(images, joined, rng)):
         name = images.classes[label]
@@ -115,38 +129,45 @@ def split_images(
 
 
 def _torn_apart(
-    images: ImageSet, joined: npt.NDArray[np.int64], exact: npt.NDArray[np.int64], least: int
+    images: ImageSet, joined: npt.NDArray[np.int64], exact: npt.NDArray[np.int64], given: set[str]
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Groups, but only exact duplicates where a class would have fewer than `least` of them, or one that holds over half of it."""
-    sizes = np.bincount(joined, minlength=len(images))
-    torn = []
-    for label, name in enumerate(images.classes):
-        mine = np.flatnonzero(images.labels == label)
-        counts = np.bincount(joined[mine], minlength=len(images))
-        if sizes[joined[mine]].max() > 1 and (np.count_nonzero(counts) < least or 2 * counts.max() > len(mine)):
-            torn.append(name)
-    if not torn:
-        return joined, ()
-    loose = np.isin(images.labels, [images.classes.index(name) for name in torn])
-    # Whatever shares a group with a torn class falls back too: half a group would be no group.
-    loose |= np.isin(joined, joined[loose])
-    return np.where(loose, exact, joined), tuple(torn)
+    """Groups, but only exact duplicates where a class has too few to deal one to each part, or one that holds over half of it."""
+    parts = 1 + sum(part not in given for part in ("val", "test")) if given else len(PARTS)
+    torn: set[int] = set()
+    while True:
+        dealt = _groups_by_class(images, joined, None)
+        pools = [[g for g in groups if not given or images.parts[g[0]] == "train"] for groups in dealt]
+        more = {
+            label
+            for label, pool in enumerate(pools)
+            if label not in torn
+            # A class whose pictures all lie in groups of other classes is starved by them.
+            and (len(pool) < parts or (max(map(len, pool)) > 1 and 2 * max(map(len, pool)) > _size(pool)))
+            and np.any(np.isin(joined, joined[images.labels == label]) & (joined != exact))
+        }
+        if not more:
+            return joined, tuple(images.classes[label] for label in sorted(torn))
+        torn |= more
+        loose = np.isin(images.labels, sorted(torn))
+        loose |= np.isin(joined, joined[loose])  # half a group would be no group
+        joined = np.where(loose, exact, joined)
 
 
 def _size(groups: Sequence[list[int]]) -> int:
     return sum(len(group) for group in groups)
 
 
-def _groups_by_class(images: ImageSet, joined: npt.NDArray[np.int64], rng: np.random.Generator) -> list[list[list[int]]]:
-    """For each class its groups, shuffled. A group of several classes is dealt with the commonest of them."""
+def _groups_by_class(images: ImageSet, joined: npt.NDArray[np.int64], rng: np.random.Generator | None) -> list[list[list[int]]]:
+    """For each class its groups, shuffled by `rng`. A group of several classes is dealt with the commonest of them."""
     members: dict[int, list[int]] = {}
     for i in sorted(range(len(images)), key=lambda i: images.hashes[i]):  # by content, so that neither paths nor file order decide
         members.setdefault(int(joined[i]), []).append(i)
     groups: list[list[list[int]]] = [[] for _ in images.classes]
     for group in members.values():
         groups[int(np.bincount(images.labels[group]).argmax())].append(sorted(group))
-    for class_groups in groups:
-        rng.shuffle(class_groups)
+    if rng is not None:
+        for class_groups in groups:
+            rng.shuffle(class_groups)
     return groups
 
 
@@ -228,6 +249,7 @@ def read_split(path: Path, images: ImageSet) -> Split:
         record = json.loads(file.read_text(encoding="utf-8"))
         part_of = {sha256: name for name in PARTS for sha256 in record[name]}
         protocol, seed = str(record["protocol"]), int(record["seed"])
+        torn = tuple(str(name) for name in record.get("torn", []))
         group_of = {sha256: number for number, group in enumerate(record.get("groups", [])) for sha256 in group}
     except FileNotFoundError as error:
         raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
@@ -245,4 +267,4 @@ def read_split(path: Path, images: ImageSet) -> Split:
             raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
     train, val, test = (np.array(indices[name], dtype=np.int64) for name in PARTS)
     names = [group_of.get(sha256, sha256) for sha256 in images.hashes]
-    return Split(protocol, seed, train, val, test, group_numbers(len(images), chain([str(name) for name in names])))
+    return Split(protocol, seed, train, val, test, group_numbers(len(images), chain([str(name) for name in names])), torn)

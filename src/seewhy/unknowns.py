@@ -1,4 +1,4 @@
-"""Logits and features -> how little a picture looks like anything the network was trained on: SCORES, higher is stranger."""
+"""Features and logits -> how little a picture looks like anything the network was trained on; SCORES, and the one that runs use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy.typing as npt
 from scipy.linalg import eigh
 from scipy.special import logsumexp
 from sklearn.covariance import ledoit_wolf
-from sklearn.neighbors import NearestNeighbors
 
 Array = npt.NDArray[np.floating]
 Score = npt.NDArray[np.float64]
 
-NEIGHBOURS = 10  # the how-manieth nearest training picture
+NEIGHBOURS = 3  # the how-manieth nearest training picture
+REFERENCES = 4096  # training pictures that are kept; fewer are worse at strange classes (benchmarks/unknowns.py)
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 
 
@@ -38,7 +38,7 @@ def max_prob(known: Known) -> Measure:
 
 def max_logit(known: Known) -> Measure:
     """- the largest logit (Hendrycks 2022, arXiv:1911.11132)."""
-    return lambda vectors, logits: -logits.max(axis=1).astype(np.float64)
+    return lambda vectors, logits: np.asarray(-logits.max(axis=1), dtype=np.float64)
 
 
 def energy(known: Known) -> Measure:
@@ -76,14 +76,9 @@ def relative_mahalanobis(known: Known) -> Measure:
 
 
 def nearest_neighbours(known: Known) -> Measure:
-    """Distance to the 10th nearest training picture, all vectors of length 1 (Sun 2022, arXiv:2204.06507)."""
-    index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(known.vectors))).fit(_unit(known.vectors))
-
-    def measure(vectors: Array, logits: Array) -> Score:
-        distances: Score = index.kneighbors(_unit(vectors))[0][:, -1]
-        return distances
-
-    return measure
+    """What runs use: `References.strangeness`, from a sample of the training pictures."""
+    references = sample_references(known.vectors)
+    return lambda vectors, logits: references.strangeness(vectors)
 
 
 def virtual_logit(known: Known) -> Measure:
@@ -110,6 +105,36 @@ SCORES: dict[str, Callable[[Known], Measure]] = {
     "nearest neighbours": nearest_neighbours,
     "virtual logit": virtual_logit,
 }
+
+
+# ---------------------------------------------------------------- what runs use
+
+
+@dataclass(frozen=True)
+class References:
+    """A sample of the training pictures to hold others against.
+
+    centre: (K,) float32, mean of the training vectors. directions: (M, K) float16, their centred vectors at length 1.
+    """
+
+    centre: npt.NDArray[np.float32]
+    directions: npt.NDArray[np.float16]
+
+    def strangeness(self, vectors: Array) -> Score:
+        """(N, K) vectors -> (N,): 1 - cosine with the third most alike training picture, of centred vectors. 0 (the same) to 2.
+
+        Nearest neighbours of features (Sun 2022, arXiv:2204.06507), with centred features and a sample in place of all pictures.
+        """
+        alike = _unit(vectors - self.centre).astype(np.float32) @ self.directions.astype(np.float32).T
+        nearest = min(NEIGHBOURS, alike.shape[1])
+        return np.asarray(1 - np.partition(alike, -nearest, axis=1)[:, -nearest], dtype=np.float64)
+
+
+def sample_references(vectors: Array, seed: int = 0) -> References:
+    """(N, K) vectors of the training pictures -> at most REFERENCES of them, drawn at random."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:REFERENCES])
+    centre = vectors.mean(axis=0).astype(np.float32)
+    return References(centre, _unit(vectors[drawn] - centre).astype(np.float16))
 
 
 # ---------------------------------------------------------------- steps of the above

@@ -23,16 +23,18 @@ from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import DataError, OutputError, RunError
-from seewhy.evaluate import Evaluation, evaluate_network
+from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
 from seewhy.progress import LOG
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_weights, write_json
-from seewhy.split import PARTS, Split, read_split, split_images
+from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
+from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
+from seewhy.unknowns import REFERENCES, References, sample_references
 
+KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
@@ -82,8 +84,10 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
-    split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config)
-    _tell_of(images, split)
+    groups = group_pictures(images, config.group_by, config.workers, config.cache)
+    split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config, groups)
+    leaked = len(leaked_pictures(split, split.groups if groups is None else groups))
+    _tell_of(images, split, leaked)
     seconds["pictures"] = time.perf_counter() - began
     config, found = _searched(places, config, images, split)
     seconds["search"] = time.perf_counter() - began - seconds["pictures"]
@@ -100,8 +104,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     temperature = fit_temperature(val.labels, val.logits)
     test = _evaluate(images, split.test, "test", backbone, cut, config, split.groups)
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
+    strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found)
+    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange, leaked)
     numbers = run.metrics["test"]
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -110,9 +115,10 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     return run
 
 
-def _split(images: ImageSet, config: TrainConfig) -> Split:
-    groups = group_pictures(images, config.group_by, config.workers, config.cache)
-    return split_images(images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups)
+def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
+    return split_images(
+        images, config.protocol, config.seed, config.val_fraction, config.test_fraction, groups, config.group_by == "duplicates"
+    )
 
 
 def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
@@ -134,7 +140,7 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
     return best, found
 
 
-def _tell_of(images: ImageSet, split: Split) -> None:
+def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
     LOG.info(
         f"{images.name}: {len(images):,} pictures, {len(images.classes)} classes; "
         + ", ".join(f"{p} {len(split.part(p)):,}" for p in PARTS)
@@ -145,6 +151,8 @@ def _tell_of(images: ImageSet, split: Split) -> None:
         LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
     if grouped := int(np.sum(np.bincount(split.groups)[split.groups] > 1)):
         LOG.info(f"{grouped:,} pictures have near-duplicates or belong to a group; each group stays in one part")
+    if leaked:
+        LOG.info(f"{leaked:,} of {len(split.test):,} test pictures have a near-duplicate in training: the accuracy may be too good")
     if split.torn:
         shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
@@ -243,6 +251,8 @@ def _write_run(
     seconds: dict[str, float],
     began: float,
     found: dict[str, Any],
+    strange: tuple[References, dict[str, Any]] | None,
+    leaked: int,
 ) -> Run:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
@@ -250,6 +260,8 @@ def _write_run(
     try:
         backbone.model.requires_grad_(False)
         save_weights(backbone, work)
+        if strange:
+            save_references(strange[0], work)
         record = split.record(images)
         write_json(work / "split.json", record)
         write_json(work / "metrics.json", metrics)
@@ -264,6 +276,10 @@ def _write_run(
                 "name": images.name,
                 "pictures": len(images),
                 "hash": images.content_hash,
+                "grey": int(images.grey.sum()),
+                "median_size": np.median(images.sizes, axis=0).astype(int).tolist(),
+                "smallest_side": int(images.sizes.min()),
+                "class_sizes": [int(n) for n in np.sort(np.bincount(images.labels))[[0, -1]]],
                 "bad": [{"path": path, "reason": reason} for path, reason in images.bad],
                 "conflicting_duplicates": [list(paths) for _, paths in conflicting_duplicates(images)],
             },
@@ -271,18 +287,20 @@ def _write_run(
                 "protocol": split.protocol,
                 "hash": record["hash"],
                 **{part: len(split.part(part)) for part in PARTS},
-                "grouped_pictures": int(np.sum(np.bincount(split.groups)[split.groups] > 1)),
+                **_grouping(images, split),
+                "leaked_test_pictures": leaked,
                 "torn_classes": list(split.torn),
             },
             "best_epoch": fitted.best_epoch,
             "epochs_run": len(fitted.history),
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
+            **({"unknowns": strange[1]} if strange else {}),
             "metrics": metrics,
             "hardware": hardware(),
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
-        run = Run(places.target, config, images.classes, backbone, cut, manifest)
+        run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
         write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         remove_tree(work / "checkpoints")
@@ -311,6 +329,34 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
     return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
 
 
+def _unknowns(
+    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
+) -> tuple[References, dict[str, Any]] | None:
+    """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
+    drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
+    indices = np.concatenate([drawn, split.val, split.test])
+    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache)
+    if vectors is None:
+        return None
+    references = sample_references(vectors[: len(drawn)])
+    val, test = np.split(references.strangeness(vectors[len(drawn) :]), [len(split.val)])
+    threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
+    flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
+    return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
+
+
+def _grouping(images: ImageSet, split: Split) -> dict[str, int]:
+    """How many pictures belong to groups, in how many, how large the largest is, and how many groups have several labels."""
+    sizes = np.bincount(split.groups)
+    members = np.unique(np.stack([split.groups, images.labels], axis=1), axis=0)  # each label of each group once
+    return {
+        "grouped_pictures": int(sizes[sizes > 1].sum()),
+        "groups": int((sizes > 1).sum()),
+        "largest_group": int(sizes.max()),
+        "groups_across_labels": int((np.bincount(members[:, 0]) > 1).sum()),
+    }
+
+
 def _write_history(path: Path, fitted: Fit) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(fitted.history[0]))
@@ -325,7 +371,7 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         writer.writerow(["path", "true", "predicted", "prob"])
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
-            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], f"{evaluation.probs[n, best]:.6f}"]
+            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], repr(float(evaluation.probs[n, best]))]
             writer.writerow(row)
 
 

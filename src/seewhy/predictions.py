@@ -1,0 +1,179 @@
+"""Class probabilities of pictures -> Predictions: a table of the most probable classes, as CSV, parquet or JSON; needs no torch."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from seewhy.errors import DataError, ImageError, OutputError
+from seewhy.images import list_pictures
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of N pictures.
+
+    probs: (N, C), rows summing to 1, calibrated by the run's temperature. unknown: (N,) whether a picture looks like nothing that the
+    run was trained on, which 5% of known pictures do too. bad: (path, reason) of pictures left out with `skip_bad`.
+    """
+
+    paths: tuple[str, ...]
+    probs: npt.NDArray[np.float64]
+    classes: tuple[str, ...]
+    unknown: npt.NDArray[np.bool_]
+    bad: tuple[tuple[str, str], ...] = field(default=())
+
+    def table(self, top_k: int = 5, abstain_below: float | None = None) -> pd.DataFrame:
+        """One row a picture: path, class_1, prob_1, class_2, ... for the top_k most probable classes, and unknown.
+
+        abstain_below: adds the column `answer`, class_1 where its probability is at least this and nothing elsewhere.
+        """
+        order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
+        columns: dict[str, Any] = {"path": list(self.paths)}
+        for k in range(order.shape[1]):
+            columns[f"class_{k + 1}"] = [self.classes[c] for c in order[:, k]]
+            columns[f"prob_{k + 1}"] = self.probs[np.arange(len(order)), order[:, k]]
+        columns["unknown"] = self.unknown
+        if abstain_below is not None:
+            columns["answer"] = [c if sure >= abstain_below else "" for c, sure in zip(columns["class_1"], columns["prob_1"], strict=True)]
+        return pd.DataFrame(columns)
+
+    def records(self, top_k: int = 5, abstain_below: float | None = None) -> list[dict[str, Any]]:
+        """JSON-ready: [{"path", "top": [{"class", "prob"}, ...], "unknown"}, ...]; `abstain_below` adds "answer" (a class or null)."""
+        order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
+        found = []
+        for n, path in enumerate(self.paths):
+            top = [{"class": self.classes[c], "prob": float(self.probs[n, c])} for c in order[n]]
+            answer = {"answer": top[0]["class"] if self.probs[n].max() >= abstain_below else None} if abstain_below is not None else {}
+            found.append({"path": path, "top": top, "unknown": bool(self.unknown[n]), **answer})
+        return found
+
+    def save(self, path: Path | str, top_k: int = 5) -> None:
+        """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
+        with open_table(path) as write:
+            write(self.table(top_k))
+
+
+# ---------------------------------------------------------------- tables on disk
+
+
+@contextmanager
+def open_table(path: Path | str) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A function that appends tables to a file of the kind its suffix names; the file appears when all is written.
+
+    Raises OutputError for an unknown suffix or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
+    work = path.parent / f".{path.name}-{os.getpid()}"  # not by tempfile, whose files their owner alone may read
+    new_parent = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WRITERS[path.suffix](work) as write:
+            yield write
+        os.replace(work, path)
+    except OSError as error:
+        _remove(work, new_parent)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    except BaseException:
+        _remove(work, new_parent)
+        raise
+
+
+def _remove(work: Path, new_parent: bool) -> None:
+    with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
+        work.unlink()
+    if new_parent:
+        with suppress(OSError):
+            work.parent.rmdir()
+
+
+@contextmanager
+def _csv_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        header = iter([True])
+        yield lambda table: table.to_csv(file, index=False, header=next(header, False))
+
+
+@contextmanager
+def _parquet_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    opened: list[Any] = []
+
+    def write(table: pd.DataFrame) -> None:
+        block = pa.Table.from_pandas(table, preserve_index=False)
+        if not opened:
+            opened.append(pq.ParquetWriter(path, block.schema))
+        opened[0].write_table(block)
+
+    try:
+        yield write
+    finally:
+        for writer in opened:
+            writer.close()
+
+
+@contextmanager
+def _json_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    with path.open("w", encoding="utf-8") as file:
+        between = iter(["["])
+
+        def write(table: pd.DataFrame) -> None:
+            for record in table.to_dict("records"):
+                file.write(next(between, ",") + "\n" + json.dumps(record, ensure_ascii=False))
+
+        yield write
+        file.write(next(between, "") + "\n]\n")
+
+
+WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[pd.DataFrame], None]]]] = {
+    ".csv": _csv_writer,
+    ".parquet": _parquet_writer,
+    ".json": _json_writer,
+}
+
+
+# ---------------------------------------------------------------- pictures to predict
+
+
+def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
+    """Files, folders (with all below) and glob patterns -> files, in the order given."""
+    found: list[Path] = []
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            pictures = list_pictures(path)
+            if not pictures:
+                raise DataError(f"{path}: no pictures in this folder")
+            found += pictures
+        elif path.exists():
+            found.append(path)
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(item), recursive=True)) if Path(match).is_file()]
+            if not matches:
+                raise DataError(f"{item}: no such file, folder or pattern")
+            found += matches
+    if not found:
+        raise DataError("no pictures given; name files, folders or patterns")
+    return list(dict.fromkeys(found))
+
+
+def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:
+    """What to raise for pictures that could not be used, (path, reason) each."""
+    shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
+    more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
+    advice = "pass --skip-bad to leave them out" if kept else "none is left to predict"
+    return ImageError(f"{len(bad)} of {total} pictures cannot be used: {shown}{more}; {advice}", bad=tuple(bad))

@@ -1,0 +1,113 @@
+"""An exported file answers like its run, without torch; wrong files and pictures are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from seewhy.errors import ConfigError, ImageError, RunError
+from seewhy.portable import build_onnx
+from seewhy.predictions import Predictions
+from seewhy.run import Run
+from seewhy.runtime import load_onnx, predict_onnx
+from seewhy.scenes import draw_scenes
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def file(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    path.write_bytes(build_onnx(demo_run).SerializeToString())
+    return path
+
+
+@pytest.fixture
+def pictures(session_cache: Path) -> list[str]:
+    root = draw_scenes(session_cache / "scenes")
+    return [str(path) for path in sorted((root / "pictures").rglob("00[0-2].jpg"))]
+
+
+def test_same_table_as_the_run(demo_run: Run, file: Path, pictures: list[str]) -> None:
+    expected = demo_run.predict(pictures)
+    (found,) = predict_onnx(load_onnx(file), pictures)
+    assert found.classes == expected.classes
+    np.testing.assert_allclose(found.probs, expected.probs, atol=0.01)
+    assert found.table(1)["class_1"].tolist() == expected.table(1)["class_1"].tolist()
+    assert np.mean(found.unknown == expected.unknown) >= 0.95
+
+
+def test_without_torch_and_all_that_comes_with_it(demo_run: Run, file: Path, pictures: list[str]) -> None:
+    """The command in a process that can import nothing but what requirements-runtime.txt brings."""
+    allowed = re.findall(r"^([a-z]+)", (REPOSITORY / "requirements-runtime.txt").read_text(), flags=re.MULTILINE)
+    assert "torch" not in allowed
+    heavy = [
+        "torch",
+        "torchvision",
+        "timm",
+        "lightning",
+        "scipy",
+        "sklearn",
+        "onnx",
+        "onnxscript",
+        "matplotlib",
+        "imagehash",
+        "safetensors",
+    ]
+    code = (
+        f"import sys\nfor name in {heavy!r}: sys.modules[name] = None\n"
+        f"from seewhy.cli import call, run_guarded\n"
+        f"sys.exit(run_guarded(lambda: call(['predict', {str(file)!r}, *{pictures!r}, '--json'])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    expected = demo_run.predict(pictures).records()
+    assert [a["top"][0]["class"] for a in answers] == [e["top"][0]["class"] for e in expected]
+
+
+def test_noise_is_flagged_and_thresholds_come_with_the_file(file: Path, demo_run: Run, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    model = load_onnx(file)
+    (found,) = predict_onnx(model, [tmp_path])
+    assert found.unknown.tolist() == [True]
+    chosen = {row["precision"]: row["threshold"] for row in demo_run.manifest["calibration"]["abstain"] if row["threshold"] is not None}
+    for precision, threshold in chosen.items():
+        assert model.threshold_for(precision) == threshold
+    with pytest.raises(ConfigError, match=r"knows thresholds for the precisions .*; use one of these, or --abstain-below"):
+        model.threshold_for(0.123)
+
+
+def test_bad_pictures_are_left_out_or_named(file: Path, pictures: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    model = load_onnx(file)
+    with pytest.raises(ImageError, match=r"1 of 2 pictures cannot be used: .*bad\.jpg \(not an image\); pass --skip-bad"):
+        list(predict_onnx(model, [tmp_path / "bad.jpg", pictures[0]]))
+    (found,) = predict_onnx(model, [tmp_path / "bad.jpg", pictures[0]], skip_bad=True)
+    assert isinstance(found, Predictions)
+    assert (found.paths, found.bad) == ((pictures[0],), ((str(tmp_path / "bad.jpg"), "not an image"),))
+
+
+def test_wrong_files_are_one_line(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such file"):
+        load_onnx(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(RunError, match="not a readable ONNX file"):
+        load_onnx(tmp_path / "text.onnx")
+    stranger = onnx.load(file)
+    del stranger.metadata_props[:]
+    onnx.save(stranger, tmp_path / "stranger.onnx")
+    with pytest.raises(RunError, match="not one of `seewhy export`"):
+        load_onnx(tmp_path / "stranger.onnx")
+    onnx.helper.set_model_props(stranger, {"seewhy_format": "99"})
+    onnx.save(stranger, tmp_path / "newer.onnx")
+    with pytest.raises(RunError, match="format 99, this seewhy reads format 1"):
+        load_onnx(tmp_path / "newer.onnx")
