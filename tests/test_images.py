@@ -30,6 +30,12 @@ from seewhy.images import Checked, check_file, check_files, conflicting_duplicat
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
+@pytest.fixture(autouse=True)
+def no_data_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads are tested in empty places, whatever the environment of who runs the tests points to."""
+    monkeypatch.delenv("SEEWHY_DATA", raising=False)
+
+
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
