@@ -242,7 +242,9 @@ def main() -> None:
                 "random weights; Ablation-CAM on one picture, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with "
                 "seewhy's engine. Integrated Gradients and occlusion are captum's own code on both sides, ours in batches of 32.",
             ]
-            command = f"python benchmarks/cam_quality.py --only cost --rounds {arguments.rounds}"
+            command = (
+                f"python benchmarks/cam_quality.py --only cost --backbones {' '.join(arguments.backbones)} --rounds {arguments.rounds}"
+            )
             record(
                 "cam_quality cost", "What a heatmap costs", {"rows": rows, "raw": {"ratios": ratios}, "notes": notes, "command": command}
             )
