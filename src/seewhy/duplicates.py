@@ -60,7 +60,7 @@ def hash_pairs(phashes: npt.NDArray[np.uint64], most: int = HASH_ALONE) -> Pairs
     hashes = phashes[told]
     if len(told) > 10 * BLOCK:
         return told[_banded(hashes, most)]
-    return told[_near(len(told), lambda a, b: np.bitwise_count(hashes[a, None] ^ hashes[b]) <= most)]
+    return told[_near(len(told), _alike(hashes, most))]
 
 
 def centred(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -125,6 +125,14 @@ def chain(numbers: npt.ArrayLike) -> Pairs:
     return np.stack([order[same], order[same + 1]], axis=1)
 
 
+Blocks = Callable[[slice, slice], npt.NDArray[np.bool_]]
+
+
+def _alike(hashes: npt.NDArray[np.uint64], most: int) -> Blocks:
+    """Which hashes of two blocks differ in at most `most` bits."""
+    return lambda a, b: np.bitwise_count(hashes[a, None] ^ hashes[b]) <= most
+
+
 def _banded(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
     """(P, 2) pairs i < j that differ in at most `most` bits, looked for among hashes that are equal in one band of bits."""
     found = [np.empty((0, 2), dtype=np.int64)]
@@ -136,12 +144,8 @@ def _banded(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
         starts = np.append(0, ends[:-1])
         for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
             members = np.sort(order[start:end])
-            near = _near(len(members), lambda a, b, m=members: np.bitwise_count(hashes[m[a], None] ^ hashes[m[b]]) <= most)  # type: ignore[misc]
-            found.append(members[near])
+            found.append(members[_near(len(members), _alike(hashes[members], most))])
     return np.unique(np.concatenate(found), axis=0)
-
-
-Blocks = Callable[[slice, slice], npt.NDArray[np.bool_]]
 
 
 def _near(n: int, near: Blocks) -> Pairs:
