@@ -93,6 +93,8 @@ def test_no_stage_imports_a_later_one() -> None:
         "card",
         "workflow",
         "compare",
+        "cli_shared",
+        "cli_trust",
         "cli",
     ]
     source = REPOSITORY / "src" / "seewhy"

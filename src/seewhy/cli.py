@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from seewhy import __version__
+from seewhy.cli_shared import JsonOption, PicturesArgument, RunArgument, SkipBadOption, print_json
+from seewhy.cli_trust import audit, compare, robustness
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import ConfigError, SeewhyError
-from seewhy.jsonable import finite
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run")]
-PicturesArgument = Annotated[list[str], typer.Argument(metavar="PICTURES...", help="files, folders or patterns")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
-SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable pictures out instead of stopping")]
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(finite(content), ensure_ascii=False, allow_nan=False))
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,7 +71,7 @@ def _train(
 
     run = train_run(config, out, resume)
     if as_json:
-        _print_json(
+        print_json(
             {"run": str(run.path), "report": str(run.path / "report.html"), "seconds": run.manifest["seconds"], "metrics": run.metrics}
         )
     else:
@@ -94,7 +85,7 @@ def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, a
     folder, table = repeat(config, repeats, out, resume)
     numbers = spread(table)
     if as_json:
-        _print_json({"runs": str(folder), "n": repeats, **numbers})
+        print_json({"runs": str(folder), "n": repeats, **numbers})
         return
     typer.echo(f"runs    {folder} ({repeats} splits)")
     for name in ("accuracy", "mean_per_class_accuracy"):
@@ -187,7 +178,7 @@ def evaluate(
     evaluation = load(run).evaluate(part, data)
     numbers = evaluation.metrics
     if as_json:
-        _print_json({evaluation.part: numbers})
+        print_json({evaluation.part: numbers})
         return
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
     names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
@@ -204,94 +195,8 @@ def evaluate(
     typer.echo("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest))
 
 
-@app.command()
-def audit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")],
-    data_root: Annotated[str | None, typer.Option(help="folder that holds caltech101; also $SEEWHY_DATA")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
-    seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,
-    skip_bad: SkipBadOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
-    from seewhy.audit import audit_images
-    from seewhy.audit_page import save_audit
-    from seewhy.images import open_images
-
-    found = audit_images(open_images(data, data_root, skip_bad), seeds)
-    written = save_audit(found, out)
-    counts = found.summary()
-    if as_json:
-        _print_json({"audit": str(out), **counts})
-        return
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts["pairs"].items())
-    typer.echo(f"{counts['pictures']:,} pictures in {counts['classes']} classes")
-    typer.echo(f"near-duplicates  {counts['grouped_pictures']:,} pictures in {counts['groups']:,} groups (pairs: {kinds})")
-    typer.echo("                 most in " + ", ".join(f"{name} {number:,}" for name, number in list(counts["pairs_by_class"].items())[:5]))
-    typer.echo(f"across labels    {counts['pairs_across_labels']:,} pairs")
-    if leak := counts.get("leak"):
-        typer.echo(
-            f"leak             {leak['leaked']:.1%} of a random split's test pictures, worth "
-            f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
-            f"near-duplicates kept together ({leak['seeds']} splits)"
-        )
-    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
-    typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
-    typer.echo("  ".join(map(str, written)))
-
-
-@app.command()
-def robustness(
-    run: RunArgument,
-    pictures: Annotated[int, typer.Option(min=1, help="at most so many test pictures, drawn at random")] = 300,
-    corruption: Annotated[
-        list[str] | None,
-        typer.Option(help="blur, noise, jpeg, brightness, darkness or rotation; more than once for several (default: all)"),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for table and figure (default: the run's)")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure accuracy on blurred, noisy, badly compressed, lit or turned pictures, and on slices of the plain ones."""
-    from seewhy.robustness import run_robustness, save_robustness
-    from seewhy.run import load
-
-    table, parts = run_robustness(load(run), pictures, corruption)
-    written = save_robustness(table, parts, out or run)
-    if as_json:
-        _print_json({"robustness": table.to_dict("records"), "slices": parts.to_dict("records")})
-        return
-    plain = table[table["strength"] == 0].iloc[0]
-    typer.echo(f"plain pictures  {plain['accuracy']:.1%} ({plain['low']:.1%} to {plain['high']:.1%}), n = {plain['n']}")
-    wide = table[table["strength"] > 0].pivot(index="corruption", columns="strength", values="accuracy")
-    typer.echo((100 * wide.loc[list(dict.fromkeys(table["corruption"][1:]))]).round(1).to_string())
-    typer.echo("accuracy in % at strengths 1 (mild) to 5\n")
-    shown = parts.assign(**{name: (100 * parts[name]).round(1) for name in ("accuracy", "low", "high")})
-    typer.echo(shown.to_string(index=False))
-    typer.echo("  ".join(map(str, written)))
-
-
-@app.command()
-def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="folder of a saved run")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="folder of another")],
-    data: Annotated[str | None, typer.Option(help="another labelled folder (default: the test pictures that both runs share)")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say which of two runs is better on the same pictures, and whether that may be chance."""
-    from seewhy.compare import compare_runs
-    from seewhy.run import load
-
-    found = compare_runs(load(run_a), load(run_b), data)
-    paired = found.paired
-    if as_json:
-        _print_json({"a": found.a.metrics, "b": found.b.metrics, "paired": vars(paired)})
-        return
-    typer.echo(f"{paired.n} pictures that neither run was trained on" if data is None else f"{paired.n} pictures of {data}")
-    for name, path, evaluation in (("A", run_a, found.a), ("B", run_b, found.b)):
-        low, high = evaluation.metrics["accuracy_ci95"]
-        typer.echo(f"{name}  {evaluation.metrics['accuracy']:.2%} ({low:.2%} to {high:.2%})  {path}")
-    typer.echo(f"B - A {100 * paired.difference:+.2f} points (95% interval {100 * paired.low:+.2f} to {100 * paired.high:+.2f})")
-    typer.echo(f"right in A alone {paired.only_a}, in B alone {paired.only_b}; McNemar's exact test p = {paired.p_value:.3g}")
+for _command in (audit, robustness, compare):
+    app.command()(_command)
 
 
 @app.command()
@@ -328,7 +233,7 @@ def predict(
             if as_json or out is None:
                 records += block.records(top_k, least)
     if as_json:
-        _print_json(records)
+        print_json(records)
     elif out is not None:
         typer.echo(f"{count} pictures -> {out}")
     else:
@@ -390,7 +295,7 @@ def explain(
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, out)
         if as_json:
-            _print_json({"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")})
+            print_json({"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")})
             return
         typer.echo(wide(table).T.to_string())
         typer.echo("Mean and 95% interval over the pictures; + higher is better, - lower; * beyond both random and centre.\n")
@@ -406,7 +311,7 @@ def explain(
         explanation = loaded.explain(pictures, name, target, against, layer or (), shifts)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
-        _print_json(records)
+        print_json(records)
         return
     for record in records:
         typer.echo(f"{record['path']}:  {record['class']} {record['prob']:.1%}  {record['overlay']}")
@@ -426,7 +331,7 @@ def export(
     file = out or run / "model.onnx"
     parity = export_onnx(load(run), file, pictures)
     if as_json:
-        _print_json({"file": str(file), "bytes": file.stat().st_size, "parity": vars(parity) if parity else None})
+        print_json({"file": str(file), "bytes": file.stat().st_size, "parity": vars(parity) if parity else None})
         return
     typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
     if parity is None:
@@ -451,13 +356,13 @@ def cache(
     if clear:
         freed = clear_cache()
         if as_json:
-            _print_json({"cache": str(cache_dir()), "freed_bytes": freed})
+            print_json({"cache": str(cache_dir()), "freed_bytes": freed})
         else:
             typer.echo(f"freed {freed / 1e6:.1f} MB in {cache_dir()}")
         return
     entries = list_cache()
     if as_json:
-        _print_json({"cache": str(cache_dir()), "entries": [{"name": e.name, "size_bytes": e.size_bytes} for e in entries]})
+        print_json({"cache": str(cache_dir()), "entries": [{"name": e.name, "size_bytes": e.size_bytes} for e in entries]})
         return
     for entry in entries:
         typer.echo(f"{entry.size_bytes / 1e6:10.1f} MB  {entry.name}")
