@@ -13,6 +13,8 @@ from seewhy import cli
 from seewhy.backbones import BACKBONES
 from seewhy.cam import ALL_METHODS
 from seewhy.config import RECIPES, TrainConfig
+from seewhy.corruptions import CORRUPTIONS
+from seewhy.run import Run
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"]
@@ -78,6 +80,18 @@ def test_readme_seewhy_commands_parse() -> None:
 def test_help_names_every_method() -> None:
     words = set(re.findall(r"[a-z_+]+", cli_help("explain")))
     assert set(ALL_METHODS) <= words
+
+
+def test_help_names_every_corruption() -> None:
+    assert set(CORRUPTIONS) <= set(re.findall(r"[a-z]+", cli_help("robustness")))
+
+
+def test_every_key_of_a_run_s_numbers_is_explained(demo_run: Run) -> None:
+    text = read("docs/METRICS.md")
+    keys = {*demo_run.metrics["test"], *demo_run.metrics["test"]["per_class"][0]}
+    keys |= {key for name in ("calibration", "unknowns", "split") for key in demo_run.manifest[name]}
+    keys |= {key for row in demo_run.manifest["calibration"]["abstain"] for key in row}
+    assert sorted(key for key in keys if f"`{key}`" not in text and f".{key}`" not in text) == []
 
 
 def cli_help(command: str) -> str:

@@ -13,14 +13,14 @@ import pandas as pd
 from seewhy.duplicates import NearPairs, group_numbers, near_pairs
 from seewhy.embedding import embed
 from seewhy.errors import SplitError
+from seewhy.grouping import MANY
 from seewhy.images import ImageSet
-from seewhy.labels import Doubts, discriminant, doubt_labels, out_of_fold
+from seewhy.labels import DOUBTFUL, Doubts, discriminant, doubt_labels, out_of_fold
 from seewhy.looks import odd_looks
 from seewhy.progress import progress
 from seewhy.split import split_images
 
 SEEDS = 5  # splits over which the leak is measured
-DOUBTFUL = -math.log(20)  # log-odds from which a label is called doubtful: another class is 20 times as probable
 Indices = npt.NDArray[np.int64]
 
 
@@ -139,7 +139,7 @@ class Audit:
 def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audit:
     """Looks through labelled pictures; all that needs a network uses the one that comes with the package."""
     vectors = embed(images, workers=workers)
-    near = near_pairs(images, vectors)
+    near = near_pairs(images, vectors if len(images) <= MANY else None)
     groups = group_numbers(len(images), near.pairs)
     with progress("auditing", 3) as advance:
         leak = measure_leak(images, vectors, groups, seeds)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.audit import DOUBTFUL, Audit
+from seewhy.audit import Audit
 from seewhy.errors import OutputError
 from seewhy.figures import leak_figure
+from seewhy.labels import DOUBTFUL
 from seewhy.pages import data_url, render_page, thumbnail_url
 from seewhy.run import write_json
 

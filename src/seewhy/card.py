@@ -44,9 +44,8 @@ def model_card(run: Run, warnings: list[str]) -> str:
         f"| {shown} | {_shown(name, test[name])} | {' to '.join(_shown(name, v) for v in test[f'{name}_ci95'])} |"
         for name, shown in HEADLINE.items()
     ]
-    trained = {0: "its classifier", "all": "all of it"}.get(
-        run.config.unfreeze, f"its last {run.config.unfreeze} stages and its classifier"
-    )
+    stages = "stage" if run.config.unfreeze == 1 else f"{run.config.unfreeze} stages"
+    trained = {0: "its classifier", "all": "all of it"}.get(run.config.unfreeze, f"its last {stages} and its classifier")
     split, calibration = manifest["split"], manifest["calibration"]
     abstain = [
         f"- {row['precision']:.0%} right: answer at a probability of {row['threshold']:.3f} or more; on the test part that answers "

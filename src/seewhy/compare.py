@@ -13,13 +13,13 @@ import pandas as pd
 
 from seewhy.config import TrainConfig
 from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import HEADLINE, Evaluation, evaluate_network
+from seewhy.evaluate import HEADLINE, Evaluation
 from seewhy.images import open_images
 from seewhy.metrics import Comparison, compare_paired
 from seewhy.progress import LOG
 from seewhy.run import Run, write_json
 from seewhy.split import read_split
-from seewhy.workflow import train_run
+from seewhy.workflow import evaluate_part, train_run
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def compare_runs(a: Run, b: Run, data: str | None = None) -> RunComparison:
         shared = np.intersect1d(splits[0].test, splits[1].test)
         if not len(shared):
             raise RunError(f"{a.path} and {b.path} share no test picture; train one with --split-from the other")
-        groups = splits[0].groups[shared]
-        found = [_on(run, images, shared, groups) for run in (a, b)]
+        found = [_on(run, images, shared, splits[0].groups) for run in (a, b)]
+        groups = found[0].groups
     right = [np.array([e.classes[p] for p in e.predicted]) == np.array([e.classes[t] for t in e.labels]) for e in found]
     return RunComparison(found[0], found[1], compare_paired(right[0], right[1], groups))
 
@@ -59,11 +59,7 @@ def _on(run: Run, images: Any, indices: Any, groups: Any) -> Evaluation:
         raise DataError(
             f"{images.root}: holds other classes than {run.path} was trained on; pass --data with labelled pictures of its classes"
         )
-    config = run.config
-    flip = bool(config.test_flip)
-    return evaluate_network(
-        run.backbone, run.cut, images, indices, "shared test", config.engine, config.workers, config.cache, flip, groups, run.temperature
-    )
+    return evaluate_part(images, indices, "shared test", run.backbone, run.cut, run.config, groups, run.temperature)
 
 
 # ---------------------------------------------------------------- the same again on other splits

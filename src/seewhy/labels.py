@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedGroupKFold
 
 FOLDS = 5
+DOUBTFUL = -math.log(20)  # log-odds from which a label is called doubtful: another class is 20 times as probable
 LEAST = -1e3  # log-probability that stands for none
 
 Labels = npt.NDArray[np.int64]

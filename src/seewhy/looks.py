@@ -26,6 +26,7 @@ KINDS = {
 def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
+    Grey pictures with transparency are passed over: cleanvision 0.3 cannot take them.
     'odd size' is far from the median of the set; 'odd ratio' a side more than about three times the other.
     """
     from cleanvision import Imagelab  # slow to import

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.cutting import with_vector
+from seewhy.cutting import WithVector
 from seewhy.engines import Engine, kept_engine
 from seewhy.errors import ImageError
 from seewhy.features import square_of
@@ -20,10 +20,11 @@ from seewhy.run import Run
 from seewhy.streams import BATCH, in_batches, in_order
 
 
-def both_ways(forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Mean logits of (N, size, size, 3) squares and their mirror images."""
-    mean: npt.NDArray[np.float32] = np.mean([forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))], axis=0)
-    return mean
+def both_ways(forward: Engine, squares: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.float32]:
+    """Mean logits, the first `classes` columns, of (N, size, size, 3) squares and their mirror images; the rest is the squares' own."""
+    found, mirrored = forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))
+    mean = (found[:, :classes] + mirrored[:, :classes]) / 2
+    return np.concatenate([mean, found[:, classes:]], axis=1)
 
 
 def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
@@ -56,8 +57,8 @@ def predict_blocks(
     paths = find_pictures(inputs)
     preprocessing = run.backbone.preprocessing
     classes = len(run.classes)
-    network = with_vector(run.backbone, run.backbone.model) if run.references is not None else None
-    kind, model = ("answers", network) if network is not None else ("network", run.backbone.model)
+    network = run.backbone.model
+    kind, model = ("network", network) if run.references is None else ("answers", WithVector(network, network))
     forward = kept_engine(run.engines[kind], model, preprocessing, len(paths), engine)
 
     def square_or_reason(path: Path) -> npt.NDArray[np.uint8] | str:
@@ -75,11 +76,7 @@ def predict_blocks(
         reasons = [(path, square if isinstance(square, str) else None) for path, square in batch]
         if not good or (bad and not skip_bad):  # then the list is all that will be said
             return reasons, np.empty((0, classes), dtype=np.float32)
-        found = forward(np.stack(good))
-        if run.config.test_flip:  # logits are the mean over both directions, vectors of the plain one
-            mirrored = forward(np.ascontiguousarray(np.stack(good)[:, :, ::-1]))
-            found[:, :classes] = (found[:, :classes] + mirrored[:, :classes]) / 2
-        return reasons, found
+        return reasons, both_ways(forward, np.stack(good), classes) if run.config.test_flip else forward(np.stack(good))
 
     with progress("predicting", len(paths)) as advance:
         squares = zip(paths, in_order(square_or_reason, paths, workers), strict=True)

@@ -22,7 +22,7 @@ from seewhy.figures import (
     save_png,
     training_curves,
 )
-from seewhy.labels import doubt_labels
+from seewhy.labels import DOUBTFUL, doubt_labels
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
@@ -131,7 +131,7 @@ def _doubts(test: Evaluation) -> list[dict[str, Any]]:
     """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
     logits = test.logits.astype(np.float64) / test.temperature
     found = doubt_labels(test.labels, logits)  # log-odds are differences of logits
-    kept = np.flatnonzero(found.log_odds < -np.log(20))
+    kept = np.flatnonzero(found.log_odds < DOUBTFUL)
     return [
         {
             "file": "/".join(Path(test.paths[n]).parts[-2:]),

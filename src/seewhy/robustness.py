@@ -45,7 +45,7 @@ def robustness(run: Run, images: ImageSet, indices: Indices, names: Sequence[str
 
     def answer(batch: list[npt.NDArray[np.uint8]]) -> Indices:
         stacked = np.stack(batch)
-        logits = both_ways(forward, stacked) if run.config.test_flip else forward(stacked)
+        logits = both_ways(forward, stacked, len(run.classes)) if run.config.test_flip else forward(stacked)
         best: Indices = logits.argmax(axis=1)
         return best
 

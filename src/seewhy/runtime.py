@@ -20,7 +20,7 @@ from seewhy.predictions import Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
 from seewhy.streams import in_batches, in_order
 
-FORMAT = 1  # of the metadata that portable.py writes
+FORMAT = 1  # of the metadata, which portable.py writes
 BLOCK = 4096
 
 

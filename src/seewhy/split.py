@@ -102,9 +102,7 @@ def split_images(
     joined = exact
     if groups is not None:
         if given:  # what the folders divide stays divided; `leaked_pictures` counts what that lets through
-            groups = np.unique(np.stack([groups, np.unique(images.parts, return_inverse=True)[1]]), axis=1, return_inverse=True)[1].reshape(
-                -1
-            )
+            groups = groups * len(PARTS) + np.array([PARTS.index(part) for part in images.parts])
         joined = group_numbers(len(images), np.concatenate([exact_pairs(images), chain(groups)]))
     joined, torn = _torn_apart(images, joined, exact, given)
     if torn and not tear:

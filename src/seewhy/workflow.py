@@ -100,9 +100,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
     seconds["fit"] = fitted.seconds
     mark = time.perf_counter()
-    val = _evaluate(images, split.val, "val", backbone, cut, config, split.groups)
+    val = evaluate_part(images, split.val, "val", backbone, cut, config, split.groups)
     temperature = fit_temperature(val.labels, val.logits)
-    test = _evaluate(images, split.test, "test", backbone, cut, config, split.groups)
+    test = evaluate_part(images, split.test, "test", backbone, cut, config, split.groups)
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
@@ -158,7 +158,7 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
 
 
-def _evaluate(
+def evaluate_part(
     images: ImageSet,
     indices: Any,
     part: str,
@@ -168,6 +168,7 @@ def _evaluate(
     groups: Any = None,
     temperature: float = 1.0,
 ) -> Evaluation:
+    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
     flip, own = bool(config.test_flip), None if groups is None else groups[indices]
     return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache, flip, own, temperature)
 
@@ -398,4 +399,4 @@ def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evalu
     if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
         place = np.array([run.classes.index(name) for name in images.classes])
         images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
-    return _evaluate(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)
+    return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)
