@@ -125,7 +125,9 @@ def peers(model: nn.Module, pictures: Tensor, layer: nn.Module) -> dict[str, dic
     found["gradcam"]["captum"] = lambda: captum.attribute(pictures, target=classes, relu_attributions=True)
     size = pictures.shape[-1]
     options = {"sliding_window_shapes": (3, size // 7, size // 7), "strides": (3, size // 14, size // 14)}
-    found["integrated_gradients"] = {"captum": lambda: IntegratedGradients(model).attribute(pictures, target=classes, n_steps=32)}
+    found["integrated_gradients"] = {
+        "captum": lambda: IntegratedGradients(model).attribute(pictures, target=classes, n_steps=32, internal_batch_size=4 * BATCH)
+    }
     found["occlusion"] = {"captum": lambda: Occlusion(model).attribute(pictures, target=classes, **options)}
     return found
 

@@ -94,3 +94,21 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> R
     import seewhy
 
     return seewhy.train("scenes", backbone="efficientnet_lite0", unfreeze=0, out=tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo run as an exported file."""
+    from seewhy.portable import build_onnx
+
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    path.write_bytes(build_onnx(demo_run).SerializeToString())
+    return path
+
+
+@pytest.fixture
+def demo_pictures(session_cache: Path) -> list[Path]:
+    """Three pictures of each class of the demo set."""
+    from seewhy.scenes import draw_scenes
+
+    return sorted((draw_scenes(session_cache / "scenes") / "pictures").rglob("00[0-2].jpg"))

@@ -35,6 +35,22 @@ def test_bands_find_the_same_pairs(seed: int, most: int) -> None:
     assert duplicates._banded(hashes, most).tolist() == duplicates.hash_pairs(hashes, most).tolist()
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), most=st.integers(0, 3))
+def test_many_pictures_are_grouped_as_few_are(seed: int, most: int) -> None:
+    """Beyond 10 blocks equal hashes are chained and compared once: fewer pairs, the same groups."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, 30, dtype=np.uint64)[rng.integers(0, 30, 150)]
+    hashes ^= np.uint64(1) << rng.integers(0, 64, 150, dtype=np.uint64) % rng.integers(1, 64, 150, dtype=np.uint64)
+    few = duplicates.hash_pairs(hashes, most)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "BLOCK", 14)
+        many = duplicates.hash_pairs(hashes, most)
+    assert len(many) <= len(few)
+    assert (many[:, 0] < many[:, 1]).all()
+    np.testing.assert_array_equal(duplicates.group_numbers(150, many), duplicates.group_numbers(150, few))
+
+
 def test_hashes_of_one_colour_say_nothing() -> None:
     assert len(duplicates.hash_pairs(np.array([1, 1, 0, 0], dtype=np.uint64))) == 0
 

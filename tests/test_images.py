@@ -215,7 +215,7 @@ def test_far_too_many_pixels_are_refused_before_decoding(width: int, height: int
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images_module.decode, "__defaults__", (None, 1000))
     with pytest.raises(ValueError, match=r"^50 x 21 pixels, more than 1,000$"):
         decode(png_header_only(50, 21))
     assert decode(encoded(Image.new("RGB", (50, 20)))).size == (50, 20)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from seewhy.features import render_view
 from seewhy.images import read_image
 from seewhy.metrics import softmax
 from seewhy.predict import predict, predict_blocks
-from seewhy.predictions import Predictions, find_pictures, open_table
+from seewhy.predictions import WRITERS, Columns, Predictions, find_pictures, open_table
 from seewhy.run import Run
 
 TABLE = Predictions(
@@ -151,11 +152,15 @@ def test_full_disk_keeps_the_older_table(tmp_path: Path, monkeypatch: pytest.Mon
     TABLE.save(tmp_path / "table.csv")
     before = (tmp_path / "table.csv").read_bytes()
 
-    def full(table: pd.DataFrame, file: TextIO, **options: object) -> None:
-        file.write("half")
-        raise OSError(28, "No space left on device")
+    @contextmanager
+    def full(path: Path) -> Iterator[Callable[[Columns], None]]:
+        def write(columns: Columns) -> None:
+            path.write_text("half")
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+        yield write
+
+    monkeypatch.setitem(WRITERS, ".csv", full)
     with pytest.raises(OutputError, match="No space left on device"):
         TABLE.save(tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_bytes() == before
@@ -253,7 +258,7 @@ def test_blocks_written_one_by_one_are_the_whole_table(run: Run, folder: Path, t
     assert [len(block.paths) for block in blocks] == [3, 1]
     with open_table(file) as write:
         for block in blocks:
-            write(block.table(2))
+            write(block.columns(2))
         assert not file.exists()  # it appears when it is whole
     read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}[suffix]
     pd.testing.assert_frame_equal(read(file), whole.table(2), rtol=1e-4)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from seewhy import __version__
+from seewhy.cli_out import export, serve
 from seewhy.cli_shared import JsonOption, PicturesArgument, RunArgument, SkipBadOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
@@ -195,7 +196,7 @@ def evaluate(
     typer.echo("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest))
 
 
-for _command in (audit, robustness, compare):
+for _command in (audit, robustness, compare, export, serve):
     app.command()(_command)
 
 
@@ -228,7 +229,7 @@ def predict(
             for path, reason in block.bad:
                 typer.echo(f"left out: {path} ({reason})", err=True)
             if write is not None and block.paths:
-                write(block.table(top_k, least))
+                write(block.columns(top_k, least))
             count += len(block.paths)
             if as_json or out is None:
                 records += block.records(top_k, least)
@@ -315,34 +316,6 @@ def explain(
         return
     for record in records:
         typer.echo(f"{record['path']}:  {record['class']} {record['prob']:.1%}  {record['overlay']}")
-
-
-@app.command()
-def export(
-    run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx in the run's folder)")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 200,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a run as one ONNX file that carries its preprocessing, probabilities and the heatmaps of all classes."""
-    from seewhy.portable import export_onnx
-    from seewhy.run import load
-
-    file = out or run / "model.onnx"
-    parity = export_onnx(load(run), file, pictures)
-    if as_json:
-        print_json({"file": str(file), "bytes": file.stat().st_size, "parity": vars(parity) if parity else None})
-        return
-    typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
-    if parity is None:
-        typer.echo("not compared with the run: its pictures are not where they were")
-        return
-    maps = (
-        f", heatmaps correlate {parity.correlation_mean:.4f} (least {parity.correlation_least:.4f})" if parity.correlation_mean > 0 else ""
-    )
-    typer.echo(
-        f"on {parity.n} test pictures: the same class in {parity.same_class:.1%}, probabilities within {parity.difference:.4f}{maps}"
-    )
 
 
 @app.command()

@@ -52,14 +52,17 @@ def hash_pairs(phashes: npt.NDArray[np.uint64], most: int = HASH_ALONE) -> Pairs
     """(P, 2) pairs whose hashes differ in at most `most` bits.
 
     Up to BLOCK * 10 pictures every pair is compared. Of more, those that agree in a whole band of bits: where at most `most` bits differ,
-    one of `most` + 1 bands has none of them.
+    one of `most` + 1 bands has none of them. Equal hashes are then joined in a chain, and one of them compared with the others: the
+    same groups from fewer pairs.
     Of a picture's hash half of the bits are set, but hardly one where it is of one colour; such pictures are left out.
     """
     bits = np.bitwise_count(phashes)
     told = np.flatnonzero(bits >= 8)
     hashes = phashes[told]
     if len(told) > 10 * BLOCK:
-        return told[_banded(hashes, most)]
+        unique, first = np.unique(hashes, return_index=True)
+        pairs: Pairs = told[np.sort(np.concatenate([chain(hashes), first[_banded(unique, most)]]), axis=1)]
+        return pairs
     return told[_near(len(told), _alike(hashes, most))]
 
 

@@ -87,13 +87,14 @@ class ImageSet:
 # ---------------------------------------------------------------- one picture
 
 
-def decode(data: bytes, enough: int | None = None) -> Image.Image:
+def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Image.Image:
     """Bytes of an image file -> upright RGB picture; ValueError with the reason if that cannot be.
 
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
     enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
     transform), to at least that many pixels a side: a camera's photo in a fraction of the time.
+    most: pixels that a picture may have.
     """
     if not data:
         raise ValueError("empty file")
@@ -102,12 +103,12 @@ def decode(data: bytes, enough: int | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Image.DecompressionBombError:  # Pillow's own limit lies above ours
-        raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
+        raise ValueError(f"more than {most:,} pixels") from None
     except Exception as error:  # decoders of hostile files raise nearly anything
         raise ValueError(_reason(error)) from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels, more than {most:,}")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width} x {height} pixels, too small (at least {MIN_SIDE} x {MIN_SIDE})")
     if image.mode == "F":

@@ -1,12 +1,11 @@
-"""Run -> one ONNX file: RGB pictures of any size in; logits, probabilities, strangeness and the heatmaps of all classes out."""
+"""Run -> one graph, in ONNX, in 8 bits or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,26 +13,25 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, compose, helper
+from onnx import compose, helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seewhy.attribution import feature_maps, linear_head
-from seewhy.errors import ConfigError, OutputError
-from seewhy.images import open_images, read_image
-from seewhy.progress import progress
+from seewhy.errors import ConfigError
 from seewhy.run import Run
 from seewhy.runtime import FORMAT
-from seewhy.split import read_split
+from seewhy.square_graph import IR, OPSET, square_graph
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import NEIGHBOURS, References
 
-OPSET, IR = 20, 10
-# What a file must keep to, against the run, on real pictures: a few resized pixels in a thousand differ by a grey level.
-MAX_DIFFERENCE, LEAST_CORRELATION = 0.02, 0.99
 
+class Answers(nn.Module):
+    """(N, 3, S, S) uint8 -> what a run answers, in the order of `names`, as one graph.
 
-class _Answers(nn.Module):
-    """(N, 3, S, S) uint8 -> logits, probabilities, and where the run has them strangeness and maps: what a run answers, as one graph."""
+    logits: (N, C). probabilities: (N, C), calibrated. strangeness: (N,), where the run tells unknown pictures.
+    heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
+    """
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -48,6 +46,12 @@ class _Answers(nn.Module):
             self.register_buffer("centre", torch.from_numpy(references.centre))
             self.register_buffer("directions", torch.from_numpy(references.directions))  # half precision, widened when run
         self.weight = _map_weight(run)
+        self.names = (
+            "logits",
+            "probabilities",
+            *(["strangeness"] if self.vectors else []),
+            *(["heatmaps"] if self.weight is not None else []),
+        )
 
     def _way(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model = cast(Any, self.model)
@@ -92,97 +96,49 @@ def _map_weight(run: Run) -> Tensor | None:
     return None if weight is None else weight.detach()
 
 
-# ---------------------------------------------------------------- the graph in front: any picture -> the network's square
-
-
-def _resizing_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
-    """(N, H, W, 3) uint8 -> (N, 3, S, S) uint8: cut and resized as `transforms.render` does, to a grey level here and there."""
-    if preprocessing.interpolation not in ("bilinear", "bicubic"):
-        raise ConfigError(f"interpolation {preprocessing.interpolation!r} cannot be part of an ONNX file; bilinear and bicubic can")
-    make = helper.make_node
-    nodes = [make("Transpose", ["pictures"], ["planes"], perm=[0, 3, 1, 2])]
-    constants = [helper.make_tensor("size", TensorProto.INT64, [1], [preprocessing.size])]
-    planes = "planes"
-    if preprocessing.resize == "crop":
-        nodes += _centre_cut(preprocessing.crop, constants)
-        planes = "cut"
-    options: dict[str, Any] = {"antialias": 1, "coordinate_transformation_mode": "half_pixel"}
-    if preprocessing.interpolation == "bicubic":
-        options |= {"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1}
-    else:
-        options |= {"mode": "linear"}
-    # One side after the other, rounded in between: so PyTorch works on bytes. All four sides are named, since ONNX Runtime
-    # moves the transposition behind the resizing, and forgets attributes that number the sides.
-    for name, value in (("zero", 0), ("second", 2), ("third", 3)):
-        constants.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
-    nodes += [
-        make("Shape", [planes], ["shape"]),
-        make("Slice", ["shape", "zero", "third"], ["all_but_width"]),
-        make("Slice", ["shape", "zero", "second"], ["all_but_both"]),
-        make("Concat", ["all_but_width", "size"], ["narrow_size"], axis=0),
-        make("Concat", ["all_but_both", "size", "size"], ["square_size"], axis=0),
-        make("Resize", [planes, "", "", "narrow_size"], ["narrow"], **options),
-        make("Resize", ["narrow", "", "", "square_size"], ["squares"], **options),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "resize",
-        [helper.make_tensor_value_info("pictures", TensorProto.UINT8, ["batch", "height_in", "width_in", 3])],
-        [helper.make_tensor_value_info("squares", TensorProto.UINT8, ["batch", 3, preprocessing.size, preprocessing.size])],
-        constants,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
-
-
-def _centre_cut(share: float, constants: list[onnx.TensorProto]) -> list[onnx.NodeProto]:
-    """Nodes that cut the centred square of `share` times the short side out of `planes`, at whole pixels, into `cut`."""
-    make = helper.make_node
-    for name, kind, value in (
-        ("two", TensorProto.INT64, 2),
-        ("four", TensorProto.INT64, 4),
-        ("axes", TensorProto.INT64, None),
-        ("share", TensorProto.FLOAT, share),
-        ("half", TensorProto.FLOAT, 0.5),
-    ):
-        values = [2, 3] if value is None else [value]
-        constants.append(helper.make_tensor(name, kind, [len(values)], values))
-    return [
-        make("Shape", ["planes"], ["whole"]),
-        make("Slice", ["whole", "two", "four"], ["sides"]),
-        make("Cast", ["sides"], ["sides_f"], to=TensorProto.FLOAT),
-        make("ReduceMin", ["sides_f"], ["short"], keepdims=1),
-        make("Mul", ["short", "share"], ["side"]),
-        make("Sub", ["sides_f", "side"], ["over"]),
-        make("Mul", ["over", "half"], ["low_f"]),
-        make("Add", ["low_f", "side"], ["high_f"]),
-        make("Round", ["low_f"], ["low_r"]),
-        make("Round", ["high_f"], ["high_r"]),
-        make("Cast", ["low_r"], ["low"], to=TensorProto.INT64),
-        make("Cast", ["high_r"], ["high"], to=TensorProto.INT64),
-        make("Slice", ["planes", "low", "high", "axes"], ["cut"]),
-    ]
-
-
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- ONNX
 
 
 def build_onnx(run: Run) -> onnx.ModelProto:
-    """The whole graph with its metadata, checked by onnx.checker."""
-    answers = _Answers(run).eval()
+    """pictures (N, H, W, 3) uint8 RGB -> the outputs of `Answers`, then squares (N, 3, S, S) uint8, what the network saw.
+
+    Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
+    """
+    return _with_squares(run, _network(run))
+
+
+def build_int8(run: Run, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
+    """The same with convolutions and products in 8 bits: static, a scale a channel.
+
+    squares: (N, S, S, 3) of training pictures, to calibrate on.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    batches = iter(squares.transpose(0, 3, 1, 2)[:, None])
+
+    class Squares(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no type information
+        def get_next(self) -> dict[str, Any] | None:
+            found = next(batches, None)
+            return None if found is None else {"squares_in": np.ascontiguousarray(found)}
+
+    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        full, small = Path(place, "full.onnx"), Path(place, "small.onnx")
+        onnx.save(_network(run), full)
+        quantize_static(full, small, Squares(), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "Gemm"])
+        network = onnx.load(small)
+    return _with_squares(run, network)
+
+
+def _network(run: Run) -> onnx.ModelProto:
+    """squares_in (N, 3, S, S) uint8 -> the outputs of `Answers`."""
+    answers = Answers(run).eval()
     size = run.backbone.preprocessing.size
-    names = [
-        "logits",
-        "probabilities",
-        *(["strangeness"] if answers.vectors else []),
-        *(["heatmaps"] if answers.weight is not None else []),
-    ]
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
         program = torch.onnx.export(
             answers,
-            (example,),
+            (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
             input_names=["squares_in"],
-            output_names=names,
+            output_names=list(answers.names),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -190,16 +146,25 @@ def build_onnx(run: Run) -> onnx.ModelProto:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    network = program.model_proto
-    network.ir_version = IR
-    whole = compose.merge_models(_resizing_graph(run.backbone.preprocessing), network, io_map=[("squares", "squares_in")])
-    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in _metadata(run).items()})
+    return program.model_proto
+
+
+def _with_squares(run: Run, network: onnx.ModelProto) -> onnx.ModelProto:
+    front = square_graph(run.backbone.preprocessing)
+    squares = front.graph.output[0]
+    network.ir_version = front.ir_version = IR
+    del front.opset_import[:], network.opset_import[1:]
+    front.opset_import.append(helper.make_opsetid("", OPSET))
+    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
+    whole.graph.output.append(squares)
+    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in metadata(run).items()})
     whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
     onnx.checker.check_model(whole, full_check=True)
     return whole
 
 
-def _metadata(run: Run) -> dict[str, Any]:
+def metadata(run: Run) -> dict[str, Any]:
+    """What an exported file says about itself."""
     manifest = run.manifest
     return {
         "seewhy_format": FORMAT,
@@ -207,6 +172,7 @@ def _metadata(run: Run) -> dict[str, Any]:
         "opset": OPSET,
         "classes": list(run.classes),
         "preprocessing": run.backbone.preprocessing.as_dict(),
+        "enough": run.backbone.preprocessing.enough,
         "temperature": run.temperature,
         "unknown_above": run.manifest.get("unknowns", {}).get("threshold"),
         "abstain": manifest.get("calibration", {}).get("abstain", []),
@@ -214,95 +180,42 @@ def _metadata(run: Run) -> dict[str, Any]:
         "data_sha256": manifest["data"]["hash"],
         "split_sha256": manifest["split"]["hash"],
         "test_accuracy": run.metrics["test"]["accuracy"],
+        "test_accuracy_ci95": run.metrics["test"].get("accuracy_ci95"),
+        "test_pictures": run.metrics["test"]["n"],
     }
 
 
-@dataclass(frozen=True)
-class Parity:
-    """An ONNX file against its run on N pictures, from files to answers.
+# ---------------------------------------------------------------- PyTorch
 
-    same_class: share of equal most probable classes. difference: largest of any probability. correlation: least and mean of the
-    heatmaps of the predicted class; nan where the file has none.
+
+class _FromPictures(nn.Module):
+    """(N, H, W, 3) uint8 -> the outputs of `Answers`."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.answers = Answers(run)
+        self.preprocessing: Preprocessing = run.backbone.preprocessing
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        given, size = self.preprocessing, self.preprocessing.size
+        planes = pictures.permute(0, 3, 1, 2)
+        squares: Tensor = self.answers(F.interpolate(planes, (size, size), mode=given.interpolation, antialias=True))
+        return cast(tuple[Tensor, ...], squares)
+
+
+def build_pt2(run: Run) -> bytes:
+    """The same as a program of torch.export: `torch.export.load(FILE).module()(pictures)`, without seewhy.
+
+    ConfigError for runs on centred squares, whose cut depends on the picture's size.
     """
-
-    n: int
-    same_class: float
-    difference: float
-    correlation_least: float
-    correlation_mean: float
-
-
-def measure_parity(run: Run, model: bytes, paths: list[Path]) -> Parity:
-    """Runs both on the files; heatmaps are compared where the file has them."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    expected = run.explain(paths, "gradcam") if "heatmaps" in names else None
-    theirs = run.predict(paths).probs
-    probs, correlations = [], []
-    with progress("comparing", len(paths)) as advance:
-        for n, path in enumerate(paths):
-            picture = np.asarray(read_image(path))[None]
-            found = dict(zip(names, session.run(None, {"pictures": picture}), strict=True))
-            probs.append(found["probabilities"][0])
-            if expected is not None:
-                correlations.append(_correlation(found["heatmaps"][0, expected.targets[n]], expected.maps[n]))
-            advance(1)
-    ours = np.stack(probs)
-    return Parity(
-        n=len(paths),
-        same_class=float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()),
-        difference=float(np.abs(ours - theirs).max()),
-        correlation_least=float(np.min(correlations)) if correlations else float("nan"),
-        correlation_mean=float(np.mean(correlations)) if correlations else float("nan"),
-    )
-
-
-def _correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """Pearson's, of two maps; 1 for two constant ones."""
-    if one.std() == 0 or other.std() == 0:
-        return float(np.allclose(one, other, atol=1e-3))
-    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
-
-
-def export_onnx(run: Run, path: Path | str, pictures: int = 200) -> Parity | None:
-    """Writes the run as one ONNX file, after comparing it with the run on at most `pictures` of its own test pictures.
-
-    Returns None where the data is no longer there to compare on. Raises OutputError where file and run do not say the same.
-    """
-    path = Path(path)
-    data = build_onnx(run).SerializeToString()
-    paths = _test_files(run, pictures)
-    parity = measure_parity(run, data, paths) if paths else None
-    if parity is not None and not (parity.difference <= MAX_DIFFERENCE and not parity.correlation_least < LEAST_CORRELATION):
-        raise OutputError(
-            f"{path}: not written, since it would not say what the run says (probabilities differ by up to {parity.difference:.4f}, "
-            f"heatmaps correlate at least {parity.correlation_least:.4f}); please report the backbone {run.config.backbone}"
+    if run.backbone.preprocessing.resize == "crop":
+        raise ConfigError(
+            "a .pt2 file squashes the whole picture, and this run cuts the centred square out; export --format onnx does that too"
         )
-    work = path.parent / f".{path.name}-{os.getpid()}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_bytes(data)
-        os.replace(work, path)
-    except OSError as error:
-        with suppress(OSError):
-            work.unlink()
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from error
-    return parity
-
-
-def _test_files(run: Run, most: int) -> list[Path]:
-    """Some test pictures of the run, drawn at random; none where its data cannot be opened."""
-    from seewhy.errors import SeewhyError
-
-    config = run.config
-    try:
-        images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
-        test = read_split(run.path, images).test
-    except SeewhyError:
-        return []
-    drawn = np.sort(np.random.default_rng(0).permutation(test)[:most])
-    return [Path(images.paths[i]) for i in drawn]
+    batch, height, width = (torch.export.Dim(name, min=1 if name == "batch" else 8, max=20_000) for name in ("batch", "height", "width"))
+    example = torch.zeros(2, 300, 200, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(_FromPictures(run).eval(), (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
+    data = io.BytesIO()
+    torch.export.save(program, data, extra_files={"seewhy.json": json.dumps(metadata(run), ensure_ascii=False)})
+    return data.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import os
@@ -9,14 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import list_pictures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Columns = dict[str, list[Any]]  # name -> a value a row
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,26 @@ class Predictions:
     unknown: npt.NDArray[np.bool_]
     bad: tuple[tuple[str, str], ...] = field(default=())
 
-    def table(self, top_k: int = 5, abstain_below: float | None = None) -> pd.DataFrame:
+    def columns(self, top_k: int = 5, abstain_below: float | None = None) -> Columns:
         """One row a picture: path, class_1, prob_1, class_2, ... for the top_k most probable classes, and unknown.
 
         abstain_below: adds the column `answer`, class_1 where its probability is at least this and nothing elsewhere.
         """
         order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
-        columns: dict[str, Any] = {"path": list(self.paths)}
+        columns: Columns = {"path": list(self.paths)}
         for k in range(order.shape[1]):
             columns[f"class_{k + 1}"] = [self.classes[c] for c in order[:, k]]
-            columns[f"prob_{k + 1}"] = self.probs[np.arange(len(order)), order[:, k]]
-        columns["unknown"] = self.unknown
+            columns[f"prob_{k + 1}"] = self.probs[np.arange(len(order)), order[:, k]].tolist()
+        columns["unknown"] = self.unknown.tolist()
         if abstain_below is not None:
             columns["answer"] = [c if sure >= abstain_below else "" for c, sure in zip(columns["class_1"], columns["prob_1"], strict=True)]
-        return pd.DataFrame(columns)
+        return columns
+
+    def table(self, top_k: int = 5, abstain_below: float | None = None) -> pd.DataFrame:
+        """`columns` as a DataFrame."""
+        import pandas as pd  # not at the top: an exported file is answered with where there is none
+
+        return pd.DataFrame(self.columns(top_k, abstain_below))
 
     def records(self, top_k: int = 5, abstain_below: float | None = None) -> list[dict[str, Any]]:
         """JSON-ready: [{"path", "top": [{"class", "prob"}, ...], "unknown"}, ...]; `abstain_below` adds "answer" (a class or null)."""
@@ -61,15 +72,15 @@ class Predictions:
     def save(self, path: Path | str, top_k: int = 5) -> None:
         """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
         with open_table(path) as write:
-            write(self.table(top_k))
+            write(self.columns(top_k))
 
 
 # ---------------------------------------------------------------- tables on disk
 
 
 @contextmanager
-def open_table(path: Path | str) -> Iterator[Callable[[pd.DataFrame], None]]:
-    """A function that appends tables to a file of the kind its suffix names; the file appears when all is written.
+def open_table(path: Path | str) -> Iterator[Callable[[Columns], None]]:
+    """A function that appends rows to a file of the kind its suffix names; the file appears when all is written.
 
     Raises OutputError for an unknown suffix or a place that cannot be written.
     """
@@ -100,21 +111,29 @@ def _remove(work: Path, new_parent: bool) -> None:
 
 
 @contextmanager
-def _csv_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+def _csv_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     with path.open("w", newline="", encoding="utf-8") as file:
-        header = iter([True])
-        yield lambda table: table.to_csv(file, index=False, header=next(header, False))
+        rows = csv.writer(file, lineterminator="\n")
+        started: list[bool] = []
+
+        def write(columns: Columns) -> None:
+            if not started:
+                rows.writerow(columns)
+                started.append(True)
+            rows.writerows(zip(*columns.values(), strict=True))
+
+        yield write
 
 
 @contextmanager
-def _parquet_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+def _parquet_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     opened: list[Any] = []
 
-    def write(table: pd.DataFrame) -> None:
-        block = pa.Table.from_pandas(table, preserve_index=False)
+    def write(columns: Columns) -> None:
+        block = pa.table(columns)
         if not opened:
             opened.append(pq.ParquetWriter(path, block.schema))
         opened[0].write_table(block)
@@ -127,19 +146,19 @@ def _parquet_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
 
 
 @contextmanager
-def _json_writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+def _json_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     with path.open("w", encoding="utf-8") as file:
         between = iter(["["])
 
-        def write(table: pd.DataFrame) -> None:
-            for record in table.to_dict("records"):
-                file.write(next(between, ",") + "\n" + json.dumps(record, ensure_ascii=False))
+        def write(columns: Columns) -> None:
+            for row in zip(*columns.values(), strict=True):
+                file.write(next(between, ",") + "\n" + json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False))
 
         yield write
         file.write(next(between, "") + "\n]\n")
 
 
-WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[pd.DataFrame], None]]]] = {
+WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], None]]]] = {
     ".csv": _csv_writer,
     ".parquet": _parquet_writer,
     ".json": _json_writer,

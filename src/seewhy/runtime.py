@@ -20,7 +20,7 @@ from seewhy.predictions import Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
 from seewhy.streams import in_batches, in_order
 
-FORMAT = 1  # of the metadata, which portable.py writes
+FORMAT = 2  # of the metadata, which portable.py writes
 BLOCK = 4096
 
 
@@ -28,58 +28,82 @@ BLOCK = 4096
 class OnnxModel:
     """An exported run.
 
-    classes: C names. unknown_above: the strangeness above which a picture looks like nothing known; infinite where the file has none.
-    abstain: rows of precision and threshold, chosen on val. outputs: names of what the graph gives.
+    name: where it comes from, for messages. session: of ONNX Runtime. outputs: names of what the graph gives. facts: its metadata.
     """
 
-    path: Path
+    name: str
     session: Any
-    classes: tuple[str, ...]
-    unknown_above: float
-    abstain: tuple[dict[str, Any], ...]
     outputs: tuple[str, ...]
+    facts: dict[str, Any]
 
-    def answer(self, picture: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-        """(H, W, 3) uint8 RGB -> logits (C,), probabilities (C,), and where the file has them strangeness () and heatmaps (C, h, w)."""
-        found = self.session.run(None, {"pictures": picture[None]})
-        return {name: values[0] for name, values in zip(self.outputs, found, strict=True)}
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """C names."""
+        return tuple(self.facts["classes"])
+
+    @property
+    def unknown_above(self) -> float:
+        """The strangeness above which a picture looks like nothing known; infinite where the file has none."""
+        above = self.facts["unknown_above"]
+        return math.inf if above is None else float(above)
+
+    def ask(self, pictures: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+        """(N, H, W, 3) uint8 RGB -> logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8, and where the file has them
+
+        strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone; nothing else is computed.
+        """
+        only = onnxruntime.RunOptions()
+        only.only_execute_path_to_fetches = True
+        names = self.outputs if wanted is None else wanted
+        return dict(zip(names, self.session.run(list(names), {"pictures": pictures}, only), strict=True))
+
+    def read(self, path: Path | str) -> npt.NDArray[np.uint8]:
+        """A picture file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
+        return np.asarray(read_image(path, self.facts["enough"]))
 
     def threshold_for(self, precision: float) -> float:
         """The least probability to answer at for one of the precisions that the run has chosen thresholds for; ConfigError for others."""
-        known = {row["precision"]: row["threshold"] for row in self.abstain if row["threshold"] is not None}
+        known = {row["precision"]: row["threshold"] for row in self.facts["abstain"] if row["threshold"] is not None}
         if precision not in known:
             shown = ", ".join(map(str, known)) or "none"
-            raise ConfigError(f"{self.path}: knows thresholds for the precisions {shown}; use one of these, or --abstain-below")
+            raise ConfigError(f"{self.name}: knows thresholds for the precisions {shown}; use one of these, or --abstain-below")
         return float(known[precision])
 
 
-def load_onnx(path: Path | str) -> OnnxModel:
-    """A file of `seewhy export` -> OnnxModel. Raises RunError where it is missing, damaged, of another version, or not from seewhy."""
-    path = Path(path)
-    if not path.is_file():
-        raise RunError(f"{path}: no such file; `seewhy export RUN` makes one")
+def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
+    """A file of `seewhy export`, or its bytes -> OnnxModel, each of whose answers takes `threads` cores.
+
+    Raises RunError where it is missing, damaged, of another version, or not from seewhy.
+    """
+    name = "this model" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise RunError(f"{name}: no such file; `seewhy export RUN` makes one")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # pictures are answered side by side, a core each
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises types of its own
-        raise RunError(f"{path}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
-    try:
-        meta = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        if int(meta["seewhy_format"]) != FORMAT:
-            raise RunError(f"{path}: format {meta['seewhy_format']}, this seewhy reads format {FORMAT}; export the run again")
-        above = meta["unknown_above"]
-        return OnnxModel(
-            path=path,
-            session=session,
-            classes=tuple(meta["classes"]),
-            unknown_above=math.inf if above is None else float(above),
-            abstain=tuple(meta["abstain"]),
-            outputs=tuple(output.name for output in session.get_outputs()),
+        session = onnxruntime.InferenceSession(
+            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
         )
+    except Exception as error:  # onnxruntime raises types of its own
+        raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
+    try:
+        facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        if int(facts["seewhy_format"]) != FORMAT:
+            raise RunError(f"{name}: format {facts['seewhy_format']}, this seewhy reads format {FORMAT}; export the run again")
+        _check(facts)
     except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path}: an ONNX file, but not one of `seewhy export` ({error!r}); export the run again") from error
+        raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({error!r}); export the run again") from error
+    return OnnxModel(name, session, tuple(output.name for output in session.get_outputs()), facts)
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """KeyError, ValueError or TypeError where metadata lacks what is read later."""
+    if not all(isinstance(name, str) for name in facts["classes"]) or not facts["classes"]:
+        raise ValueError("classes are no list of names")
+    int(facts["enough"]), float(facts["unknown_above"] or 0)
+    for row in facts["abstain"]:
+        float(row["precision"]), float(row["threshold"] or 0)
 
 
 def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
@@ -91,9 +115,11 @@ def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool 
     bad: list[tuple[str, str]] = []
     kept = 0
 
-    def answer(path: Path) -> dict[str, npt.NDArray[np.float32]] | str:
+    wanted = [name for name in ("probabilities", "strangeness") if name in model.outputs]
+
+    def answer(path: Path) -> dict[str, npt.NDArray[Any]] | str:
         try:
-            return model.answer(np.asarray(read_image(path)))
+            return model.ask(model.read(path)[None], wanted)
         except ImageError as error:
             return error.bad[0][1]
 
@@ -107,8 +133,8 @@ def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool 
                     bad.append((str(path), found))
                     continue
                 names.append(str(path))
-                probs.append(found["probabilities"])
-                strange.append(float(found["strangeness"]) if "strangeness" in found else -math.inf)
+                probs.append(found["probabilities"][0])
+                strange.append(float(found["strangeness"][0]) if "strangeness" in found else -math.inf)
             kept += len(names)
             if skip_bad or not bad:
                 rows = np.stack(probs).astype(np.float64) if probs else np.empty((0, len(model.classes)))

@@ -16,6 +16,7 @@ Score = npt.NDArray[np.float64]
 
 NEIGHBOURS = 3  # the how-manieth nearest training picture
 REFERENCES = 4096  # training pictures that are kept; fewer are worse at strange classes (benchmarks/unknowns.py)
+ROWS = 1024  # vectors held against the references at a time
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 
 
@@ -125,9 +126,13 @@ class References:
 
         Nearest neighbours of features (Sun 2022, arXiv:2204.06507), with centred features and a sample in place of all pictures.
         """
-        alike = _unit(vectors - self.centre).astype(np.float32) @ self.directions.astype(np.float32).T
-        nearest = min(NEIGHBOURS, alike.shape[1])
-        return np.asarray(1 - np.partition(alike, -nearest, axis=1)[:, -nearest], dtype=np.float64)
+        directions = self.directions.astype(np.float32).T
+        nearest = min(NEIGHBOURS, directions.shape[1])
+        found = np.empty(len(vectors))
+        for start in range(0, len(vectors), ROWS):  # all at once they would take 16 KB a picture
+            alike = _unit(vectors[start : start + ROWS] - self.centre).astype(np.float32) @ directions
+            found[start : start + ROWS] = 1 - np.partition(alike, -nearest, axis=1)[:, -nearest]
+        return found
 
 
 def sample_references(vectors: Array, seed: int = 0) -> References:

@@ -1,0 +1,32 @@
+"""Heatmap -> a transparent picture to lay over the one it explains; web/heat.js draws the same in the browser."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+# Value -> red, green, blue, alpha: what has no weight stays clear.
+STOPS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+COLOURS = np.array([[70, 20, 90, 0], [150, 35, 90, 90], [225, 80, 45, 160], [250, 165, 20, 200], [252, 245, 120, 225]])
+LARGEST = 1024  # pixels a side
+
+
+def heat_png(heatmap: npt.NDArray[np.floating], size: tuple[int, ...], box_share: float | None = None) -> bytes:
+    """(h, w) values from 0 to 1 -> a PNG with transparency of the proportions of `size` (width, height), at most LARGEST a side.
+
+    box_share: where the map covers the centred square alone, the square's side over the short side.
+    """
+    share = min(1.0, LARGEST / max(size))
+    width, height = (max(1, round(side * share)) for side in size)
+    inner = (width, height) if box_share is None else (max(1, round(box_share * min(width, height))),) * 2
+    large = np.zeros((height, width), dtype=np.float32)
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    enlarged = Image.fromarray(heatmap.astype(np.float32)).resize(inner, Image.Resampling.BILINEAR)
+    large[top : top + inner[1], left : left + inner[0]] = np.asarray(enlarged).clip(0, 1)
+    colours = np.stack([np.interp(large, STOPS, COLOURS[:, channel]) for channel in range(4)], axis=-1).round().astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(colours, "RGBA").save(data, "PNG")
+    return data.getvalue()

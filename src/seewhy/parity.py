@@ -1,0 +1,183 @@
+"""Run -> a file of one of KINDS, compared with the run on its own test pictures, and written only if both say the same."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from seewhy.errors import ConfigError, OutputError, SeewhyError
+from seewhy.features import square_of
+from seewhy.images import ImageSet, open_images, read_image
+from seewhy.portable import Answers, build_int8, build_onnx, build_pt2
+from seewhy.progress import progress
+from seewhy.run import Run
+from seewhy.runtime import load_onnx
+from seewhy.split import Split, read_split
+
+# What a file of 32 bits must keep to, against the run, on real pictures.
+MAX_DIFFERENCE, LEAST_CORRELATION = 1e-4, 0.999
+CALIBRATION = 300  # training pictures that 8 bits are calibrated on
+Answer = Callable[[Path], dict[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A file against its run on N test pictures, from picture files to answers.
+
+    same_class: share of equal most probable classes. difference: largest of any probability. correlation_least, correlation_mean:
+    Pearson's, of the heatmaps of the predicted class; None where the file has none. accuracy, run_accuracy: of file and run on
+    these pictures. milliseconds: median of an answer on one core, reading and decoding included.
+    """
+
+    n: int
+    same_class: float
+    difference: float
+    correlation_least: float | None
+    correlation_mean: float | None
+    accuracy: float
+    run_accuracy: float
+    milliseconds: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= MAX_DIFFERENCE and (self.correlation_least is None or self.correlation_least >= LEAST_CORRELATION)
+
+
+def measure_parity(run: Run, answer: Answer, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
+    """Asks both about the files; heatmaps are compared where the file has them."""
+    theirs = run.predict(list(paths)).probs
+    expected = run.explain(list(paths), "gradcam") if "heatmaps" in answer(paths[0]) else None
+    probs, correlations, seconds = [], [], []
+    with progress("comparing", len(paths)) as advance:
+        for n, path in enumerate(paths):
+            began = time.perf_counter()
+            found = answer(path)
+            seconds.append(time.perf_counter() - began)
+            probs.append(found["probabilities"][0])
+            if expected is not None:
+                correlations.append(_correlation(found["heatmaps"][0, expected.targets[n]], expected.maps[n]))
+            advance(1)
+    ours = np.stack(probs)
+    return Parity(
+        n=len(paths),
+        same_class=float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()),
+        difference=float(np.abs(ours - theirs).max()),
+        correlation_least=float(np.min(correlations)) if correlations else None,
+        correlation_mean=float(np.mean(correlations)) if correlations else None,
+        accuracy=float((ours.argmax(axis=1) == labels).mean()),
+        run_accuracy=float((theirs.argmax(axis=1) == labels).mean()),
+        milliseconds=1000 * statistics.median(seconds),
+    )
+
+
+def _correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """Pearson's, of two maps; where one is constant, 1 if both are the same and 0 if not."""
+    if one.std() == 0 or other.std() == 0:
+        return float(np.allclose(one, other, atol=1e-3))
+    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+# ---------------------------------------------------------------- kinds of files
+
+
+def _onnx(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+    return _asked(build_onnx(run).SerializeToString())
+
+
+def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+    if data is None:
+        raise ConfigError(f"{run.path}: 8 bits are calibrated on training pictures, and they are not where they were; export --format onnx")
+    images, split = data
+    drawn = np.random.default_rng(0).permutation(split.train)[:CALIBRATION]
+    squares = np.stack([square_of(images.paths[i], run.backbone.preprocessing) for i in drawn])
+    return _asked(build_int8(run, squares).SerializeToString())
+
+
+def _asked(model: bytes) -> tuple[bytes, Answer]:
+    loaded = load_onnx(model)
+    return model, lambda path: loaded.ask(loaded.read(path)[None])
+
+
+def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+    program = build_pt2(run)
+    module: Any = torch.export.load(io.BytesIO(program)).module()
+    names = Answers(run).names
+    enough = run.backbone.preprocessing.enough
+
+    def answer(path: Path) -> dict[str, npt.NDArray[Any]]:
+        with torch.inference_mode():
+            found = module(torch.from_numpy(np.array(read_image(path, enough)))[None])
+        return {name: values.numpy() for name, values in zip(names, found, strict=True)}
+
+    return program, answer
+
+
+# kind -> (suffix, how it is made, whether it must say what the run says)
+KINDS: dict[str, tuple[str, Callable[[Run, tuple[ImageSet, Split] | None], tuple[bytes, Answer]], bool]] = {
+    "onnx": (".onnx", _onnx, True),
+    "int8": ("-int8.onnx", _int8, False),
+    "pt2": (".pt2", _pt2, True),
+}
+
+
+def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
+    """Writes the run as a file of one of KINDS, after comparing it with the run on at most `pictures` of its own test pictures.
+
+    path: None for `model` and the kind's suffix in the run's folder. The second result is None where the run's data is no longer
+    there to compare on. Raises OutputError where file and run do not say the same (8 bits may differ), or the place cannot be written.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"format {kind!r} is none of {', '.join(KINDS)}")
+    suffix, make, must_agree = KINDS[kind]
+    path = run.path / f"model{suffix}" if path is None else Path(path)
+    data = _data_of(run)
+    content, answer = make(run, data)
+    parity = _compare(run, answer, data, pictures) if data is not None else None
+    if parity is not None and must_agree and not parity.holds:
+        maps = "" if parity.correlation_least is None else f", heatmaps correlate at least {parity.correlation_least:.4f}"
+        raise OutputError(
+            f"{path}: not written, since it would not say what the run says (probabilities differ by up to {parity.difference:.1e}"
+            f"{maps}); please report the backbone {run.config.backbone}"
+        )
+    write_whole(path, content)
+    return path, parity
+
+
+def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
+    """The pictures of a run and their split; None where they cannot be opened any more."""
+    config = run.config
+    try:
+        images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
+        return images, read_split(run.path, images)
+    except SeewhyError:
+        return None
+
+
+def _compare(run: Run, answer: Answer, data: tuple[ImageSet, Split], most: int) -> Parity:
+    images, split = data
+    drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:most])
+    return measure_parity(run, answer, [images.paths[i] for i in drawn], images.labels[drawn])
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears when all of it is written. OutputError where it cannot be."""
+    work = path.parent / f".{path.name}-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.write_bytes(content)
+        os.replace(work, path)
+    except OSError as error:
+        with suppress(OSError):
+            work.unlink()
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from error

@@ -1,0 +1,41 @@
+// Answers by the server that this page comes from.
+export const where = "Pictures are sent to the server this page comes from; it answers and keeps nothing.";
+
+let key = sessionStorage.getItem("seewhy-key") ?? "";
+
+async function ask(address, options = {}) {
+  let response;
+  try {
+    response = await fetch(address, { ...options, headers: key ? { "X-API-Key": key } : {} });
+  } catch {
+    throw new Error("The server does not answer; is it still running?");
+  }
+  if (response.status === 401) {
+    key = prompt("This server wants a key:") ?? "";
+    if (!key) throw new Error("The server wants a key.");
+    sessionStorage.setItem("seewhy-key", key);
+    return ask(address, options);
+  }
+  if (response.status === 503) {
+    await new Promise((wake) => setTimeout(wake, 1000 * Number(response.headers.get("Retry-After") ?? 1)));
+    return ask(address, options);
+  }
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error.message.replace(`${options.name}: `, ""));
+  return body;
+}
+
+export const describe = () => ask("classes");
+
+// A picture file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
+export async function answer(file, about) {
+  const form = new FormData();
+  form.append("files", file, file.name ?? "picture");
+  const body = await ask(`predict?top_k=${about.classes.length}${about.heatmaps ? "&heatmap=all" : ""}`, { method: "POST", body: form, name: file.name });
+  const [found] = body.answers;
+  const number = new Map(about.classes.map((name, n) => [name, n]));
+  const probs = new Float32Array(about.classes.length);
+  for (const choice of found.top) probs[number.get(choice.class_name)] = choice.prob;
+  const maps = found.heatmap && { shape: found.heatmap.shape, values: Float32Array.from(atob(found.heatmap.bytes), (c) => c.charCodeAt(0) / 255) };
+  return { probs, unknown: found.unknown, unsure: found.unsure, maps: maps ?? null };
+}

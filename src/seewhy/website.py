@@ -1,0 +1,82 @@
+"""Exported file -> a folder for any web host: the page, the model, and onnxruntime-web to run it in the browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from seewhy.about import about
+from seewhy.cache import cache_dir
+from seewhy.errors import OutputError
+from seewhy.jsonable import finite
+from seewhy.runtime import load_onnx
+
+WEB = Path(__file__).parent / "web"
+PARTS = {"index.html": "index.html", "page.css": "page.css", "page.js": "page.js", "heat.js": "heat.js", "engine_browser.js": "engine.js"}
+RUNTIME = "onnxruntime-web-1.30.0"
+RUNTIME_PARTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+def write_website(model: Path, folder: Path, precision: float | None = None) -> Path:
+    """Writes the folder, whole or not at all. OutputError where it exists or cannot be written, or onnxruntime-web cannot be had."""
+    if folder.exists():
+        raise OutputError(f"{folder}: exists already; remove it, or name another folder with --web")
+    facts = finite(about(load_onnx(model), precision))
+    archive = fetch_runtime()
+    work = folder.parent / f".{folder.name}-{os.getpid()}"
+    try:
+        (work / "ort").mkdir(parents=True)
+        for name, written in PARTS.items():
+            shutil.copyfile(WEB / name, work / written)
+        shutil.copyfile(model, work / "model.onnx")
+        (work / "model.json").write_text(json.dumps(facts, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        unpack_runtime(archive, work / "ort")
+        os.replace(work, folder)
+    except OutputError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another place with --web") from error
+    return folder
+
+
+def fetch_runtime() -> Path:
+    """The npm package of onnxruntime-web, from the cache or by npm."""
+    archive = cache_dir() / f"{RUNTIME}.tgz"
+    if archive.is_file():
+        return archive
+    npm = shutil.which("npm")
+    advice = f"install Node.js, or put the npm package as {archive}"
+    if npm is None:
+        raise OutputError(f"onnxruntime-web is fetched by npm, and there is none; {advice}")
+    package, _, version = RUNTIME.rpartition("-")
+    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
+        done = subprocess.run([npm, "pack", "--silent", f"{package}@{version}"], cwd=place, capture_output=True, text=True, check=False)
+        found = list(Path(place).glob("*.tgz"))
+        if done.returncode or not found:
+            reason = " ".join(done.stderr.split())[:120] or "nothing came"
+            raise OutputError(f"onnxruntime-web could not be fetched by npm ({reason}); {advice}")
+        os.replace(found[0], archive)
+    return archive
+
+
+def unpack_runtime(archive: Path, folder: Path) -> None:
+    """The parts that a browser loads, and the page that names the licence. OutputError for an archive that lacks them."""
+    try:
+        with tarfile.open(archive) as package:
+            for name in (*(f"dist/{part}" for part in RUNTIME_PARTS), "README.md"):
+                with suppress(KeyError):  # what is missing is named below
+                    file = package.extractfile(f"package/{name}")
+                    if file is not None:
+                        (folder / Path(name).name).write_bytes(file.read())
+    except (tarfile.TarError, EOFError) as error:
+        raise OutputError(f"{archive}: damaged ({error}); remove it and export again") from error
+    if missing := [part for part in RUNTIME_PARTS if not (folder / part).is_file()]:
+        raise OutputError(f"{archive}: lacks {missing[0]}; remove it and export again")
