@@ -50,7 +50,7 @@ def give(page: Any, *files: Path) -> None:
 def shares(page: Any) -> dict[str, float]:
     """Class -> percent, as the bars say."""
     names, values = page.locator("#bars .name").all_inner_texts(), page.locator("#bars .share").all_inner_texts()
-    return {name: float(value.strip("%> ")) for name, value in zip(names, values, strict=True)}
+    return {name: float(value.strip("%<> ")) for name, value in zip(names, values, strict=True)}
 
 
 def drawn(page: Any) -> Any:
@@ -106,7 +106,7 @@ def test_served_page(address: str, demo_run: Run, demo_pictures: list[Path], dar
         ready(page)
         assert "tells 8 classes apart; right on" in page.locator("#about").inner_text()
         give(page, *demo_pictures[::6])
-        agrees_with_the_run(page, demo_run, demo_pictures[::6], within=0.051)
+        agrees_with_the_run(page, demo_run, demo_pictures[::6], within=0.1)
         every_class_has_its_heatmap(page)
         page.locator("#search").fill("tree")
         page.locator("#search").press("Tab")

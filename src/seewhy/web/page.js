@@ -3,7 +3,7 @@ import { draw } from "./heat.js";
 import { answer, describe, where } from "./engine.js";
 
 const element = (id) => document.getElementById(id);
-const percent = (share) => (share > 0.999 && share < 1 ? "> 99.9%" : `${(100 * share).toFixed(1)}%`);
+const percent = (share) => (share > 0.9995 && share < 1 ? "> 99.9%" : share < 0.0005 && share > 0 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
 const readable = (name) => name.replaceAll("_", " ");
 const SHOWN = 5, LARGEST = 1600;
 
@@ -25,7 +25,9 @@ async function start() {
   const interval = about.test_accuracy_ci95 ? ` (95% interval ${about.test_accuracy_ci95.map(percent).join(" to ")})` : "";
   element("about").textContent = `tells ${about.classes.length} classes apart; right on ${percent(about.test_accuracy)}${interval} of ${about.test_pictures} test pictures`;
   for (const name of about.classes) element("names").append(new Option(readable(name)));
-  element("slide").hidden = !about.heatmaps;
+  element("all").textContent = about.classes.map(readable).join(", ");
+  element("known").hidden = false;
+  element("slide").hidden = element("scale").hidden = !about.heatmaps;
   document.body.dataset.ready = "yes";
 }
 
@@ -87,7 +89,8 @@ function addToStrip(entry) {
   const canvas = document.createElement("canvas");
   draw(canvas, entry.picture, null, 0);
   const label = document.createElement("span");
-  label.textContent = readable(about.classes[top(entry.found)[0]]);
+  const name = readable(about.classes[top(entry.found)[0]]);
+  label.textContent = entry.found.unknown ? "unknown" : entry.found.unsure ? `${name}?` : name;
   button.title = entry.name;
   button.append(canvas, label);
   button.addEventListener("click", () => show(entry));
