@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from common import record, seewhy
+from fastapi import FastAPI, UploadFile  # here, where FastAPI looks for the names of annotations
 
 CLIENTS = 32
 OF_PREDICT = "share of predict's rate"
@@ -109,7 +110,6 @@ def peer(run_folder: str) -> None:
     import timm
     import torch
     import uvicorn
-    from fastapi import FastAPI, UploadFile
     from PIL import Image
 
     from seewhy.run import load as load_run
