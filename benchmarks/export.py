@@ -63,7 +63,7 @@ def main() -> None:
         notes = [
             "Caltech-101, seed 0, frozen backbones. A file of 32 bits is not written by `seewhy export` where it differs by more than 1e-4."
         ]
-        command = "python benchmarks/export.py"
+        command = "python benchmarks/export.py --data-root DIR --weights FILE"
         record("export", "Exported files beside their runs", {"rows": rows, "raw": raw, "notes": notes, "command": command})
     print(json.dumps({"name": "export", "ratios": ratios}))
 

@@ -247,6 +247,7 @@ def main() -> None:
         "p99 over bare p99": round(percentile(waits["seewhy"], 0.99) / percentile(waits["bare"], 0.99), 2),
     }
     assert steady["good failed"] == 0, steady
+    assert max(steady["bad got"]) < 500, steady
     if not arguments.quick:
         keep(rates, waits, starts, steady, ratios, arguments)
     print(json.dumps({"name": "serving", "ratios": ratios, "soak": steady}))

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import distribution, packages_distributions, requires
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,17 @@ def test_nothing_but_the_light_requirements(demo_run: Run, file: Path, pictures:
     answers = json.loads(done.stdout)
     expected = demo_run.predict(pictures).records()
     assert [a["top"][0]["class"] for a in answers] == [e["top"][0]["class"] for e in expected]
+
+
+def test_the_light_requirements_stay_light() -> None:
+    """Under 300 MB with everything they bring (pip itself is some 10 MB more)."""
+    light = installed_by(REPOSITORY / "requirements-runtime.txt")
+    sizes = {}
+    for name in light:
+        files = [Path(str(file.locate())) for file in distribution(name).files or []]
+        sizes[name] = sum(file.stat().st_size for file in files if file.is_file())
+    assert sum(sizes.values()) > 50_000_000  # what is counted is really there
+    assert sum(sizes.values()) < 290_000_000, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
 def test_noise_is_flagged_and_thresholds_come_with_the_file(file: Path, demo_run: Run, tmp_path: Path) -> None:

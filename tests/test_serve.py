@@ -42,6 +42,12 @@ def noise_png(width: int = 200, height: int = 200) -> bytes:
     return data.getvalue()
 
 
+def plain(kind: str, width: int, height: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height)).save(data, kind)
+    return data.getvalue()
+
+
 def bomb_png(side: int) -> bytes:
     """A PNG of a few hundred bytes that claims side x side pixels."""
 
@@ -108,7 +114,18 @@ BAD: list[tuple[str, Any, dict[str, Any], int, str, str]] = [
     ("not a picture", [b"hello"], {}, 422, "no_usable_picture", "not an image"),
     ("nothing in it", [b""], {}, 422, "no_usable_picture", "empty file"),
     ("a bomb", [bomb_png(40_000)], {}, 422, "no_usable_picture", "more than 1,000,000"),
-    ("more pixels than allowed", [noise_png(1300, 800)], {}, 413, "too_many_bytes", "more than 3 MB in one request"),
+    ("more pixels than allowed", [plain("PNG", 1300, 800)], {}, 422, "no_usable_picture", "1300 x 800 pixels, more than 1,000,000"),
+    ("longer than allowed", [plain("PNG", 100_000, 9)], {}, 422, "no_usable_picture", "longer than 65,535"),
+    ("more bytes than allowed", [noise_png(1300, 800)], {}, 413, "too_many_bytes", "more than 3 MB in one request"),
+    (
+        "a format that may start other programs",
+        [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
+        {},
+        422,
+        "no_usable_picture",
+        "not an image",
+    ),
+    ("an icon larger than it says", [plain("ICO", 64, 64)], {}, 422, "no_usable_picture", "not an image"),
     ("too many files", [b"x"] * 9, {}, 413, "too_many_files", "more than 8 files"),
     ("far too many files", [b"x"] * 500, {}, 413, "too_many_files", "more than 8 files"),
     ("unknown class", [GOOD], {"target": "cat"}, 422, "unknown_class", "no class is named 'cat'; GET /classes lists them"),
@@ -152,12 +169,13 @@ def test_other_bodies(client: TestClient) -> None:
         (b"{}", "application/json", 415, "not_a_form"),
         (b"\xff\xd8", "image/jpeg", 415, "not_a_form"),
         (b"", "multipart/form-data", 400, "broken_form"),
-        (b"garbage", "multipart/form-data; boundary=x", 400, ""),
+        (b"garbage", "multipart/form-data; boundary=x", 400, "broken_form"),
+        (b"garbage", "multipart/form-data; charset=utf-7; boundary=x", 400, "broken_form"),
         (b"a=b", "application/x-www-form-urlencoded", 415, "not_a_form"),
     ]:
         response = client.post("/predict", content=content, headers={"content-type": kind})
         assert response.status_code == status, response.text
-        assert code in response.json()["error"]["code"]
+        assert response.json()["error"]["code"] == code, response.text
     assert client.post("/predict", data={"files": "text"}, files={"other": b"x"}).json()["error"]["code"] == "no_files"
     assert client.get("/predict").json()["error"]["code"] == "wrong_method"
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
@@ -175,6 +193,18 @@ def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_pi
     assert client.post("/predict", files=form(demo_pictures[0].read_bytes())).status_code == 200
 
 
+def test_too_many_bytes_at_once(demo_onnx: Path, demo_pictures: list[Path]) -> None:
+    picture = form(demo_pictures[0].read_bytes())
+    with TestClient(create_app(demo_onnx, 1, Limits(waiting_bytes=1000))) as client:
+        response = client.post("/predict", files=picture)
+        assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "busy", "1")
+        assert client.get("/healthz").status_code == 200
+    with TestClient(create_app(demo_onnx, 1, Limits(waiting_bytes=len(picture[0][1][1]) + 1000))) as client:
+        assert [client.post("/predict", files=picture).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
+    with pytest.raises(ConfigError, match="a queue of 8 pictures cannot take a request of 32"):
+        Limits(waiting=8)
+
+
 def test_a_mistake_of_the_server_is_said_and_survived(
     client: TestClient, demo_pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +217,7 @@ def test_a_mistake_of_the_server_is_said_and_survived(
         response = client.post("/predict", files=form(demo_pictures[0].read_bytes()))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "broken")
     assert "memory" not in response.text
+    assert response.headers["x-request-id"] == response.json()["error"]["request_id"]
     assert app.state.pictures == 0
     assert client.post("/predict", files=form(demo_pictures[0].read_bytes())).status_code == 200
 
@@ -222,9 +253,10 @@ def test_the_page_brings_everything_itself(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"]
-    for name in ("page.css", "page.js", "heat.js", "engine.js"):
-        assert client.get(f"/{name}").status_code == 200
-    assert "http" not in page.text.replace("https://", "http")
+    for name in ("", "page.css", "page.js", "heat.js", "engine.js"):
+        part = client.get(f"/{name}")
+        assert part.status_code == 200
+        assert "://" not in part.text
 
 
 def test_the_interface_keeps_its_description(client: TestClient) -> None:

@@ -67,6 +67,12 @@ def raw(address: str, content: bytes) -> socket.socket:
     return connection
 
 
+def under_way(address: str) -> float:
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith("seewhy_pictures_under_way")).split()[-1])
+
+
 HEAD = (
     b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 50000\r\n\r\n"
     b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
@@ -82,7 +88,7 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
         slow = raw(address, HEAD)
         gone = raw(address, HEAD)
         gone.close()
-        reply = slow.recv(10_000)
+        reply = b"".join(iter(lambda: slow.recv(10_000), b""))  # until the server closes
         assert b" 408 " in reply.split(b"\r\n")[0]
         assert json.loads(reply[reply.index(b"{") :])["error"]["code"] == "too_slow"
         slow.close()
@@ -95,7 +101,8 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
         # Told to stop while requests are under way: all of them are answered, then it ends.
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(post, address, *[picture] * 16) for _ in range(4)]
-            time.sleep(0.15)
+            while not under_way(address):
+                time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
             found = [answer.result() for answer in answers]
         assert [status for status, _ in found] == [200] * 4

@@ -17,8 +17,9 @@ def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
     Raises ConfigError for a precision that the file does not know.
     """
     facts = model.facts
-    known = {row["precision"] for row in facts["abstain"] if row["threshold"] is not None}
-    precision = USUAL_PRECISION if precision is None and USUAL_PRECISION in known else precision
+    if precision is None:  # the usual one, or the highest below it that val could promise
+        known = [row["precision"] for row in facts["abstain"] if row["threshold"] is not None]
+        precision = max((value for value in known if value <= USUAL_PRECISION), default=None)
     preprocessing = facts["preprocessing"]
     return {
         "classes": list(model.classes),

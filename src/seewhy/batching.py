@@ -15,7 +15,7 @@ import numpy.typing as npt
 from seewhy.images import decode
 from seewhy.runtime import load_onnx
 
-BATCH = 16  # pictures; larger ones are no faster on a CPU and make everyone wait
+BATCH = 4  # pictures; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait
 Job = tuple[npt.NDArray[np.uint8], "Future[dict[str, npt.NDArray[Any]]]"]
 
 
@@ -53,9 +53,9 @@ class Batcher:
             return
         try:
             picture = np.asarray(decode(data, self.model.facts["enough"], self._pixels))
-            square = self.model.ask(picture[None], ["squares"])["squares"][0].transpose(1, 2, 0)
+            square = self.model.square(picture)
             answered: Future[dict[str, npt.NDArray[Any]]] = Future()
-            answered.add_done_callback(lambda found: _hand_on(found, done, picture.shape))
+            answered.add_done_callback(lambda found: _hand_on(found, done, (picture.shape[1], picture.shape[0])))
             self._jobs.put((square, answered))
         except Exception as error:  # whatever it is, its caller waits for it
             done.set_exception(error)
@@ -101,9 +101,10 @@ class Batcher:
             worker.join()
 
 
-def _hand_on(found: Future[dict[str, Any]], done: Future[dict[str, Any]], shape: tuple[int, ...]) -> None:
+def _hand_on(found: Future[dict[str, Any]], done: Future[dict[str, Any]], size: tuple[int, int]) -> None:
+    """A square's answer, with the picture's (width, height), to who asked about the picture."""
     error = found.exception()
     if error is not None:
         done.set_exception(error)
     else:
-        done.set_result({**found.result(), "size": np.array([shape[1], shape[0]])})
+        done.set_result({**found.result(), "size": np.array(size)})

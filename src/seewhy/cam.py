@@ -66,7 +66,11 @@ def eigencam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     a positive sum over the map, which a singular value decomposition leaves open. pytorch-grad-cam subtracts each channel's
     mean first, which the paper does not: its map shows where features vary, and half of it is negative.
     """
-    vectors: Tensor = torch.linalg.svd(activations.flatten(2), full_matrices=False).U[:, :, 0]  # (N, K)
+    matrix = activations.flatten(2)  # (N, K, places)
+    if matrix.shape[1] <= matrix.shape[2]:
+        vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, :, -1]  # (N, K)
+    else:  # the same from the smaller of the two products, as places are fewer than channels in the last layers
+        vectors = torch.nn.functional.normalize((matrix @ torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, :, -1:])[:, :, 0], dim=1)
     sums = (vectors * activations.sum(dim=(2, 3))).sum(dim=1, keepdim=True)
     signs = torch.where(sums < 0, -torch.ones_like(sums), torch.ones_like(sums))
     return (vectors * signs)[:, :, None, None]

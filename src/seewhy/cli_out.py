@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def serve(
     cores: Annotated[int | None, typer.Option(min=1, help="batches answered side by side (default: one a core)")] = None,
     precision: Annotated[
         float | None,
-        typer.Option(help="answers less sure than this share of right ones needs are called unsure (0.95, or what val could promise)"),
+        typer.Option(help="share of right answers below which one is unsure (default: the highest up to 0.95 that val could promise)"),
     ] = None,
     max_files: Annotated[int, typer.Option(min=1, help="files a request")] = 32,
     max_mb: Annotated[float, typer.Option(min=0.001, help="megabytes a request")] = 64.0,
@@ -66,5 +67,7 @@ def serve(
     """Answer over HTTP: a page for people, JSON for programs. $SEEWHY_API_KEY, if set, is wanted of every caller."""
     from seewhy.serving import Limits, serve_forever
 
+    if not all(map(math.isfinite, (max_mb, max_megapixels, upload_seconds))):
+        raise ConfigError("limits have to be finite numbers")
     limits = Limits(max_files, round(1e6 * max_mb), round(1e6 * max_megapixels), upload_seconds, queue)
     serve_forever(run, host, port, cores, limits, precision)

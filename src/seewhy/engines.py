@@ -24,6 +24,7 @@ from seewhy.transforms import Preprocessing
 
 ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
 MANY = 64  # pictures from which batches run side by side
+IN_CACHE = 4  # pictures a core takes at once: the maps of more do not fit its cache (benchmarks/extraction.py)
 FORMAT = 1  # of the kept exports
 
 
@@ -31,14 +32,19 @@ FORMAT = 1  # of the kept exports
 class Engine:
     """run: (N, size, size, 3) uint8 -> (N, *shape) float32, in eval mode; at most `lanes` threads may call it at a time.
 
+    batch: how many pictures it takes at once of those it is given; None for all.
+
     Made by `float_engine` it takes (N, size, size, 3) normalised float32 instead.
     """
 
     run: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
     lanes: int = 1
+    batch: int | None = None
 
     def __call__(self, squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        return self.run(squares)
+        if self.batch is None or len(squares) <= self.batch:
+            return self.run(squares)
+        return np.concatenate([self.run(squares[start : start + self.batch]) for start in range(0, len(squares), self.batch)])
 
 
 class FromSquares(nn.Module):
@@ -149,7 +155,7 @@ def _onnx_engine(network: nn.Module, size: int, lanes: int) -> Engine:
         output: npt.NDArray[np.float32] = session.run(None, {name: squares})[0]
         return output
 
-    return Engine(run, lanes)
+    return Engine(run, lanes, IN_CACHE if lanes > 1 else None)
 
 
 ENGINES: dict[str, Callable[[nn.Module, int, int], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}

@@ -26,6 +26,8 @@ from seewhy.progress import progress
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_PIXELS = 100_000_000  # refused before decoding: 300 MB of RGB
+MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more: some start other programs, some grow when loaded
 MIN_SIDE = 8  # smaller than this there is nothing to see
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -99,7 +101,7 @@ def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Im
     if not data:
         raise ValueError("empty file")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Image.DecompressionBombError:  # Pillow's own limit lies above ours
@@ -109,6 +111,8 @@ def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Im
     width, height = image.size
     if width * height > most:
         raise ValueError(f"{width} x {height} pixels, more than {most:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels, longer than {MAX_SIDE:,}")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width} x {height} pixels, too small (at least {MIN_SIDE} x {MIN_SIDE})")
     if image.mode == "F":

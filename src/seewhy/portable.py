@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tempfile
@@ -157,7 +158,8 @@ def _with_squares(run: Run, network: onnx.ModelProto) -> onnx.ModelProto:
     front.opset_import.append(helper.make_opsetid("", OPSET))
     whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
     whole.graph.output.append(squares)
-    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in metadata(run).items()})
+    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
+    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
     whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
     onnx.checker.check_model(whole, full_check=True)
     return whole

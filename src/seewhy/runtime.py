@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,20 @@ class OnnxModel:
     def ask(self, pictures: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
         """(N, H, W, 3) uint8 RGB -> logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8, and where the file has them
 
-        strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone; nothing else is computed.
+        strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone.
         """
-        only = onnxruntime.RunOptions()
-        only.only_execute_path_to_fetches = True
         names = self.outputs if wanted is None else wanted
-        return dict(zip(names, self.session.run(list(names), {"pictures": pictures}, only), strict=True))
+        return dict(zip(names, self.session.run(list(names), {"pictures": pictures}), strict=True))
+
+    @cached_property
+    def _squares(self) -> Any:
+        return _session(base64.b64decode(self.facts["square_graph"]), 1)
+
+    def square(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many pictures can be asked about in one call."""
+        squares: npt.NDArray[np.uint8] = self._squares.run(["squares"], {"pictures": picture[None]})[0]
+        square: npt.NDArray[np.uint8] = squares[0].transpose(1, 2, 0)
+        return square
 
     def read(self, path: Path | str) -> npt.NDArray[np.uint8]:
         """A picture file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
@@ -78,13 +88,8 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
     name = "this model" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise RunError(f"{name}: no such file; `seewhy export RUN` makes one")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(
-            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
-        )
+        session = _session(source if isinstance(source, bytes) else str(source), threads)
     except Exception as error:  # onnxruntime raises types of its own
         raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
     try:
@@ -97,11 +102,21 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
     return OnnxModel(name, session, tuple(output.name for output in session.get_outputs()), facts)
 
 
+def _session(source: str | bytes, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # one would be kept for every size of picture
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
 def _check(facts: dict[str, Any]) -> None:
     """KeyError, ValueError or TypeError where metadata lacks what is read later."""
     if not all(isinstance(name, str) for name in facts["classes"]) or not facts["classes"]:
         raise ValueError("classes are no list of names")
-    int(facts["enough"]), float(facts["unknown_above"] or 0)
+    int(facts["enough"]), float(facts["unknown_above"] or 0), float(facts["test_accuracy"]), int(facts["test_pictures"])
+    float(facts["preprocessing"]["crop"]), str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"])
+    base64.b64decode(facts["square_graph"], validate=True)
     for row in facts["abstain"]:
         float(row["precision"]), float(row["threshold"] or 0)
 

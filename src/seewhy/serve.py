@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,12 +30,13 @@ from starlette.requests import ClientDisconnect
 from seewhy import __version__
 from seewhy.about import about
 from seewhy.batching import Batcher
+from seewhy.errors import ConfigError
 from seewhy.heat import heat_png
 
 log = logging.getLogger("seewhy.serve")
 WEB = Path(__file__).parent / "web"
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/heat.js": "heat.js", "/engine.js": "engine_server.js"}
-KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 KEY = APIKeyHeader(name="X-API-Key", auto_error=False)
 # The page brings everything itself and asks nobody else.
 POLICY = (
@@ -51,6 +53,13 @@ class Limits:
     pixels: int = 50_000_000  # of one picture
     upload_s: float = 30.0
     waiting: int = 256  # pictures under way, of all requests
+    waiting_bytes: int = 512_000_000  # received and not yet answered, of all requests
+
+    def __post_init__(self) -> None:
+        if self.waiting < self.files:
+            raise ConfigError(
+                f"a queue of {self.waiting} pictures cannot take a request of {self.files}; raise --queue or lower --max-files"
+            )
 
 
 class Refused(Exception):
@@ -225,15 +234,20 @@ def create_app(
         files = await received(request, limits)
         with under_way(app, len(files), limits):
             found = await asyncio.gather(*(asyncio.wrap_future(batcher.answer(data)) for _, data in files), return_exceptions=True)
-        answers = []
-        for (name, _), item in zip(files, found, strict=True):
+
+        def said(name: str, item: Any) -> Answer:
             if isinstance(item, ValueError):
-                answers.append(Answer(file=name, error=str(item)))
-            elif isinstance(item, BaseException):
+                return Answer(file=name, error=str(item))
+            if isinstance(item, BaseException):
                 raise item
-            else:
-                answers.append(answer_of(name, item, classes, model.unknown_above, unsure_below, top_k))
-                answers[-1].heatmap = heatmap_of(item, heatmap, classes, number_of.get(target or ""), facts["box_share"])
+            answer = answer_of(name, item, classes, model.unknown_above, unsure_below, top_k)
+            answer.heatmap = heatmap_of(item, heatmap, classes, number_of.get(target or ""), facts["box_share"])
+            return answer
+
+        names = [name for name, _ in files]
+        # Drawing takes a while, and the loop has others to serve.
+        draw = asyncio.to_thread(lambda: list(map(said, names, found))) if heatmap == "png" else None
+        answers = list(map(said, names, found)) if draw is None else await draw
         meters.pictures.labels("good").inc(sum(a.error is None for a in answers))
         meters.pictures.labels("bad").inc(sum(a.error is not None for a in answers))
         if all(a.error is not None for a in answers):
@@ -268,7 +282,7 @@ def create_app(
 
 
 def page_part(name: str) -> Callable[[], Awaitable[Response]]:
-    content, kind = (WEB / name).read_bytes(), KINDS[Path(name).suffix]
+    content, kind = (WEB / name).read_bytes(), CONTENT_TYPES[Path(name).suffix]
 
     async def send() -> Response:
         headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
@@ -279,7 +293,11 @@ def page_part(name: str) -> Callable[[], Awaitable[Response]]:
 
 async def received(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
     """(name, content) of each file of the form; names are shown again and used for nothing else."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "").lower()
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", kind)
+    if charset and charset.group(1) not in ("utf-8", "utf8"):
+        raise Refused(400, "broken_form", "names in the form have to be UTF-8; leave the charset out")
+    if not kind.startswith("multipart/form-data"):
         raise Refused(415, "not_a_form", "send the pictures as multipart/form-data with the field `files`")
     # One more than allowed is read, so that too many can be told from a broken form.
     async with request.form(max_files=limits.files + 1, max_fields=16) as form:
@@ -291,21 +309,19 @@ async def received(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
         return [(item.filename or "picture", await item.read()) for item in files if isinstance(item, UploadFile)]
 
 
-class under_way:
+@contextmanager
+def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
     """Counts pictures as long as they are being answered; Refused where that would be too many."""
-
-    def __init__(self, app: FastAPI, count: int, limits: Limits) -> None:
-        self.state, self.count = app.state, count
-        if self.state.pictures + count > limits.waiting:
-            raise Refused(503, "busy", f"{self.state.pictures} pictures are under way; come again", {"Retry-After": "1"})
-
-    def __enter__(self) -> None:
-        self.state.pictures += self.count
-        self.state.meters.waiting.set(self.state.pictures)
-
-    def __exit__(self, *_: object) -> None:
-        self.state.pictures -= self.count
-        self.state.meters.waiting.set(self.state.pictures)
+    state = app.state
+    if state.pictures + count > limits.waiting:
+        raise Refused(503, "busy", f"{state.pictures} pictures are under way; come again", {"Retry-After": "1"})
+    state.pictures += count
+    state.meters.waiting.set(state.pictures)
+    try:
+        yield
+    finally:
+        state.pictures -= count
+        state.meters.waiting.set(state.pictures)
 
 
 def answer_of(
@@ -347,7 +363,7 @@ def heatmap_of(
 
 def problem(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     name = getattr(request.state, "id", "-")
-    log.info("%s %d %s: %s", name, status, code, message)
+    log.info("%s %d %s: %r", name, status, code, message)  # %r: names in it come from outside
     body = Error(error=Problem(code=code, message=message, request_id=name))
     return JSONResponse(body.model_dump(), status, headers)
 
@@ -370,7 +386,10 @@ async def wrong_option(request: Request, error: Any) -> Response:
 
 
 async def broken(request: Request, error: Any) -> Response:
-    return problem(request, 500, "broken", "the server made a mistake; its log says more under this request's number")
+    name = getattr(request.state, "id", "-")
+    log.error("%s", name, exc_info=error)
+    message = "the server made a mistake; its log says more under this request's number"
+    return problem(request, 500, "broken", message, {"X-Request-ID": name})  # Watch does not see this answer
 
 
 async def client_gone(request: Request, error: Any) -> Response:
@@ -405,6 +424,7 @@ class Watch:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limits: Limits, meters: Meters) -> None:
         self.app, self.limits, self.meters = app, limits, meters
+        self.held = 0  # bytes of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -415,6 +435,7 @@ class Watch:
         scope.setdefault("state", {})["id"] = name
         status = 500
         count, complete = 0, False
+        too_many = f"more than {self.limits.request_bytes / 1e6:g} MB in one request"
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal count, complete
@@ -426,11 +447,12 @@ class Watch:
             except TimeoutError:
                 raise Refused(408, "too_slow", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}) from None
             count += len(message.get("body", b""))
+            self.held += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if count > self.limits.request_bytes:
-                raise Refused(
-                    413, "too_many_bytes", f"more than {self.limits.request_bytes / 1e6:g} MB in one request", {"Connection": "close"}
-                )
+                raise Refused(413, "too_many_bytes", too_many, {"Connection": "close"})
+            if self.held > self.limits.waiting_bytes:
+                raise Refused(503, "busy", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"})
             return message
 
         async def watched(message: MutableMapping[str, Any]) -> None:
@@ -444,11 +466,11 @@ class Watch:
         try:
             sent = dict(scope["headers"]).get(b"content-length", b"")
             if sent.isdigit() and int(sent) > self.limits.request_bytes:
-                message = f"more than {self.limits.request_bytes / 1e6:g} MB in one request"
-                await problem(Request(scope), 413, "too_many_bytes", message, {"Connection": "close"})(scope, receive, watched)
+                await problem(Request(scope), 413, "too_many_bytes", too_many, {"Connection": "close"})(scope, receive, watched)
             else:
                 await self.app(scope, counted, watched)
         finally:
+            self.held -= count
             seconds = time.monotonic() - began
             path = scope["path"] if scope["path"] in (*PAGE, "/predict", "/classes", "/healthz", "/metrics") else "other"
             self.meters.requests.labels(path, str(status)).inc()

@@ -51,7 +51,10 @@ def exported(run: Path) -> Path:
         from seewhy.run import load
 
         print(f"exporting {file} first", file=sys.stderr)
-        export_file(load(run), file, pictures=100)
+        try:
+            export_file(load(run), file, pictures=100)
+        except OutputError as error:
+            raise OutputError(f"{error} of `seewhy export {run}`, and serve the file") from error
     return file
 
 

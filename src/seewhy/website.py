@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,7 +78,7 @@ def unpack_runtime(archive: Path, folder: Path) -> None:
                     file = package.extractfile(f"package/{name}")
                     if file is not None:
                         (folder / Path(name).name).write_bytes(file.read())
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise OutputError(f"{archive}: damaged ({error}); remove it and export again") from error
     if missing := [part for part in RUNTIME_PARTS if not (folder / part).is_file()]:
         raise OutputError(f"{archive}: lacks {missing[0]}; remove it and export again")

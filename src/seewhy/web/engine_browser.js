@@ -50,6 +50,7 @@ async function pixels(file, enough) {
   context.fillRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
+  bitmap.close();
   const rgba = context.getImageData(0, 0, width, height).data, data = new Uint8Array(width * height * 3);
   for (let from = 0, to = 0; from < rgba.length; from += 4, to += 3) {
     data[to] = rgba[from];

@@ -1,9 +1,10 @@
 // Answers by the server that this page comes from.
 export const where = "Pictures are sent to the server this page comes from; it answers and keeps nothing.";
 
+const TRIES = 30; // of a busy server, a second each
 let key = sessionStorage.getItem("seewhy-key") ?? "";
 
-async function ask(address, options = {}) {
+async function ask(address, options = {}, tries = 0) {
   let response;
   try {
     response = await fetch(address, { ...options, headers: key ? { "X-API-Key": key } : {} });
@@ -14,13 +15,14 @@ async function ask(address, options = {}) {
     key = prompt("This server wants a key:") ?? "";
     if (!key) throw new Error("The server wants a key.");
     sessionStorage.setItem("seewhy-key", key);
-    return ask(address, options);
+    return ask(address, options, tries);
   }
-  if (response.status === 503) {
-    await new Promise((wake) => setTimeout(wake, 1000 * Number(response.headers.get("Retry-After") ?? 1)));
-    return ask(address, options);
+  if (response.status === 503 && tries < TRIES) {
+    await new Promise((wake) => setTimeout(wake, 1000 * (Number(response.headers.get("Retry-After")) || 1)));
+    return ask(address, options, tries + 1);
   }
-  const body = await response.json();
+  const body = await response.json().catch(() => null); // a proxy in between may answer with a page of its own
+  if (!body?.error && !(response.ok && body)) throw new Error(`The server answers with status ${response.status}, and nothing this page understands.`);
   if (!response.ok) throw new Error(body.error.message.replace(`${options.name}: `, ""));
   return body;
 }

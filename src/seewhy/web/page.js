@@ -5,15 +5,17 @@ import { answer, describe, where } from "./engine.js";
 const element = (id) => document.getElementById(id);
 const percent = (share) => (share > 0.9995 && share < 1 ? "> 99.9%" : share < 0.0005 && share > 0 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
 const readable = (name) => name.replaceAll("_", " ");
-const SHOWN = 5, LARGEST = 1600;
+const SHOWN = 5, LARGEST = 1200, THUMBNAIL = 160; // pixels a side
 
 let about = null;
+let queue = null; // what is being looked at; starts with the classifier itself
 const given = []; // {name, picture, found, target}
 let current = null;
 
 // ---------------------------------------------------------------- start
 
 async function start() {
+  complain("");
   element("where").textContent = where;
   try {
     about = await describe();
@@ -33,7 +35,15 @@ async function start() {
 
 // ---------------------------------------------------------------- pictures in
 
-async function take(files) {
+// One after the other, in the order given.
+function take(files) {
+  const chosen = [...files]; // before the browser empties the list
+  queue = queue.then(() => look(chosen));
+}
+
+async function look(files) {
+  if (!about) await start(); // the last attempt failed
+  if (!about) return;
   complain("");
   const kept = [...files].filter((file) => file.type.startsWith("image/") || !file.type);
   if (files.length && !kept.length) complain("None of these files is a picture.");
@@ -70,6 +80,7 @@ async function small(file, side) {
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.imageSmoothingQuality = "high";
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    bitmap.close();
   } catch {
     canvas.width = canvas.height = 300;
     const context = canvas.getContext("2d");
@@ -87,7 +98,10 @@ function addToStrip(entry) {
   const button = document.createElement("button");
   button.type = "button";
   const canvas = document.createElement("canvas");
-  draw(canvas, entry.picture, null, 0);
+  const share = THUMBNAIL / Math.max(entry.picture.width, entry.picture.height);
+  canvas.width = Math.max(1, Math.round(entry.picture.width * share));
+  canvas.height = Math.max(1, Math.round(entry.picture.height * share));
+  canvas.getContext("2d").drawImage(entry.picture, 0, 0, canvas.width, canvas.height);
   const label = document.createElement("span");
   const name = readable(about.classes[top(entry.found)[0]]);
   label.textContent = entry.found.unknown ? "unknown" : entry.found.unsure ? `${name}?` : name;
@@ -173,12 +187,14 @@ function complain(text) {
 
 async function openCamera() {
   complain("");
+  element("camera").disabled = true; // one stream at a time
   try {
     element("video").srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     element("booth").showModal();
   } catch {
     element("snap").click(); // phones have a camera behind their file dialog
   }
+  element("camera").disabled = false;
 }
 
 function closeCamera() {
@@ -189,6 +205,7 @@ function closeCamera() {
 
 function shoot() {
   const video = element("video"), canvas = document.createElement("canvas");
+  if (!video.videoWidth) return; // nothing to see yet
   canvas.width = video.videoWidth;
   canvas.height = video.videoHeight;
   canvas.getContext("2d").drawImage(video, 0, 0);
@@ -213,6 +230,8 @@ for (const id of ["files", "snap"]) {
   });
 }
 element("search").addEventListener("change", (event) => {
+  if (!current) return;
+  complain("");
   const number = about.classes.findIndex((name) => readable(name).toLowerCase() === event.target.value.trim().toLowerCase());
   if (number >= 0) choose(number);
   else if (event.target.value) complain(`No class is named ${event.target.value}.`);
@@ -225,4 +244,4 @@ document.addEventListener("drop", (event) => {
   document.body.classList.remove("over");
   take(event.dataTransfer.files);
 });
-start();
+queue = start();
