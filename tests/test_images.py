@@ -323,8 +323,8 @@ def test_more_files_than_one_query_holds(cache: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_one_line(cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
-    (cache / "checked-2.sqlite").write_bytes(b"this is no database, and long enough to be looked at " * 100)
-    with pytest.raises(OutputError, match=r"checked-2\.sqlite: .*; remove it, or set SEEWHY_CACHE"):
+    (cache / "checked-3.sqlite").write_bytes(b"this is no database, and long enough to be looked at " * 100)
+    with pytest.raises(OutputError, match=r"checked-3\.sqlite: .*; remove it, or set SEEWHY_CACHE"):
         check_files([tmp_path / "a.png"])
 
 

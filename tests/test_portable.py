@@ -19,7 +19,6 @@ from seewhy.errors import ConfigError
 from seewhy.features import square_of
 from seewhy.images import read_image
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 from seewhy.transforms import Preprocessing
 
 
@@ -29,24 +28,19 @@ def session_of(model: bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.fixture(scope="module")
-def model(demo_run: Run) -> bytes:
-    return portable.build_onnx(demo_run).SerializeToString()
-
-
 @pytest.fixture
-def pictures(session_cache: Path) -> list[Path]:
-    return sorted((draw_scenes(session_cache / "scenes") / "pictures").rglob("00[01].jpg"))
+def model(demo_onnx: Path) -> bytes:
+    return demo_onnx.read_bytes()
 
 
-def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, pictures: list[Path]) -> None:
+def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
     """By the run's own network in PyTorch: the square, logits, maps of all classes, strangeness."""
     session, run = session_of(model), demo_run
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "strangeness", "heatmaps", "squares"]
-    found = dict(zip(names, session.run(None, {"pictures": np.asarray(read_image(pictures[0]))[None]}), strict=True))
+    found = dict(zip(names, session.run(None, {"pictures": np.asarray(read_image(demo_pictures[0]))[None]}), strict=True))
     squares, preprocessing = found["squares"], run.backbone.preprocessing
-    np.testing.assert_array_equal(squares[0], square_of(pictures[0], preprocessing).transpose(2, 0, 1))
+    np.testing.assert_array_equal(squares[0], square_of(demo_pictures[0], preprocessing).transpose(2, 0, 1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)
@@ -80,18 +74,18 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
     assert meta["opset"] == portable.OPSET
 
 
-def test_eight_bits_keep_the_interface_and_shrink(demo_run: Run, model: bytes, pictures: list[Path]) -> None:
-    squares = np.stack([square_of(path, demo_run.backbone.preprocessing) for path in pictures])
+def test_eight_bits_keep_the_interface_and_shrink(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
+    squares = np.stack([square_of(path, demo_run.backbone.preprocessing) for path in demo_pictures])
     small = portable.build_int8(demo_run, squares).SerializeToString()
     assert len(small) < 0.45 * len(model)  # the sample of training features stays as it is
     full, eight = session_of(model), session_of(small)
     assert [o.name for o in full.get_outputs()] == [o.name for o in eight.get_outputs()]
-    picture = {"pictures": np.asarray(read_image(pictures[0]))[None]}
+    picture = {"pictures": np.asarray(read_image(demo_pictures[0]))[None]}
     np.testing.assert_array_equal(full.run(["squares"], picture)[0], eight.run(["squares"], picture)[0])
     assert np.abs(full.run(["logits"], picture)[0] - eight.run(["logits"], picture)[0]).max() > 0
 
 
-def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, pictures: list[Path]) -> None:
+def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
     program = torch.export.load(io.BytesIO(portable.build_pt2(demo_run)), extra_files=(facts := {"seewhy.json": ""})).module()
     assert json.loads(facts["seewhy.json"])["classes"] == list(demo_run.classes)
     session = session_of(model)

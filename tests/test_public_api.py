@@ -46,6 +46,7 @@ def test_no_stage_imports_a_later_one() -> None:
     order = [
         "errors",
         "jsonable",
+        "writing",
         "progress",
         "cache",
         "config",
@@ -58,6 +59,8 @@ def test_no_stage_imports_a_later_one() -> None:
         "about",
         "heat",
         "batching",
+        "wire",
+        "watch",
         "serve",
         "website",
         "serving",

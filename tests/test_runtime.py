@@ -17,31 +17,16 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 from seewhy.errors import ConfigError, ImageError, RunError
-from seewhy.portable import build_onnx
 from seewhy.predictions import Predictions
 from seewhy.run import Run
 from seewhy.runtime import load_onnx, predict_onnx
-from seewhy.scenes import draw_scenes
 
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def file(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    path.write_bytes(build_onnx(demo_run).SerializeToString())
-    return path
-
-
-@pytest.fixture
-def pictures(session_cache: Path) -> list[str]:
-    root = draw_scenes(session_cache / "scenes")
-    return [str(path) for path in sorted((root / "pictures").rglob("00[0-2].jpg"))]
-
-
-def test_same_table_as_the_run(demo_run: Run, file: Path, pictures: list[str]) -> None:
-    expected = demo_run.predict(pictures)
-    (found,) = predict_onnx(load_onnx(file), pictures)
+def test_same_table_as_the_run(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path]) -> None:
+    expected = demo_run.predict(demo_pictures)
+    (found,) = predict_onnx(load_onnx(demo_onnx), demo_pictures)
     assert found.classes == expected.classes
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-4)
     assert found.table(1)["class_1"].tolist() == expected.table(1)["class_1"].tolist()
@@ -62,7 +47,7 @@ def installed_by(requirements: Path) -> set[str]:
     return found
 
 
-def test_nothing_but_the_light_requirements(demo_run: Run, file: Path, pictures: list[str]) -> None:
+def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path]) -> None:
     """The command in a process that can import no distribution but those that requirements-runtime.txt brings."""
     light = installed_by(REPOSITORY / "requirements-runtime.txt")
     blocked = [
@@ -74,12 +59,12 @@ def test_nothing_but_the_light_requirements(demo_run: Run, file: Path, pictures:
     code = (
         f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
         f"from seewhy.cli import call, run_guarded\n"
-        f"sys.exit(run_guarded(lambda: call(['predict', {str(file)!r}, *{pictures!r}, '--json'])))"
+        f"sys.exit(run_guarded(lambda: call(['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_pictures]!r}, '--json'])))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    expected = demo_run.predict(pictures).records()
+    expected = demo_run.predict(demo_pictures).records()
     assert [a["top"][0]["class"] for a in answers] == [e["top"][0]["class"] for e in expected]
 
 
@@ -94,9 +79,9 @@ def test_the_light_requirements_stay_light() -> None:
     assert sum(sizes.values()) < 290_000_000, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
-def test_noise_is_flagged_and_thresholds_come_with_the_file(file: Path, demo_run: Run, tmp_path: Path) -> None:
+def test_noise_is_flagged_and_thresholds_come_with_the_file(demo_onnx: Path, demo_run: Run, tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
-    model = load_onnx(file)
+    model = load_onnx(demo_onnx)
     (found,) = predict_onnx(model, [tmp_path])
     assert found.unknown.tolist() == [True]
     chosen = {row["precision"]: row["threshold"] for row in demo_run.manifest["calibration"]["abstain"] if row["threshold"] is not None}
@@ -106,23 +91,23 @@ def test_noise_is_flagged_and_thresholds_come_with_the_file(file: Path, demo_run
         model.threshold_for(0.123)
 
 
-def test_bad_pictures_are_left_out_or_named(file: Path, pictures: list[str], tmp_path: Path) -> None:
+def test_bad_pictures_are_left_out_or_named(demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    model = load_onnx(file)
+    model = load_onnx(demo_onnx)
     with pytest.raises(ImageError, match=r"1 of 2 pictures cannot be used: .*bad\.jpg \(not an image\); pass --skip-bad"):
-        list(predict_onnx(model, [tmp_path / "bad.jpg", pictures[0]]))
-    (found,) = predict_onnx(model, [tmp_path / "bad.jpg", pictures[0]], skip_bad=True)
+        list(predict_onnx(model, [tmp_path / "bad.jpg", demo_pictures[0]]))
+    (found,) = predict_onnx(model, [tmp_path / "bad.jpg", demo_pictures[0]], skip_bad=True)
     assert isinstance(found, Predictions)
-    assert (found.paths, found.bad) == ((pictures[0],), ((str(tmp_path / "bad.jpg"), "not an image"),))
+    assert (found.paths, found.bad) == ((str(demo_pictures[0]),), ((str(tmp_path / "bad.jpg"), "not an image"),))
 
 
-def test_wrong_files_are_one_line(file: Path, tmp_path: Path) -> None:
+def test_wrong_files_are_one_line(demo_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such file"):
         load_onnx(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("no graph")
     with pytest.raises(RunError, match="not a readable ONNX file"):
         load_onnx(tmp_path / "text.onnx")
-    stranger = onnx.load(file)
+    stranger = onnx.load(demo_onnx)
     del stranger.metadata_props[:]
     onnx.save(stranger, tmp_path / "stranger.onnx")
     with pytest.raises(RunError, match="not one of `seewhy export`"):

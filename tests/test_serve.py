@@ -21,7 +21,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from seewhy.errors import ConfigError
 from seewhy.run import Run
 from seewhy.runtime import load_onnx
-from seewhy.serve import Limits, create_app
+from seewhy.serve import create_app
+from seewhy.watch import Limits
 
 LIMITS = Limits(files=8, request_bytes=3_000_000, pixels=1_000_000, upload_s=5, waiting=16)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.errors import ImageError
 from seewhy.images import decode
 from seewhy.runtime import load_onnx
 
@@ -42,7 +43,7 @@ class Batcher:
     def answer(self, data: bytes) -> Future[dict[str, npt.NDArray[Any]]]:
         """The bytes of a picture file -> probabilities (C,), where the file has them strangeness () and heatmaps (C, h, w), and its
 
-        `size`, (width, height). The future raises ValueError with the reason for what cannot be decoded.
+        `size`, (width, height). The future raises ImageError with the reason for what cannot be decoded.
         """
         done: Future[dict[str, npt.NDArray[Any]]] = Future()
         self._decoders.submit(self._prepare, data, done)
@@ -52,13 +53,19 @@ class Batcher:
         if not done.set_running_or_notify_cancel():
             return
         try:
-            picture = np.asarray(decode(data, self.model.facts["enough"], self._pixels))
+            picture = self._decode(data)
             square = self.model.square(picture)
             answered: Future[dict[str, npt.NDArray[Any]]] = Future()
             answered.add_done_callback(lambda found: _hand_on(found, done, (picture.shape[1], picture.shape[0])))
             self._jobs.put((square, answered))
         except Exception as error:  # whatever it is, its caller waits for it
             done.set_exception(error)
+
+    def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
+        try:
+            return np.asarray(decode(data, self.model.facts["enough"], self._pixels))
+        except ValueError as error:
+            raise ImageError(str(error)) from error
 
     def _work(self) -> None:
         """Takes what waits, up to a batch of it, until None comes."""

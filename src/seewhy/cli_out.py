@@ -65,7 +65,8 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="pictures under way, of all requests; more get 503")] = 256,
 ) -> None:
     """Answer over HTTP: a page for people, JSON for programs. $SEEWHY_API_KEY, if set, is wanted of every caller."""
-    from seewhy.serving import Limits, serve_forever
+    from seewhy.serving import serve_forever
+    from seewhy.watch import Limits
 
     if not all(map(math.isfinite, (max_mb, max_megapixels, upload_seconds))):
         raise ConfigError("limits have to be finite numbers")

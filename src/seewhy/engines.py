@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from torch import Tensor, nn
 
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
+from seewhy.errors import OutputError
 from seewhy.transforms import Preprocessing
+from seewhy.writing import whole_file
 
 ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
 MANY = 64  # pictures from which batches run side by side
-IN_CACHE = 4  # pictures a core takes at once: the maps of more do not fit its cache (benchmarks/extraction.py)
+IN_CACHE = 4  # pictures a core takes at once: the maps of more do not fit its cache (benchmarks/engines.py)
 FORMAT = 1  # of the kept exports
 
 
@@ -172,11 +173,8 @@ def _exported(network: nn.Module, size: int) -> bytes:
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     graph: bytes = program.model_proto.SerializeToString()
-    work = place.with_name(f".{place.name}-{os.getpid()}")
-    with suppress(OSError):  # an export that cannot be kept is made again next time
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OutputError), whole_file(place) as work:  # an export that cannot be kept is made again next time
         work.write_bytes(graph)
-        os.replace(work, place)
     return graph
 
 

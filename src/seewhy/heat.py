@@ -1,4 +1,4 @@
-"""Heatmap -> a transparent picture to lay over the one it explains; web/heat.js draws the same in the browser."""
+"""Heatmap -> a transparent picture to lay over the one it explains, without matplotlib; web/heat.js draws the same in the browser."""
 
 from __future__ import annotations
 

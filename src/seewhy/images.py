@@ -212,7 +212,7 @@ def _stat_key(path: Path) -> str:
 
 def _open_record() -> sqlite3.Connection:
     # The rules for what counts as usable are part of the name: new rules, new record.
-    file = cache_dir() / "checked-2.sqlite"
+    file = cache_dir() / "checked-3.sqlite"
     try:
         record = sqlite3.connect(file, timeout=60)
         columns = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,17 @@ import torch
 from seewhy.errors import ConfigError, OutputError, SeewhyError
 from seewhy.features import square_of
 from seewhy.images import ImageSet, open_images, read_image
-from seewhy.portable import Answers, build_int8, build_onnx, build_pt2
+from seewhy.portable import AnswerNetwork, build_int8, build_onnx, build_pt2
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.split import Split, read_split
+from seewhy.writing import whole_file
 
 # What a file of 32 bits must keep to, against the run, on real pictures.
 MAX_DIFFERENCE, LEAST_CORRELATION = 1e-4, 0.999
 CALIBRATION = 300  # training pictures that 8 bits are calibrated on
-Answer = Callable[[Path], dict[str, npt.NDArray[Any]]]
+Ask = Callable[[Path], dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,15 @@ class Parity:
         return self.difference <= MAX_DIFFERENCE and (self.correlation_least is None or self.correlation_least >= LEAST_CORRELATION)
 
 
-def measure_parity(run: Run, answer: Answer, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
+def measure_parity(run: Run, ask: Ask, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
     """Asks both about the files; heatmaps are compared where the file has them."""
     theirs = run.predict(list(paths)).probs
-    expected = run.explain(list(paths), "gradcam") if "heatmaps" in answer(paths[0]) else None
+    expected = run.explain(list(paths), "gradcam") if "heatmaps" in ask(paths[0]) else None
     probs, correlations, seconds = [], [], []
     with progress("comparing", len(paths)) as advance:
         for n, path in enumerate(paths):
             began = time.perf_counter()
-            found = answer(path)
+            found = ask(path)
             seconds.append(time.perf_counter() - began)
             probs.append(found["probabilities"][0])
             if expected is not None:
@@ -91,11 +90,11 @@ def _correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
 # ---------------------------------------------------------------- kinds of files
 
 
-def _onnx(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+def _onnx(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     return _asked(build_onnx(run).SerializeToString())
 
 
-def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     if data is None:
         raise ConfigError(f"{run.path}: 8 bits are calibrated on training pictures, and they are not where they were; export --format onnx")
     images, split = data
@@ -104,27 +103,27 @@ def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]
     return _asked(build_int8(run, squares).SerializeToString())
 
 
-def _asked(model: bytes) -> tuple[bytes, Answer]:
+def _asked(model: bytes) -> tuple[bytes, Ask]:
     loaded = load_onnx(model)
     return model, lambda path: loaded.ask(loaded.read(path)[None])
 
 
-def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Answer]:
+def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     program = build_pt2(run)
     module: Any = torch.export.load(io.BytesIO(program)).module()
-    names = Answers(run).names
+    names = AnswerNetwork(run).names
     enough = run.backbone.preprocessing.enough
 
-    def answer(path: Path) -> dict[str, npt.NDArray[Any]]:
+    def ask(path: Path) -> dict[str, npt.NDArray[Any]]:
         with torch.inference_mode():
             found = module(torch.from_numpy(np.array(read_image(path, enough)))[None])
         return {name: values.numpy() for name, values in zip(names, found, strict=True)}
 
-    return program, answer
+    return program, ask
 
 
 # kind -> (suffix, how it is made, whether it must say what the run says)
-KINDS: dict[str, tuple[str, Callable[[Run, tuple[ImageSet, Split] | None], tuple[bytes, Answer]], bool]] = {
+KINDS: dict[str, tuple[str, Callable[[Run, tuple[ImageSet, Split] | None], tuple[bytes, Ask]], bool]] = {
     "onnx": (".onnx", _onnx, True),
     "int8": ("-int8.onnx", _int8, False),
     "pt2": (".pt2", _pt2, True),
@@ -142,15 +141,16 @@ def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pi
     suffix, make, must_agree = KINDS[kind]
     path = run.path / f"model{suffix}" if path is None else Path(path)
     data = _data_of(run)
-    content, answer = make(run, data)
-    parity = _compare(run, answer, data, pictures) if data is not None else None
+    content, ask = make(run, data)
+    parity = _compare(run, ask, data, pictures) if data is not None else None
     if parity is not None and must_agree and not parity.holds:
         maps = "" if parity.correlation_least is None else f", heatmaps correlate at least {parity.correlation_least:.4f}"
         raise OutputError(
             f"{path}: not written, since it would not say what the run says (probabilities differ by up to {parity.difference:.1e}"
             f"{maps}); please report the backbone {run.config.backbone}"
         )
-    write_whole(path, content)
+    with whole_file(path, "choose another place with --out") as work:
+        work.write_bytes(content)
     return path, parity
 
 
@@ -164,20 +164,7 @@ def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
         return None
 
 
-def _compare(run: Run, answer: Answer, data: tuple[ImageSet, Split], most: int) -> Parity:
+def _compare(run: Run, ask: Ask, data: tuple[ImageSet, Split], most: int) -> Parity:
     images, split = data
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:most])
-    return measure_parity(run, answer, [images.paths[i] for i in drawn], images.labels[drawn])
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that appears when all of it is written. OutputError where it cannot be."""
-    work = path.parent / f".{path.name}-{os.getpid()}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_bytes(content)
-        os.replace(work, path)
-    except OSError as error:
-        with suppress(OSError):
-            work.unlink()
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from error
+    return measure_parity(run, ask, [images.paths[i] for i in drawn], images.labels[drawn])

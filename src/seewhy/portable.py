@@ -27,7 +27,7 @@ from seewhy.transforms import Preprocessing
 from seewhy.unknowns import NEIGHBOURS, References
 
 
-class Answers(nn.Module):
+class AnswerNetwork(nn.Module):
     """(N, 3, S, S) uint8 -> what a run answers, in the order of `names`, as one graph.
 
     logits: (N, C). probabilities: (N, C), calibrated. strangeness: (N,), where the run tells unknown pictures.
@@ -101,7 +101,7 @@ def _map_weight(run: Run) -> Tensor | None:
 
 
 def build_onnx(run: Run) -> onnx.ModelProto:
-    """pictures (N, H, W, 3) uint8 RGB -> the outputs of `Answers`, then squares (N, 3, S, S) uint8, what the network saw.
+    """pictures (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
@@ -109,30 +109,45 @@ def build_onnx(run: Run) -> onnx.ModelProto:
 
 
 def build_int8(run: Run, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """The same with convolutions and products in 8 bits: static, a scale a channel.
+    """The same with convolutions and linear layers in 8 bits, calibrated on squares (N, S, S, 3) of training pictures."""
+    return _with_squares(run, eight_bits(_network(run), squares.transpose(0, 3, 1, 2)))
 
-    squares: (N, S, S, 3) of training pictures, to calibrate on.
+
+def eight_bits(network: onnx.ModelProto, pictures: npt.NDArray[np.uint8]) -> onnx.ModelProto:
+    """A network with one input -> the same in 8 bits: static, a scale a channel, calibrated on (N, ...) of what the network takes.
+
+    Weights keep to 7 bits: on processors without VNNI two products of 8 bits would overflow their sum.
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    batches = iter(squares.transpose(0, 3, 1, 2)[:, None])
+    batches = iter([{network.graph.input[0].name: np.ascontiguousarray(pictures[n : n + 8])} for n in range(0, len(pictures), 8)])
 
-    class Squares(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no type information
+    class Reader:
+        """What onnxruntime calls a CalibrationDataReader."""
+
         def get_next(self) -> dict[str, Any] | None:
-            found = next(batches, None)
-            return None if found is None else {"squares_in": np.ascontiguousarray(found)}
+            return next(batches, None)
 
-    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        full, small = Path(place, "full.onnx"), Path(place, "small.onnx")
-        onnx.save(_network(run), full)
-        quantize_static(full, small, Squares(), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "Gemm"])
-        network = onnx.load(small)
-    return _with_squares(run, network)
+    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
+        full, ready, small = (str(Path(place, f"{name}.onnx")) for name in ("full", "ready", "small"))
+        onnx.save(network, full)
+        quant_pre_process(full, ready, skip_symbolic_shape=True)
+        quantize_static(
+            ready,
+            small,
+            Reader(),
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Gemm"],
+        )
+        return onnx.load(small)
 
 
 def _network(run: Run) -> onnx.ModelProto:
-    """squares_in (N, 3, S, S) uint8 -> the outputs of `Answers`."""
-    answers = Answers(run).eval()
+    """squares_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
+    answers = AnswerNetwork(run).eval()
     size = run.backbone.preprocessing.size
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
         program = torch.onnx.export(
@@ -191,11 +206,11 @@ def metadata(run: Run) -> dict[str, Any]:
 
 
 class _FromPictures(nn.Module):
-    """(N, H, W, 3) uint8 -> the outputs of `Answers`."""
+    """(N, H, W, 3) uint8 -> the outputs of `AnswerNetwork`."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.answers = Answers(run)
+        self.answers = AnswerNetwork(run)
         self.preprocessing: Preprocessing = run.backbone.preprocessing
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import list_pictures
+from seewhy.writing import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,27 +87,8 @@ def open_table(path: Path | str) -> Iterator[Callable[[Columns], None]]:
     path = Path(path)
     if path.suffix not in WRITERS:
         raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
-    work = path.parent / f".{path.name}-{os.getpid()}"  # not by tempfile, whose files their owner alone may read
-    new_parent = not path.parent.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with WRITERS[path.suffix](work) as write:
-            yield write
-        os.replace(work, path)
-    except OSError as error:
-        _remove(work, new_parent)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    except BaseException:
-        _remove(work, new_parent)
-        raise
-
-
-def _remove(work: Path, new_parent: bool) -> None:
-    with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
-        work.unlink()
-    if new_parent:
-        with suppress(OSError):
-            work.parent.rmdir()
+    with whole_file(path) as work, WRITERS[path.suffix](work) as write:
+        yield write
 
 
 @contextmanager

@@ -117,6 +117,7 @@ def _check(facts: dict[str, Any]) -> None:
     int(facts["enough"]), float(facts["unknown_above"] or 0), float(facts["test_accuracy"]), int(facts["test_pictures"])
     float(facts["preprocessing"]["crop"]), str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"])
     base64.b64decode(facts["square_graph"], validate=True)
+    str(facts["seewhy_version"]), [float(end) for end in facts["test_accuracy_ci95"] or ()]
     for row in facts["abstain"]:
         float(row["precision"]), float(row["threshold"] or 0)
 

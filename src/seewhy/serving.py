@@ -11,9 +11,9 @@ from pathlib import Path
 import uvicorn
 
 from seewhy.errors import OutputError, RunError
-from seewhy.serve import Limits, create_app
+from seewhy.serve import create_app
+from seewhy.watch import Limits
 
-__all__ = ["Limits", "serve_forever"]
 DRAIN_S = 30  # for requests under way when it is told to stop
 
 

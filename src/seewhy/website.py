@@ -40,12 +40,10 @@ def write_website(model: Path, folder: Path, precision: float | None = None) -> 
         (work / "model.json").write_text(json.dumps(facts, ensure_ascii=False, allow_nan=False), encoding="utf-8")
         unpack_runtime(archive, work / "ort")
         os.replace(work, folder)
-    except OutputError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another place with --web") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # not there any more where all went well
     return folder
 
 
