@@ -77,6 +77,8 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
 def test_eight_bits_keep_the_interface_and_shrink(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
     squares = np.stack([square_of(path, demo_run.backbone.preprocessing) for path in demo_pictures])
     small = portable.build_int8(demo_run, squares).SerializeToString()
+    half = [i for i in onnx.load_from_string(small).graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
+    assert half  # the sample of training features is not widened
     assert len(small) < 0.45 * len(model)  # the sample of training features stays as it is
     full, eight = session_of(model), session_of(small)
     assert [o.name for o in full.get_outputs()] == [o.name for o in eight.get_outputs()]
