@@ -156,13 +156,16 @@ def test_split_from_another_run(folder: Path, tmp_path: Path) -> None:
     assert not same_weights(first, second)
 
 
-def test_cache_or_not_is_the_same_run(folder: Path, tmp_path: Path, cache: Path) -> None:
-    uncached = seewhy.train(folder, out=tmp_path / "a", cache=False, engine="torch", **SMALL)
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_same_bits_cached_or_not_and_with_any_number_of_workers(folder: Path, tmp_path: Path, cache: Path, engine: str) -> None:
+    options = {**SMALL, "engine": engine}
+    uncached = seewhy.train(folder, out=tmp_path / "a", cache=False, **options)
     assert not (cache / "features").exists()
-    cached = seewhy.train(folder, out=tmp_path / "b", engine="torch", **SMALL)
+    cached = seewhy.train(folder, out=tmp_path / "b", **options)
     assert (cache / "features").exists()
-    for name, value in uncached.backbone.model.state_dict().items():
-        torch.testing.assert_close(cached.backbone.model.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert same_weights(uncached, cached)
+    assert same_weights(uncached, seewhy.train(folder, out=tmp_path / "c", cache=False, **{**options, "workers": 4}))
+    assert same_weights(uncached, seewhy.train(folder, out=tmp_path / "d", **{**options, "workers": 4}))
 
 
 def test_evaluate_finds_its_own_split_again(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from seewhy.writing import whole_file
 ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
 MANY = 64  # pictures from which batches run side by side
 IN_CACHE = 4  # pictures a core takes at once: the maps of more do not fit its cache (benchmarks/engines.py)
+FEW = 8  # pictures from which a batch's bits no longer depend on its size
 FORMAT = 1  # of the kept exports
 
 
@@ -84,6 +85,28 @@ def float_engine(network: nn.Module, size: int, pictures: int) -> Engine:
     wrapped = FromPictures(network).eval()
     name = "torch" if torch.cuda.is_available() or pictures < ONNX_WORTH_IT else "onnx"
     return ENGINES[name](wrapped, size, 1)
+
+
+def settled_engine(engine: str, pictures: int) -> str:
+    """What "auto" stands for where bits must not depend on what was exported before: `pictures` of the whole dataset decide."""
+    if engine != "auto":
+        return engine
+    return "torch" if torch.cuda.is_available() or pictures < ONNX_WORTH_IT else "onnx"
+
+
+def runtime_of(engine: str) -> str:
+    """The library behind an engine with its version; another one may round differently."""
+    package = {"onnx": "onnxruntime", "torch": "torch"}[engine]
+    return f"{package} {version(package)}"
+
+
+def steady(engine: Engine, squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Features of a batch, with the same bits in whatever company a picture comes.
+
+    PyTorch multiplies the matrices of very few pictures in another order than those of many, so few are given company.
+    """
+    short = max(0, FEW - len(squares))
+    return engine(np.concatenate([squares, np.repeat(squares[:1], short, axis=0)]))[: len(squares)] if short else engine(squares)
 
 
 def make_engine(network: nn.Module, preprocessing: Preprocessing, pictures: int, engine: str = "auto") -> Engine:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.cutting import Cut
-from seewhy.engines import make_engine
+from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet, read_image
 from seewhy.progress import progress
@@ -29,7 +29,7 @@ from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
 
 EVAL_VIEW = 0  # its number among the views
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ class FeatureStore:
         return FileLock(self.folder / "lock")
 
 
-def store_name(cut: Cut, preprocessing: Preprocessing) -> str:
-    """The content key of a store: trunk weights, where it is cut, preprocessing and format."""
+def store_name(cut: Cut, preprocessing: Preprocessing, engine: str) -> str:
+    """The content key of a store: trunk weights, where it is cut, preprocessing, what computes, and format."""
     assert cut.trunk is not None  # callers have a trunk, or nothing to store
-    facts = {"format": FORMAT, "weights": weights_hash(cut.trunk), "place": cut.place, **preprocessing.as_dict()}
+    facts = {"format": FORMAT, "weights": weights_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(engine)}
+    facts |= preprocessing.as_dict()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -148,6 +149,7 @@ def extract_features(
     holds the features in memory.
     """
     assert cut.trunk is not None
+    engine = settled_engine(engine, len(images))
     shape = feature_shape(cut.trunk, preprocessing)
     wanted = [row_key(images.hashes[i], v) for i in indices for v in range(views)]
     if not keep:
@@ -159,7 +161,7 @@ def extract_features(
             store[len(place) : len(place) + len(names)] = features
             place.update({name: len(place) + k for k, name in enumerate(names)})
         return Features(store, _rows(wanted, place, views), len(todo))
-    folder = cache_dir() / "features" / store_name(cut, preprocessing)
+    folder = cache_dir() / "features" / store_name(cut, preprocessing, engine)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         feature_store = FeatureStore(folder, shape)
@@ -222,7 +224,7 @@ def _compute(
         return [(row_key(images.hashes[i], v), square) for v, square in squares.items()]
 
     def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
-        return [name for name, _ in batch], _rounded(run(np.stack([square for _, square in batch])), dtype)
+        return [name for name, _ in batch], _rounded(steady(run, np.stack([square for _, square in batch])), dtype)
 
     squares = itertools.chain.from_iterable(in_order(squares_of, jobs, workers))
     with progress("features", len(missing)) as advance:

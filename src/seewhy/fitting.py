@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from seewhy.backbones import Backbone
 from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, parameter_stages
-from seewhy.engines import FromSquares
+from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
@@ -61,20 +62,25 @@ class FitInterrupted(KeyboardInterrupt):
 
 
 class FitModule(LightningModule):
-    """Cross-entropy training of the tail; the trunk, where pictures come in, runs frozen in eval mode."""
+    """Cross-entropy training of the tail; `engine` runs the frozen trunk, where pictures come in."""
 
     class_weights: Tensor | None
 
     def __init__(
-        self, backbone: Backbone, cut: Cut, config: TrainConfig, classes: int, class_weights: Tensor | None, steps_an_epoch: int
+        self,
+        backbone: Backbone,
+        cut: Cut,
+        config: TrainConfig,
+        classes: int,
+        class_weights: Tensor | None,
+        steps_an_epoch: int,
+        engine: str = "torch",
     ) -> None:
         super().__init__()
         self.tail = StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail
         self.memory_format = best_memory_format(self.tail)
         self.tail.to(memory_format=self.memory_format)
-        below = FromSquares(nn.Identity() if cut.trunk is None else cut.trunk, backbone.preprocessing)
-        self.below_tail = (below,)  # in a tuple: neither trained nor in the checkpoint
-        self.rounds = cut.trunk is not None
+        self.below_tail = below_tail(backbone, cut, engine)
         self.full_batch_tail = (torch.compile(self.tail, dynamic=False) if config.compile else self.tail,)  # in a tuple, as above
         self.backbone = backbone
         self.config = config
@@ -91,7 +97,6 @@ class FitModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
-        self.below_tail[0].to(self.device).eval()
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.config.seed * 100_003 + self.current_epoch)  # dropout and mixing, also after a resume
@@ -99,10 +104,7 @@ class FitModule(LightningModule):
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
         if inputs.dtype == torch.uint8:
-            with torch.no_grad():
-                inputs = self.below_tail[0](inputs)
-            if self.rounds:
-                inputs = round_like_stored(inputs)
+            inputs = self.below_tail(inputs)
         if self.mixer is not None and targets is not None and self.training:
             inputs, targets = self.mixer(inputs, targets)
         if inputs.ndim == 4:
@@ -146,6 +148,20 @@ class FitModule(LightningModule):
         total = (config.epochs or 1) * self.steps_an_epoch
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+
+def below_tail(backbone: Backbone, cut: Cut, engine: str) -> Callable[[Tensor], Tensor]:
+    """(N, size, size, 3) uint8 squares -> what the tail reads: normalised pictures, or the features that a store would hold."""
+    if cut.trunk is None:
+        normalise = FromSquares(nn.Identity(), backbone.preprocessing)
+        return lambda squares: cast(Tensor, normalise.to(squares.device)(squares))
+    trunk = cut.trunk
+
+    @functools.cache  # when the first picture comes in: stored features need none
+    def run() -> Any:
+        return make_engine(trunk, backbone.preprocessing, 1, engine)
+
+    return lambda squares: round_like_stored(torch.from_numpy(steady(run(), squares.cpu().numpy()))).to(squares.device)
 
 
 def best_memory_format(tail: nn.Module) -> torch.memory_format:
@@ -308,7 +324,8 @@ def fit(
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
     steps = len(train_loader)
-    module = FitModule(backbone, cut, config, classes, weights, steps)
+    pictures = len(train_data.images) if isinstance(train_data, PictureViews) else 0
+    module = FitModule(backbone, cut, config, classes, weights, steps, settled_engine(config.engine, pictures))
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
