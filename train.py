@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from seewhy import export_state_dict
-from seewhy.cli import run_guarded, train_from_arguments
+from seewhy.cli import run_guarded, stop_on_signals, train_from_arguments
 
 FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples", "confusion_matrix": "confusion_matrix"}
 
@@ -27,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(main))
+    stop_on_signals()
+    sys.exit(run_guarded(main, ["python", *sys.argv]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+from filelock import FileLock
 
 from seewhy.cache import cache_dir, clear_cache, list_cache, size_of
 from seewhy.errors import OutputError
@@ -40,7 +41,7 @@ def test_place_is_else_the_users_cache_folder(tmp_path: Path, monkeypatch: pytes
 
 def test_empty_cache(cache: Path) -> None:
     assert list_cache() == []
-    assert clear_cache() == 0
+    assert clear_cache() == (0, [])
     assert cache.is_dir()
 
 
@@ -57,10 +58,10 @@ def test_list_names_stores_and_the_rest_with_their_sizes(cache: Path) -> None:
 
 def test_clear_frees_everything_and_says_how_much(cache: Path) -> None:
     fill(cache)
-    assert clear_cache() == 198
+    assert clear_cache() == (198, [])
     assert list_cache() == []
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    assert clear_cache() == 0
+    assert clear_cache() == (0, [])
 
 
 def test_size_of_a_file_a_folder_and_nothing(tmp_path: Path) -> None:
@@ -82,3 +83,10 @@ def test_place_below_a_file_is_one_line_with_the_way_out(tmp_path: Path, monkeyp
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="the cache folder cannot be made"):
         list_cache()
+
+
+def test_clear_leaves_what_another_process_writes(cache: Path) -> None:
+    fill(cache)
+    with FileLock(cache / "features" / "one" / "lock"):
+        assert clear_cache() == (87, ["features/one"])
+    assert [entry.name for entry in list_cache()] == ["features/one"]

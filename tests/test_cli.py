@@ -209,7 +209,7 @@ def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run:
 
 def test_a_light_installation_says_what_is_missing() -> None:
     code = (
-        "import sys\nfor name in ('torch', 'filelock', 'lightning'): sys.modules[name] = None\n"
+        "import sys\nfor name in ('torch', 'lightning'): sys.modules[name] = None\n"
         "from seewhy.cli import call, run_guarded\nsys.exit(run_guarded(lambda: call(['train', 'scenes'])))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -321,10 +321,17 @@ def test_more_files_than_one_query_holds(cache: Path, tmp_path: Path) -> None:
     assert len(check_files(paths)) == 1100
 
 
-def test_a_damaged_record_is_one_line(cache: Path, tmp_path: Path) -> None:
-    cache.mkdir()
+def test_a_damaged_record_is_made_anew(cache: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    first = check_files([tmp_path / "a.png"])
     (cache / "checked-3.sqlite").write_bytes(b"this is no database, and long enough to be looked at " * 100)
-    with pytest.raises(OutputError, match=r"checked-3\.sqlite: .*; remove it, or set SEEWHY_CACHE"):
+    assert check_files([tmp_path / "a.png"]) == first
+    assert (cache / "checked-3.sqlite").read_bytes().startswith(b"SQLite format 3")
+
+
+def test_a_record_that_cannot_be_kept_is_one_line(cache: Path, tmp_path: Path) -> None:
+    (cache / "checked-3.sqlite").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"checked-3\.sqlite: unable to open database file; free some space, or set SEEWHY_CACHE"):
         check_files([tmp_path / "a.png"])
 
 

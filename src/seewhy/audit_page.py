@@ -14,6 +14,7 @@ from seewhy.figures import leak_figure
 from seewhy.labels import DOUBTFUL
 from seewhy.pages import data_url, render_page, thumbnail_url
 from seewhy.run import write_json
+from seewhy.writing import csv_text
 
 EACH = 8  # examples of a gallery of pairs
 SHOWN = 24  # doubtful labels shown
@@ -32,7 +33,7 @@ def save_audit(audit: Audit, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
-            (folder / name).write_text(table.to_csv(index=False), encoding="utf-8")
+            (folder / name).write_text(csv_text(table), encoding="utf-8")
         (folder / "audit.html").write_text(audit_page(audit), encoding="utf-8")
         write_json(folder / "audit.json", audit.summary())
     except OSError as error:

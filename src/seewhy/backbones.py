@@ -129,11 +129,12 @@ def _start_classifier(model: nn.Module) -> None:
 
 def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, preprocessing: Preprocessing, source: str) -> Backbone:
     """The network of a saved run: the same architecture with all of its weights and its preprocessing given."""
-    model = _build(name, timm_name, classes)
-    own = model.state_dict()
+    with torch.device("meta"):  # what does not fit is refused before it takes memory
+        own = _build(name, timm_name, classes).state_dict()
     wrong = list(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         raise WeightsError(f"{source}: not the weights of {name} ({len(wrong)} tensors differ, {sorted(wrong)[0]} for one)")
+    model = _build(name, timm_name, classes)
     model.load_state_dict(state)
     return Backbone(name, timm_name, model.eval(), preprocessing, _stages(model), source)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 from seewhy.errors import OutputError
 
@@ -46,13 +47,24 @@ def list_cache() -> list[CacheEntry]:
     return [CacheEntry(str(path.relative_to(root)), path, size_of(path)) for path in [*stores, *others]]
 
 
-def clear_cache() -> int:
-    """Removes everything seewhy put into the cache; the freed bytes."""
-    freed = 0
+def clear_cache() -> tuple[int, list[str]]:
+    """Removes everything seewhy put into the cache but what another process writes right now; the freed bytes, and what was left."""
+    freed, left = 0, []
     for entry in list_cache():
-        if entry.path.is_dir():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink()
-        freed += entry.size_bytes
-    return freed
+        lock = FileLock(entry.path / "lock") if (entry.path / "lock").is_file() else None
+        try:
+            if lock is not None:
+                lock.acquire(timeout=0)
+            if entry.path.is_dir():
+                shutil.rmtree(entry.path)
+            else:
+                entry.path.unlink()
+            freed += entry.size_bytes
+        except Timeout:
+            left.append(entry.name)
+        except OSError as error:
+            raise OutputError(f"{entry.path}: cannot be removed ({error.strerror}); check its permissions") from error
+        finally:
+            if lock is not None:
+                lock.release()
+    return freed, left

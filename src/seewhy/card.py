@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import yaml
@@ -53,13 +55,14 @@ def model_card(run: Run, warnings: list[str]) -> str:
         for row in calibration["abstain"]
         if row["threshold"] is not None
     ]
+    more = ["..."] if len(run.classes) > 12 else []
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---",
-        f"# {run.path.name}",
-        f"Tells {len(run.classes)} classes of pictures apart: {', '.join(run.classes[:12])}{', ...' if len(run.classes) > 12 else ''}.",
-        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} pictures of {manifest['data']['name']} "
+        f"# {literal(run.path.name)}",
+        f"Tells {len(run.classes)} classes of pictures apart: {', '.join([*map(literal, run.classes[:12]), *more])}.",
+        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} pictures of {literal(manifest['data']['name'])} "
         f"({split['protocol']} split, seed {run.config.seed}; {split['val']:,} to validate, {split['test']:,} to test). "
-        f"Weights it started from: {manifest['backbone']['weights']}.",
+        f"Weights it started from: {literal(manifest['backbone']['weights'])}.",
         "## Measured",
         f"On {test['n']:,} test pictures that nothing was chosen by:",
         "| | value | 95% interval |\n| --- | --- | --- |\n" + "\n".join(rows),
@@ -67,14 +70,19 @@ def model_card(run: Run, warnings: list[str]) -> str:
         f"error {test['expected_calibration_error']:.1%}.",
         *(["Thresholds below which to say nothing, chosen on the validation part:", "\n".join(abstain)] if abstain else []),
         "## Limits",
-        "\n".join(f"- {text}" for text in [*warnings, _about_strangers(manifest)]),
+        "\n".join(f"- {text}" for text in [*map(literal, warnings), _about_strangers(manifest)]),
         "## Use",
-        f'```python\nimport seewhy\n\nrun = seewhy.load("{run.path.name}")\nrun.predict(["a.jpg"]).table()\n'
+        f'```python\nimport seewhy\n\nrun = seewhy.load({json.dumps(run.path.name.replace("`", ""))})\nrun.predict(["a.jpg"]).table()\n'
         'run.explain(["a.jpg"]).overlay(0)\n```',
         "Weights are in `model.safetensors` under timm's names, everything else in `run.json`; "
         f"seewhy {manifest['versions']['seewhy']}, data sha256 `{manifest['data']['hash'][:16]}`, split sha256 `{split['hash'][:16]}`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def literal(text: str) -> str:
+    """Text as Markdown that shows just this: names of classes and files are anybody's."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", " ".join(text.split()))
 
 
 def _about_strangers(manifest: dict[str, Any]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -20,7 +22,8 @@ from seewhy.errors import ConfigError, SeewhyError
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
-    from seewhy.predictions import Predictions
+    from seewhy.parts import Bad
+    from seewhy.predictions import Columns, Predictions
     from seewhy.run import Run
 
 app = typer.Typer(
@@ -216,23 +219,30 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
-    from seewhy.predictions import open_table
+    from seewhy.predictions import find_pictures, records_of
 
-    records: list[dict[str, Any]] = []
-    count = 0
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    blocks, least = _answering(run, pictures, skip_bad, precision)
+    ask, least = _answering(run, skip_bad, precision)
+    paths = find_pictures(pictures)
     least = abstain_below if least is None else least
-    with open_table(out) if out is not None else nullcontext() as write:
-        for block in blocks:
-            for path, reason in block.bad:
-                typer.echo(f"left out: {path} ({reason})", err=True)
-            if write is not None and block.paths:
-                write(block.columns(top_k, least))
-            count += len(block.paths)
-            if as_json or out is None:
-                records += block.records(top_k, least)
+    count = None
+    if out is None:
+        blocks: Iterable[tuple[Columns, Bad]] = ((block.columns(top_k, least), block.bad) for block in ask(paths, 0))
+    else:
+        from seewhy.parts import open_parts, request_of
+
+        with open_parts(out, request_of(run, paths, top_k=top_k, least=least)) as parts:
+            for block in ask(paths, parts.done):
+                parts.add(block.columns(top_k, least), block.bad)
+            blocks = list(parts.blocks()) if as_json else [({}, bad) for _, bad in parts.blocks()]
+            count = parts.join()
+    records: list[dict[str, Any]] = []
+    for columns, bad in blocks:
+        for path, reason in bad:
+            typer.echo(f"left out: {path} ({reason})", err=True)
+        if as_json or out is None:
+            records += records_of(columns)
     if as_json:
         print_json(records)
     elif out is not None:
@@ -245,18 +255,25 @@ def predict(
             typer.echo(f"{record['path']}:  {strange}{unsure}{answers}")
 
 
-def _answering(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
-    """Predictions of a run or of an exported file, which needs no torch, and the threshold for a wanted precision."""
+def _answering(
+    run: Path, skip_bad: bool, precision: float | None
+) -> tuple[Callable[[list[Path], int], Iterator[Predictions]], float | None]:
+    """What answers about pictures from the given one on, by a run or by an exported file, which needs no torch;
+
+    and the threshold for a precision.
+    """
     if run.suffix == ".onnx":
         from seewhy.runtime import load_onnx, predict_onnx
 
         model = load_onnx(run)
-        return predict_onnx(model, pictures, skip_bad), model.threshold_for(precision) if precision is not None else None
+        least = model.threshold_for(precision) if precision is not None else None
+        return lambda paths, begin: predict_onnx(model, paths, skip_bad, begin), least
     from seewhy.predict import predict_blocks
     from seewhy.run import load
 
     loaded = load(run)
-    return predict_blocks(loaded, pictures, skip_bad), loaded.threshold_for(precision) if precision is not None else None
+    least = loaded.threshold_for(precision) if precision is not None else None
+    return lambda paths, begin: predict_blocks(loaded, paths, skip_bad, begin=begin), least
 
 
 @app.command()
@@ -327,11 +344,11 @@ def cache(
     from seewhy.cache import cache_dir, clear_cache, list_cache
 
     if clear:
-        freed = clear_cache()
+        freed, left = clear_cache()
         if as_json:
-            print_json({"cache": str(cache_dir()), "freed_bytes": freed})
+            print_json({"cache": str(cache_dir()), "freed_bytes": freed, "in_use": left})
         else:
-            typer.echo(f"freed {freed / 1e6:.1f} MB in {cache_dir()}")
+            typer.echo(f"freed {freed / 1e6:.1f} MB in {cache_dir()}" + (f"; in use and left: {', '.join(left)}" if left else ""))
         return
     entries = list_cache()
     if as_json:
@@ -345,10 +362,10 @@ def cache(
 # ---------------------------------------------------------------- the shell
 
 
-def run_guarded(work: Callable[[], Any]) -> int:
-    """Calls work() and turns what it raises into one line on stderr and an exit status.
+def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
+    """Calls work() and turns what it raises into one line on stderr and an exit status, which docs/RELIABILITY.md lists.
 
-    0 done, 2 something the user can mend, 130 interrupted.
+    command: as it was given, for what is said when it is interrupted.
     """
     try:
         status = work()
@@ -356,11 +373,19 @@ def run_guarded(work: Callable[[], Any]) -> int:
     except SeewhyError as error:
         return _complain(" ".join(str(error).splitlines()))
     except KeyboardInterrupt:
-        return _complain("interrupted; `seewhy train ... --resume` goes on with the features and epochs that were finished", status=130)
+        return _complain(f"interrupted; {_how_to_go_on(command)}", status=130)
     except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
         if (error.name or "seewhy").split(".")[0] == "seewhy":
             raise
         return _complain(f"this needs {error.name}, which is not installed; the full installation (README) brings it")
+    except BrokenPipeError:  # who read our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end finds a place
+        return 141
+    except OSError as error:  # of a disk, mostly; one raised by a mistake of ours has no number
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror}; check the disk and its permissions")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):
@@ -370,14 +395,34 @@ def run_guarded(work: Callable[[], Any]) -> int:
         return _complain(f"{' '.join(error.format_message().split()).rstrip('.')}{where}")
 
 
+def _how_to_go_on(command: Sequence[str]) -> str:
+    """The command after which nothing that was finished is computed again."""
+    if {"train", "train.py"} & set(command[:2]):
+        return f"go on with: {shlex.join([*command, *(['--resume'] if '--resume' not in command else [])])}"
+    return "the same command again uses what was finished"
+
+
 def _complain(text: str, status: int = 2) -> int:
     typer.echo(f"seewhy: {text}", err=True)
     return status
 
 
+def stop_on_signals() -> None:
+    """Ctrl-C, or SIGTERM, once: KeyboardInterrupt, so that what is finished is kept; twice: the end, at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
 def main() -> None:
     """The console script."""
-    sys.exit(run_guarded(call))
+    stop_on_signals()
+    sys.exit(run_guarded(call, ["seewhy", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -71,4 +72,5 @@ def serve(
     if not all(map(math.isfinite, (max_mb, max_megapixels, upload_seconds))):
         raise ConfigError("limits have to be finite numbers")
     limits = Limits(max_files, round(1e6 * max_mb), round(1e6 * max_megapixels), upload_seconds, queue)
-    serve_forever(run, host, port, cores, limits, precision)
+    with suppress(KeyboardInterrupt):  # how it ends, after it has answered what it had
+        serve_forever(run, host, port, cores, limits, precision)

@@ -20,6 +20,7 @@ from seewhy.progress import LOG
 from seewhy.run import Run, write_json
 from seewhy.split import read_split
 from seewhy.workflow import evaluate_part, train_run
+from seewhy.writing import csv_text
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool = F
         rows.append({"seed": seed, **{f"{part}_{name}": run.metrics[part][name] for part in ("val", "test") for name in HEADLINE}})
     table = pd.DataFrame(rows)
     try:
-        (folder / "repeats.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+        (folder / "repeats.csv").write_text(csv_text(table), encoding="utf-8")
         write_json(folder / "repeats.json", {"n": repeats, **spread(table)})
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); the runs in it are whole") from error

@@ -172,7 +172,11 @@ def _onnx_engine(network: nn.Module, size: int, lanes: int) -> Engine:
     options.log_severity_level = 3
     # Idle threads sleep: spinning, they would take the cores from the threads that decode and from PyTorch's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime raises types of its own; whatever spoiled the kept export, a new one mends it
+        _export_place(network, size).unlink(missing_ok=True)
+        session = onnxruntime.InferenceSession(_exported(network, size), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(squares: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

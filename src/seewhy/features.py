@@ -7,15 +7,18 @@ import hashlib
 import itertools
 import json
 import mmap
+import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from seewhy.backbones import weights_hash
@@ -24,12 +27,13 @@ from seewhy.cutting import Cut
 from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet, read_image
-from seewhy.progress import progress
+from seewhy.progress import LOG, progress
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
 
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 3
+SYNC_S = 2.0  # of computing is the most that a kill or a power cut takes away
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
 class FeatureStore:
     """A folder with rows.bin (features) and keys.bin (32 bytes a row: which picture and view).
 
-    Rows are written before their keys, so whatever ends a run, every key has its row;
+    Rows are on the disk before their keys, so whatever ends a run, every key has its row;
     a tail without keys is cut off by the next writer. One writer at a time (a lock file).
     """
 
@@ -102,19 +106,60 @@ class FeatureStore:
         return np.memmap(self.folder / "rows.bin", dtype=self.dtype, mode="r", shape=(count, *self.shape))
 
     def append(self, batches: Iterator[tuple[list[bytes], npt.NDArray[Any]]]) -> None:
-        """Adds rows under their keys; to be called under `lock()`."""
+        """Adds rows under their keys; to be called under `lock()`.
+
+        Every SYNC_S seconds the rows are brought to the disk, and their keys after them: not even a power cut leaves a key
+        without its row. Whatever ends this keeps what was finished before; a full disk gets back what is of no use.
+        """
         count = len(self.keys())
-        with open(self.folder / "rows.bin", "ab") as rows, open(self.folder / "keys.bin", "ab") as keys:
+        pending: list[bytes] = []
+        with open(self.folder / "rows.bin", "ab", buffering=0) as rows, open(self.folder / "keys.bin", "ab", buffering=0) as keys:
             rows.truncate(count * self.row_bytes)
             keys.truncate(count * 32)
-            for names, features in batches:
-                rows.write(np.ascontiguousarray(features, dtype=self.dtype).tobytes())
-                rows.flush()
-                keys.write(b"".join(names))
-                keys.flush()
 
-    def lock(self) -> FileLock:
-        return FileLock(self.folder / "lock")
+            def commit() -> None:
+                nonlocal count
+                os.fsync(rows.fileno())
+                _write_all(keys, b"".join(pending))
+                count += len(pending)
+                pending.clear()
+
+            committed = time.monotonic()
+            try:
+                for names, features in batches:
+                    _write_all(rows, np.ascontiguousarray(features, dtype=self.dtype).tobytes())
+                    pending += names
+                    if time.monotonic() - committed > SYNC_S:
+                        commit()
+                        committed = time.monotonic()
+            except OSError:
+                rows.truncate(count * self.row_bytes)
+                raise
+            except BaseException:
+                commit()
+                raise
+            commit()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one who writes; says so where another process has to be waited for."""
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            LOG.info("another process computes the same kind of features; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """All of `data` to an unbuffered file; OSError where the disk is full, with as much written as it took."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def store_name(cut: Cut, preprocessing: Preprocessing, engine: str) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +37,7 @@ from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
+from seewhy.writing import whole_file
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -290,6 +293,14 @@ class HistoryKeeper(Callback):
             )
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with whole_file(Path(path), "free some space, and go on with --resume") as work:
+            torch.save(checkpoint, work)
+
+
 class ProgressCallback(Callback):
     """Moves the bar one step a batch."""
 
@@ -338,6 +349,7 @@ def fit(
             accelerator="auto",
             devices=1,
             precision=config.precision,
+            plugins=[WholeCheckpoints()],
             callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver],
             logger=TensorBoardLogger(str(folder), name=None, version="tensorboard"),
             default_root_dir=str(folder),
@@ -348,8 +360,10 @@ def fit(
         try:
             trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         except SystemExit as error:  # how Lightning ends after Ctrl-C, with the signal switched off
-            signal.signal(signal.SIGINT, handler)
             raise FitInterrupted from error
+        finally:
+            if threading.current_thread() is threading.main_thread():  # others may not touch signals
+                signal.signal(signal.SIGINT, handler)
     history = tuple(keeper.rows)
     if not history or not math.isfinite(history[-1]["train_loss"]):
         raise ConfigError(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")

@@ -46,7 +46,7 @@ def _from_table(file: Path, names: list[str]) -> list[str]:
         raise ConfigError(f"{file}: cannot be read ({reason}); --group-by takes a .csv with the columns path and group") from error
     if not {"path", "group"} <= set(table.columns):
         raise ConfigError(f"{file}: has the columns {', '.join(map(str, table.columns))}; --group-by needs path and group")
-    group_of = dict(zip(table["path"], table["group"], strict=True))
+    group_of = {path.removeprefix("./"): group for path, group in zip(table["path"], table["group"], strict=True)}
     if missing := [name for name in names if name not in group_of]:
         raise ConfigError(
             f"{file}: {len(missing)} of {len(names)} pictures are not in it, {missing[0]!r} for one; "

@@ -22,13 +22,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seewhy.cache import cache_dir
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.progress import progress
+from seewhy.progress import LOG, progress
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_PIXELS = 100_000_000  # refused before decoding: 300 MB of RGB
 MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more: some start other programs, some grow when loaded
 MIN_SIDE = 8  # smaller than this there is nothing to see
+RECORD = "checked-3.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
+RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -184,14 +186,31 @@ def is_grey(image: Image.Image) -> bool:
 
 def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
     """Checked for each file, in order; files seen before (same path, size and time) are not read again."""
+    file = cache_dir() / RECORD
+    try:
+        try:
+            return _check_files(paths, workers, file)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # the place: read-only, full, locked
+                raise
+            LOG.info(f"{file} is damaged ({error}); it is made anew, and all pictures are looked at again")
+            file.unlink()
+            return _check_files(paths, workers, file)
+    except (sqlite3.Error, OSError) as error:
+        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
+
+
+def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checked]:
     stats = [_stat_key(path) for path in paths]
-    with closing(_open_record()) as record:
+    with closing(sqlite3.connect(file, timeout=60)) as record:
+        columns = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({columns})")
         known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, stats)}
         todo = [i for i, key in enumerate(stats) if key not in known]
         with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
-            for start in range(0, len(todo), 4096):
+            for start in range(0, len(todo), RECORDED_AT_ONCE):
                 rows = []
-                chunk = todo[start : start + 4096]
+                chunk = todo[start : start + RECORDED_AT_ONCE]
                 for i, checked in zip(chunk, pool.map(lambda i: check_file(paths[i]), chunk), strict=True):
                     known[stats[i]] = checked
                     advance(1)
@@ -208,18 +227,6 @@ def _stat_key(path: Path) -> str:
     except OSError:
         return str(path.absolute())
     return f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
-
-
-def _open_record() -> sqlite3.Connection:
-    # The rules for what counts as usable are part of the name: new rules, new record.
-    file = cache_dir() / "checked-3.sqlite"
-    try:
-        record = sqlite3.connect(file, timeout=60)
-        columns = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"
-        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({columns})")
-    except sqlite3.Error as error:
-        raise OutputError(f"{file}: {error}; remove it, or set SEEWHY_CACHE to a writable folder") from error
-    return record
 
 
 def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:

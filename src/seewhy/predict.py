@@ -14,7 +14,7 @@ from seewhy.engines import Engine, kept_engine
 from seewhy.errors import ImageError
 from seewhy.features import square_of
 from seewhy.metrics import softmax
-from seewhy.predictions import Predictions, find_pictures, refuse_bad
+from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.streams import BATCH, in_batches, in_order
@@ -51,9 +51,15 @@ def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_
 
 
 def predict_blocks(
-    run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2, block: int = 4096
+    run: Run,
+    inputs: Sequence[str | Path],
+    skip_bad: bool = False,
+    engine: str = "auto",
+    workers: int = 2,
+    block: int = BLOCK,
+    begin: int = 0,
 ) -> Iterator[Predictions]:
-    """The same, at most `block` pictures at a time, so that memory does not grow with their number."""
+    """The same, at most `block` pictures at a time, so that memory does not grow with their number. The first `begin` are passed over."""
     paths = find_pictures(inputs)
     preprocessing = run.backbone.preprocessing
     classes = len(run.classes)
@@ -78,9 +84,10 @@ def predict_blocks(
             return reasons, np.empty((0, classes), dtype=np.float32)
         return reasons, both_ways(forward, np.stack(good), classes) if run.config.test_flip else forward(np.stack(good))
 
-    with progress("predicting", len(paths)) as advance:
-        squares = zip(paths, in_order(square_or_reason, paths, workers), strict=True)
-        for start in range(0, len(paths), block):
+    with progress("predicting", len(paths) - begin) as advance:
+        left = paths[begin:]
+        squares = zip(left, in_order(square_or_reason, left, workers), strict=True)
+        for start in range(begin, len(paths), block):
             part = in_batches(itertools.islice(squares, min(block, len(paths) - start)), BATCH)
             names: list[str] = []
             answers: list[npt.NDArray[np.float32]] = []

@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import list_pictures
-from seewhy.writing import whole_file
+from seewhy.writing import harmless, harmless_path, whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
+BLOCK = 1024  # pictures that are answered and kept at a time
 Columns = dict[str, list[Any]]  # name -> a value a row
 
 
@@ -61,13 +62,7 @@ class Predictions:
 
     def records(self, top_k: int = 5, abstain_below: float | None = None) -> list[dict[str, Any]]:
         """JSON-ready: [{"path", "top": [{"class", "prob"}, ...], "unknown"}, ...]; `abstain_below` adds "answer" (a class or null)."""
-        order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
-        found = []
-        for n, path in enumerate(self.paths):
-            top = [{"class": self.classes[c], "prob": float(self.probs[n, c])} for c in order[n]]
-            answer = {"answer": top[0]["class"] if self.probs[n].max() >= abstain_below else None} if abstain_below is not None else {}
-            found.append({"path": path, "top": top, "unknown": bool(self.unknown[n]), **answer})
-        return found
+        return records_of(self.columns(top_k, abstain_below))
 
     def save(self, path: Path | str, top_k: int = 5) -> None:
         """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
@@ -75,7 +70,24 @@ class Predictions:
             write(self.columns(top_k))
 
 
+def records_of(columns: Columns) -> list[dict[str, Any]]:
+    """`Predictions.columns` -> `Predictions.records`."""
+    top_k = sum(name.startswith("class_") for name in columns)
+    found = []
+    for n, path in enumerate(columns["path"]):
+        top = [{"class": columns[f"class_{k}"][n], "prob": columns[f"prob_{k}"][n]} for k in range(1, top_k + 1)]
+        answer = {"answer": columns["answer"][n] or None} if "answer" in columns else {}
+        found.append({"path": path, "top": top, "unknown": columns["unknown"][n], **answer})
+    return found
+
+
 # ---------------------------------------------------------------- tables on disk
+
+
+def check_table(path: Path) -> None:
+    """OutputError for a suffix that names no kind of table."""
+    if path.suffix not in WRITERS:
+        raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
 
 
 @contextmanager
@@ -85,8 +97,7 @@ def open_table(path: Path | str) -> Iterator[Callable[[Columns], None]]:
     Raises OutputError for an unknown suffix or a place that cannot be written.
     """
     path = Path(path)
-    if path.suffix not in WRITERS:
-        raise OutputError(f"{path}: unknown table format; name it .csv, .parquet or .json")
+    check_table(path)
     with whole_file(path) as work, WRITERS[path.suffix](work) as write:
         yield write
 
@@ -101,7 +112,9 @@ def _csv_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
             if not started:
                 rows.writerow(columns)
                 started.append(True)
-            rows.writerows(zip(*columns.values(), strict=True))
+            paths, *others = columns.values()
+            for name, *cells in zip(paths, *others, strict=True):
+                rows.writerow([harmless_path(name), *map(harmless, cells)])
 
         yield write
 

@@ -22,6 +22,7 @@ from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.split import read_split
 from seewhy.streams import BATCH, in_batches, in_order
+from seewhy.writing import csv_text
 
 STRENGTHS = (1, 2, 3, 4, 5)
 Indices = npt.NDArray[np.int64]
@@ -93,9 +94,9 @@ def save_robustness(table: pd.DataFrame, parts: pd.DataFrame, folder: Path) -> l
     files = [folder / "robustness.csv", folder / "robustness.png", folder / "slices.csv"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(table.to_csv(index=False), encoding="utf-8")
+        files[0].write_text(csv_text(table), encoding="utf-8")
         files[1].write_bytes(robustness_figure(table.to_dict("records")))
-        files[2].write_text(parts.to_csv(index=False), encoding="utf-8")
+        files[2].write_text(csv_text(parts), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another place with --out") from error
     return files

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
 from seewhy.jsonable import finite
+from seewhy.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import References
+from seewhy.writing import to_disk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from seewhy.explain import Explanation
     from seewhy.predictions import Predictions
 
-FORMAT = 1  # of run.json; raised when a reader of the old one would misread the new one
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
 
@@ -205,39 +206,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Manifest last, then one rename: the folder at `target` is whole from its first moment."""
+    """Manifest last, then one rename: the folder at `target` is whole from its first moment, even after a power cut."""
     write_json(work / "run.json", manifest)
+    for path in [*work.rglob("*"), work]:
+        to_disk(path)
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     work.rename(target)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """`run.json` of a run folder, checked; RunError says what is wrong with it."""
-    file = path / "run.json"
-    if not path.exists():
-        raise RunError(f"{path}: no such run; `seewhy train` makes one, `ls {path.parent}` shows what is there")
-    if not path.is_dir():
-        raise RunError(f"{path}: a file, not a run folder; pass the folder that holds run.json")
-    if not file.is_file():
-        half = path.name.startswith(".") and path.name.endswith(".partial")
-        hint = (
-            "an unfinished run; repeat its train command with --resume"
-            if half
-            else "not a run (it holds no run.json); pass a finished run's folder"
-        )
-        raise RunError(f"{path}: {hint}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        number = int(manifest["format"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file}: damaged ({error}); copy the run again or train it again") from error
-    if number != FORMAT:
-        raise RunError(f"{file}: run format {number}, this seewhy reads format {FORMAT}; use the version that wrote it or train again")
-    missing = {"config", "classes", "backbone", "preprocessing", "metrics"} - set(manifest)
-    if missing:
-        raise RunError(f"{file}: damaged ({', '.join(sorted(missing))} missing); copy the run again or train it again")
-    return dict(manifest)
+    to_disk(target.parent)
 
 
 def load(path: Path | str) -> Run:
@@ -247,38 +223,49 @@ def load(path: Path | str) -> Run:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        raise RunError(f"{weights}: missing; copy the run again or train it again")
-    try:
-        state = load_file(weights)
-    except Exception as error:  # safetensors raises its own type for any damage
-        raise RunError(f"{weights}: damaged ({' '.join(str(error).split())[:80]}); copy the run again or train it again") from error
+    state = _tensors(path / "model.safetensors")
     try:
         config = make_config(**manifest["config"])
         names = manifest["backbone"]
-        classes = tuple(str(name) for name in manifest["classes"])
+        classes = tuple(manifest["classes"])
         # The run's own preprocessing counts, since another timm may have other defaults.
         preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
         backbone = rebuild_backbone(names["name"], names["timm"], len(classes), state, preprocessing, names["weights"])
         cut = cut_backbone(backbone, config.unfreeze)
+        references = _load_references(path, manifest, backbone)
+    except RunError:
+        raise
     except SeewhyError as error:
         raise RunError(f"{path}: cannot be rebuilt: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path / 'run.json'}: damaged ({error}); copy the run again or train it again") from error
+        raise RunError(f"{path / 'run.json'}: damaged ({error}); {AGAIN}") from error
     backbone.model.requires_grad_(False)
-    return Run(path, config, classes, backbone, cut, manifest, _load_references(path, manifest))
+    return Run(path, config, classes, backbone, cut, manifest, references)
 
 
-def _load_references(path: Path, manifest: dict[str, Any]) -> References | None:
-    if "unknowns" not in manifest:
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """What a safetensors file holds, all of it finite."""
+    if not file.is_file():
+        raise RunError(f"{file}: missing; {AGAIN}")
+    try:
+        state: dict[str, torch.Tensor] = load_file(file)
+    except Exception as error:  # safetensors raises its own type for any damage
+        raise RunError(f"{file}: damaged ({' '.join(str(error).split())[:80]}); {AGAIN}") from error
+    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise RunError(f"{file}: damaged ({wrong[0][:60]} holds values that are no numbers); {AGAIN}")
+    return state
+
+
+def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> References | None:
+    if manifest.get("unknowns") is None:
         return None
     file = path / "unknowns.safetensors"
-    try:
-        state = load_file(file)
-        return References(state["centre"].numpy(), state["directions"].numpy())
-    except Exception as error:  # as above
-        raise RunError(f"{file}: missing or damaged ({' '.join(str(error).split())[:80]}); copy the run again or train it again") from error
+    state = _tensors(file)
+    centre, directions = (state.get(name, torch.empty(0)) for name in ("centre", "directions"))
+    width = getattr(cast(Any, backbone.model).get_classifier(), "in_features", None)
+    if centre.ndim != 1 or directions.ndim != 2 or not len(directions) or not len(centre) == directions.shape[1] == width:
+        raise RunError(f"{file}: damaged (vectors of other lengths than the network's); {AGAIN}")
+    return References(centre.float().numpy(), directions.half().numpy())
 
 
 def remove_tree(path: Path) -> None:

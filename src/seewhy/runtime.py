@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnxruntime
 
 from seewhy.errors import ConfigError, ImageError, RunError
-from seewhy.images import read_image
-from seewhy.predictions import Predictions, find_pictures, refuse_bad
+from seewhy.graph_check import check_graph
+from seewhy.images import MAX_SIDE, MIN_SIDE, read_image
+from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
 from seewhy.streams import in_batches, in_order
 
+RANKS = {"logits": 2, "probabilities": 2, "squares": 4, "strangeness": 1, "heatmaps": 4}  # what a file may answer with
 FORMAT = 2  # of the metadata, which portable.py writes
-BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,32 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
     Raises RunError where it is missing, damaged, of another version, or not from seewhy.
     """
     name = "this model" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise RunError(f"{name}: no such file; `seewhy export RUN` makes one")
+    if not isinstance(source, bytes):
+        try:
+            source = Path(source).read_bytes()
+        except FileNotFoundError as error:
+            raise RunError(f"{name}: no such file; `seewhy export RUN` makes one") from error
+        except OSError as error:
+            raise RunError(f"{name}: cannot be read ({error.strerror}); name a file of `seewhy export`") from error
+    check_graph(source, name, RANKS)
     try:
-        session = _session(source if isinstance(source, bytes) else str(source), threads)
+        session = _session(source, threads)
     except Exception as error:  # onnxruntime raises types of its own
         raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
     try:
         facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         if int(facts["seewhy_format"]) != FORMAT:
-            raise RunError(f"{name}: format {facts['seewhy_format']}, this seewhy reads format {FORMAT}; export the run again")
-        _check(facts)
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({error!r}); export the run again") from error
-    return OnnxModel(name, session, tuple(output.name for output in session.get_outputs()), facts)
+            raise RunError(f"{name}: format {facts['seewhy_format']!r:.20}, this seewhy reads format {FORMAT}; export the run again")
+        square = _check(facts)
+        check_graph(square, name, {"squares": 4})
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = repr(error)[:80]
+        raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({reason}); export the run again") from error
+    outputs = session.get_outputs()
+    classes = {output.name: output.shape[1] for output in outputs if output.name in ("logits", "probabilities", "heatmaps")}
+    if "probabilities" not in classes or set(classes.values()) != {len(facts["classes"])}:
+        raise RunError(f"{name}: names {len(facts['classes'])} classes and answers for others; export the run again")
+    return OnnxModel(name, session, tuple(output.name for output in outputs), facts)
 
 
 def _session(source: str | bytes, threads: int) -> Any:
@@ -110,20 +123,25 @@ def _session(source: str | bytes, threads: int) -> Any:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _check(facts: dict[str, Any]) -> None:
-    """KeyError, ValueError or TypeError where metadata lacks what is read later."""
-    if not all(isinstance(name, str) for name in facts["classes"]) or not facts["classes"]:
+def _check(facts: dict[str, Any]) -> bytes:
+    """The graph of the first step; KeyError, ValueError or TypeError where metadata lacks what is read later."""
+    names = facts["classes"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError("classes are no list of names")
-    int(facts["enough"]), float(facts["unknown_above"] or 0), float(facts["test_accuracy"]), int(facts["test_pictures"])
-    float(facts["preprocessing"]["crop"]), str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"])
-    base64.b64decode(facts["square_graph"], validate=True)
-    str(facts["seewhy_version"]), [float(end) for end in facts["test_accuracy_ci95"] or ()]
-    for row in facts["abstain"]:
-        float(row["precision"]), float(row["threshold"] or 0)
+    if not MIN_SIDE <= int(facts["enough"]) <= MAX_SIDE:
+        raise ValueError("enough is no number of pixels")
+    numbers = [facts["unknown_above"] or 0, facts["test_accuracy"], facts["test_pictures"], facts["preprocessing"]["crop"]]
+    numbers += [*(facts["test_accuracy_ci95"] or ()), *(row[key] or 0 for row in facts["abstain"] for key in ("precision", "threshold"))]
+    if not all(math.isfinite(float(number)) for number in numbers):
+        raise ValueError("numbers are not finite")
+    str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"]), str(facts["seewhy_version"])
+    return base64.b64decode(facts["square_graph"], validate=True)
 
 
-def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
+def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False, begin: int = 0) -> Iterator[Predictions]:
     """Predictions of files, folders and patterns, at most BLOCK at a time; as `predict.predict_blocks` of the run.
+
+    The first `begin` are passed over.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
     """
@@ -139,9 +157,10 @@ def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool 
         except ImageError as error:
             return error.bad[0][1]
 
-    with progress("predicting", len(paths)) as advance:
-        answers = in_order(answer, paths, os.cpu_count() or 1)
-        for block in in_batches(zip(paths, answers, strict=True), BLOCK):
+    left = paths[begin:]
+    with progress("predicting", len(left)) as advance:
+        answers = in_order(answer, left, os.cpu_count() or 1)
+        for block in in_batches(zip(left, answers, strict=True), BLOCK):
             names, probs, strange, before = [], [], [], len(bad)
             for path, found in block:
                 advance(1)

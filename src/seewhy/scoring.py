@@ -40,6 +40,7 @@ from seewhy.predictions import find_pictures
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.streams import in_batches, in_order
+from seewhy.writing import csv_text
 
 BATCH = 16
 AREA = "(area)"
@@ -195,9 +196,9 @@ def save_scores(table: pd.DataFrame, sanity: pd.DataFrame, folder: Path | str) -
     files = [folder / "scores.csv", folder / "scores.png", folder / "sanity.csv"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(table.to_csv(index=False), encoding="utf-8")
+        files[0].write_text(csv_text(table), encoding="utf-8")
         files[1].write_bytes(method_scores(table.to_dict("records"), [*BASELINES, AREA]))
-        files[2].write_text(sanity.to_csv(index=False), encoding="utf-8")
+        files[2].write_text(csv_text(sanity), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: scores cannot be written ({error.strerror}); choose another place with --out") from error
     return files

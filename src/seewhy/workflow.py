@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from seewhy import __version__
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
 from seewhy.calibration import answered_at, fit_temperature, threshold_for
@@ -28,11 +29,12 @@ from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
-from seewhy.progress import LOG
+from seewhy.progress import LOG, log_to
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.unknowns import REFERENCES, References, sample_references
+from seewhy.writing import harmless, harmless_path
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
@@ -67,9 +69,11 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         LOG.info(f"already finished: {places.target}")
         return finished
     check_request(config.backbone, config.weights)
-    lock = _open_work(places, config, resume)
+    places, lock = _open_work(places, config, resume, out is None)
     try:
-        return _train_in(places, config)
+        with log_to(places.work / "log.txt"):
+            LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
+            return _train_in(places, config)
     except KeyboardInterrupt:
         raise
     except BaseException:
@@ -106,13 +110,12 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    run = _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange, leaked)
-    numbers = run.metrics["test"]
+    numbers = test.metrics
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
         f"{numbers['accuracy_ci95'][1]:.1%}), mean per-class {numbers['mean_per_class_accuracy']:.1%}"
     )
-    return run
+    return _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange, leaked)
 
 
 def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
@@ -176,8 +179,8 @@ def evaluate_part(
 # ---------------------------------------------------------------- places
 
 
-def choose_places(config: TrainConfig, out: Path | None, resume: bool) -> Places:
-    """`out`, or the first free runs/NAME; with `resume` the place of the unfinished or finished run of this name."""
+def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Path | None = None) -> Places:
+    """`out`, or the first free runs/NAME (behind the name `after`); with `resume` the place of the run of this name, finished or not."""
     if out is not None:
         target = out
     else:
@@ -189,7 +192,8 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool) -> Places
         if unfinished:
             target = unfinished[0]
         elif not resume:
-            target = next(place for place in candidates if not place.exists())
+            first = candidates.index(after) + 1 if after is not None else 0
+            target = next(place for place in candidates[first:] if not place.exists())
     if not resume and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
     return Places(_work_of(target), target, not target.parent.exists())
@@ -199,13 +203,16 @@ def _work_of(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
+def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[Places, FileLock]:
     """Makes or reopens the work folder and holds its lock, so that two trainings never share one."""
     lock = FileLock(places.target.parent / f".{places.target.name}.lock")
     try:
         places.target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
+        if named_by_us and not resume:  # started in the same moment: the next free name
+            following = choose_places(config, None, False, places.target)
+            return _open_work(following, config, resume, named_by_us)
         raise RunError(f"{places.target}: another training writes it right now; choose another --out") from error
     except OSError as error:
         raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
@@ -224,7 +231,7 @@ def _open_work(places: Places, config: TrainConfig, resume: bool) -> FileLock:
     except BaseException:
         _give_back(lock, places)
         raise
-    return lock
+    return places, lock
 
 
 def _give_back(lock: FileLock, places: Places) -> None:
@@ -372,8 +379,8 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         writer.writerow(["path", "true", "predicted", "prob"])
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
-            row = [name, evaluation.classes[evaluation.labels[n]], evaluation.classes[best], repr(float(evaluation.probs[n, best]))]
-            writer.writerow(row)
+            answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
+            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.probs[n, best]))])
 
 
 # ---------------------------------------------------------------- later

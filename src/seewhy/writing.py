@@ -1,13 +1,21 @@
-"""Path -> a work file beside it, which takes its place when all of it is written."""
+"""Path -> a work file beside it, which takes its place when all of it is written and on the disk."""
 
 from __future__ import annotations
 
+import glob
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from seewhy.errors import OutputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEFT_OVER_S = 86_400  # a work file that nobody has written to for so long belongs to a process that was killed
 
 
 @contextmanager
@@ -20,8 +28,11 @@ def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Pat
     new_parent = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_overs(path)
         yield work
+        to_disk(work)
         os.replace(work, path)
+        to_disk(path.parent)
     except BaseException as error:
         with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
             work.unlink()
@@ -31,3 +42,48 @@ def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Pat
         if isinstance(error, OSError):
             raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
         raise
+
+
+def _remove_left_overs(path: Path) -> None:
+    for name in glob.glob(f".{glob.escape(path.name)}-*", root_dir=path.parent):
+        left_over = path.parent / name
+        with suppress(OSError, ValueError):
+            int(name.rpartition("-")[2])  # ours end with a process number
+            if time.time() - left_over.stat().st_mtime > LEFT_OVER_S:
+                left_over.unlink()
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut.
+
+    Otherwise the new name may be on the disk before the content, and both readable after a crash of the system: a file of zeros.
+    """
+    if path.is_dir() and os.name == "nt":  # Windows keeps names by itself, and opens no folders
+        return
+    place = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def harmless(cell: Any) -> Any:
+    """What a CSV may hold: text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+    Source: OWASP, "CSV Injection". Numbers are left alone.
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, text made `harmless`; columns whose name begins with `path` hold paths."""
+    safe = table.copy()
+    for name in safe.columns:
+        safe[name] = safe[name].map(harmless_path if str(name).startswith("path") else harmless)
+    text: str = safe.to_csv(index=False)
+    return text
+
+
+def harmless_path(name: str) -> str:
+    """The same for a path, which stays one: `-x.jpg` becomes `./-x.jpg`."""
+    return f"./{name}" if harmless(name) != name else name

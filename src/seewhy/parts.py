@@ -1,0 +1,121 @@
+"""Blocks of a long table -> parts on the disk -> one file; the same request goes on where an earlier one was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from seewhy import __version__
+from seewhy.errors import OutputError
+from seewhy.predictions import Columns, check_table, open_table
+from seewhy.progress import LOG
+from seewhy.writing import whole_file
+
+Bad = Sequence[tuple[str, str]]
+
+
+@dataclass
+class Parts:
+    """A hidden folder beside `out` with a file a finished block, named by the number of pictures that are done with it.
+
+    done: pictures that need not be asked about again, in the order of the request.
+    """
+
+    out: Path
+    folder: Path
+    done: int = 0
+
+    def add(self, columns: Columns, bad: Bad) -> None:
+        """A block: its rows, and (path, reason) of what was left out of it."""
+        done = self.done + len(columns["path"]) + len(bad)
+        with whole_file(
+            self.folder / f"{done:012d}.json", f"free some space, and give the same command again: it goes on after {self.done:,}"
+        ) as work:
+            work.write_text(json.dumps({"columns": columns, "bad": list(bad)}), encoding="utf-8")
+        self.done = done
+
+    def blocks(self) -> Iterator[tuple[Columns, Bad]]:
+        """All finished blocks, in order."""
+        for file in _finished(self.folder):
+            block = json.loads(file.read_text(encoding="utf-8"))
+            yield block["columns"], [(path, reason) for path, reason in block["bad"]]
+
+    def join(self) -> int:
+        """Writes `out`, removes the parts; the number of rows."""
+        count = 0
+        with open_table(self.out) as write:
+            for columns, _ in self.blocks():
+                if columns["path"]:
+                    write(columns)
+                count += len(columns["path"])
+        return count
+
+
+def request_of(asked: Path, paths: Sequence[Path], **options: Any) -> dict[str, Any]:
+    """What decides a table: who is asked, about which files (by path, size and time), and how."""
+    found = hashlib.sha256()
+    for path in [asked / "run.json" if asked.is_dir() else asked, *paths]:
+        with suppress(OSError):  # a file that is missing will be told of when it is read
+            stat = path.stat()
+            found.update(f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return {"seewhy": __version__, "files": found.hexdigest(), "pictures": len(paths), **options}
+
+
+@contextmanager
+def open_parts(out: Path, request: dict[str, Any]) -> Iterator[Parts]:
+    """The parts of `out`, those of the same request that was stopped included; kept where this one is stopped, too.
+
+    Raises OutputError where another process writes `out`, or its folder cannot be written.
+    """
+    check_table(out)
+    parts = Parts(out, out.parent / f".{out.name}.partial")
+    new_parent = not out.parent.exists()
+    lock = FileLock(out.parent / f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(f"{out}: another process writes it right now; choose another --out") from error
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    try:
+        _begin(parts, request)
+        yield parts
+        parts.done = 0  # the table is whole
+    finally:
+        if parts.done:
+            LOG.info(f"{out}: {parts.done:,} of {request['pictures']:,} pictures are done and kept; the same command goes on after them")
+        else:
+            shutil.rmtree(parts.folder, ignore_errors=True)
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+        if new_parent:
+            with suppress(OSError):
+                out.parent.rmdir()  # succeeds only where it is empty
+
+
+def _begin(parts: Parts, request: dict[str, Any]) -> None:
+    record = parts.folder / "request.json"
+    with suppress(OSError, ValueError):
+        if json.loads(record.read_text(encoding="utf-8")) == request:
+            finished = _finished(parts.folder)
+            parts.done = int(finished[-1].stem) if finished else 0
+            if parts.done:
+                LOG.info(f"going on after {parts.done:,} of {request['pictures']:,} pictures")
+            return
+    shutil.rmtree(parts.folder, ignore_errors=True)  # of another request, which nobody will go on with under this name
+    with whole_file(record, "choose another --out") as work:
+        work.write_text(json.dumps(request), encoding="utf-8")
+
+
+def _finished(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.json") if file.stem.isdigit())
