@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import io
 import os
 import shutil
 import sqlite3
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seewhy.cache import cache_dir
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.progress import LOG, progress
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-MAX_PIXELS = 100_000_000  # refused before decoding: 300 MB of RGB
+MAX_PIXELS = 80_000_000  # refused before decoding; more would take over 1 GB of memory on the way to RGB (benchmarks/torture.py)
+FORMAT_PIXELS = {"JPEG": 110_000_000, "WEBP": 50_000_000}  # JPEGs are decoded at a smaller scale, WebP's decoder keeps three copies
+MAX_BYTES = 200_000_000  # of a file
+LARGE = 16_000_000  # pixels from which pictures are decoded one at a time, and JPEGs at the scale that LARGE_SIDE needs
+LARGE_SIDE = 2048
 MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more: some start other programs, some grow when loaded
 MIN_SIDE = 8  # smaller than this there is nothing to see
-RECORD = "checked-3.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
+RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
+STRIP = 1_000_000  # pixels that are brought to RGB at a time
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+_ONE_LARGE = threading.Lock()
 
 # Our own pixel limit replaces Pillow's warning, which would be printed in between progress bars.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -91,14 +100,14 @@ class ImageSet:
 # ---------------------------------------------------------------- one picture
 
 
-def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, enough: int | None = None, most: int | None = None) -> Image.Image:
     """Bytes of an image file -> upright RGB picture; ValueError with the reason if that cannot be.
 
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
     enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
     transform), to at least that many pixels a side: a camera's photo in a fraction of the time.
-    most: pixels that a picture may have.
+    most: pixels that a picture may have, below the limits above.
     """
     if not data:
         raise ValueError("empty file")
@@ -107,10 +116,12 @@ def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Im
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Image.DecompressionBombError:  # Pillow's own limit lies above ours
-        raise ValueError(f"more than {most:,} pixels") from None
+        raise ValueError(f"more than {most or MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of hostile files raise nearly anything
         raise ValueError(_reason(error)) from None
     width, height = image.size
+    limit = FORMAT_PIXELS.get(image.format or "", MAX_PIXELS)
+    most = min(most or limit, limit)
     if width * height > most:
         raise ValueError(f"{width} x {height} pixels, more than {most:,}")
     if max(width, height) > MAX_SIDE:
@@ -119,11 +130,16 @@ def decode(data: bytes, enough: int | None = None, most: int = MAX_PIXELS) -> Im
         raise ValueError(f"{width} x {height} pixels, too small (at least {MIN_SIDE} x {MIN_SIDE})")
     if image.mode == "F":
         raise ValueError("floating-point pixels without a known range; convert it to 8 or 16 bit")
+    large = width * height > LARGE
+    if large:
+        enough = min(enough or LARGE_SIDE, LARGE_SIDE)
     try:
-        if enough is not None and image.format == "JPEG":
-            image.draft(image.mode, (enough, enough))
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        with _ONE_LARGE if large else nullcontext():
+            if enough is not None and image.format == "JPEG":
+                image.draft(image.mode, (enough, enough))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except Exception as error:  # as above
         raise ValueError(_reason(error)) from None
 
@@ -134,6 +150,19 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Strip by strip, so that a large picture is not held in several modes at once."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rows = max(1, STRIP // image.width)
+    if rows >= image.height:
+        return _strip_to_rgb(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        whole.paste(_strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return whole
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, and I from older PNG readers
         grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) / 257
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
@@ -143,10 +172,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_bytes(path: Path | str) -> bytes:
+    """A picture file's content; OSError where it cannot be read, or is too large for one."""
+    size = os.stat(path).st_size
+    if size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+    return Path(path).read_bytes()
+
+
 def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
     """File -> upright RGB picture; ImageError with path and reason if that cannot be. enough: see `decode`."""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file", bad=((str(path), "no such file"),)) from error
     except OSError as error:
@@ -161,7 +198,7 @@ def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
 def check_file(path: Path) -> Checked:
     """Read, hash and fully decode one file."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
     sha256 = hashlib.sha256(data).hexdigest()
@@ -172,7 +209,15 @@ def check_file(path: Path) -> Checked:
     import imagehash  # brings SciPy, which answering with an ONNX file does without
 
     small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return Checked(sha256, image.width, image.height, "", str(imagehash.phash(small)), is_grey(small))
+    width, height = upright_size(data)
+    return Checked(sha256, width, height, "", str(imagehash.phash(small)), is_grey(small))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a file that `decode` takes, before any scaling."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
 
 
 def is_grey(image: Image.Image) -> bool:
