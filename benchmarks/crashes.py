@@ -1,6 +1,6 @@
 """Does killing `seewhy train`, `predict` and `export` at any moment (kill -9) lose or spoil anything?
 
-    python benchmarks/crashes.py [--kills 100]     demo set; killed trainings, a third as many tables, a fifth as many exports; into results.json
+    python benchmarks/crashes.py [--kills 100]     trainings on the demo set, and half as many tables and exports; into results.json
     python benchmarks/crashes.py --quick           6 kills, one JSON line
 
 Each job runs once undisturbed. Then, again and again in a place of its own, it is killed at a random moment of its life and the same
@@ -101,7 +101,7 @@ def content(out: Path) -> dict[str, str]:
 
 def stored_rows(cache: Path) -> dict[tuple[str, bytes], bytes]:
     """(store, key) -> hash of its row, of every complete row in a feature cache."""
-    found = {}
+    found: dict[tuple[str, bytes], bytes] = {}
     for folder in sorted((cache / "features").glob("*")):
         keys = (folder / "keys.bin").read_bytes()
         count = len(keys) // 32

@@ -43,8 +43,9 @@ PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val
 
 _ONE_LARGE = threading.Lock()
 
-# Our own pixel limit replaces Pillow's warning, which would be printed in between progress bars.
+# Our own pixel limit and reasons replace Pillow's warnings, which would be printed in between progress bars.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
