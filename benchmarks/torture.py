@@ -41,7 +41,7 @@ def seeds() -> list[tuple[str, bytes]]:
     exif = small.getexif()
     exif[0x112] = 6
     frames: dict[str, Any] = {"save_all": True, "append_images": [small.rotate(90), small.rotate(180)]}
-    deep = Image.fromarray((np.asarray(small.convert("L")).astype(np.uint16) * 257))
+    deep = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
     variants: list[tuple[str, Image.Image, dict[str, Any]]] = [
         ("JPEG", small, {}),
         ("JPEG", small, {"progressive": True, "quality": 95, "subsampling": 0}),
@@ -138,7 +138,9 @@ def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-LARGEST = {  # kind -> how a picture of the most pixels that are allowed is made: mode, format, options
+LARGEST: dict[
+    str, tuple[str, str, dict[str, Any]]
+] = {  # kind -> how a picture of the most pixels that are allowed is made: mode, format, options
     "JPEG": ("RGB", "JPEG", {}),
     "JPEG, progressive": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
     "JPEG, turned": ("RGB", "JPEG", {"turned": True}),

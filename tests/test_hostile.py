@@ -307,3 +307,8 @@ def test_no_csv_has_a_formula(named_run: Run, tmp_path: Path) -> None:
                 assert not cell.startswith(("+", "-")) or float(cell) <= 0, (file, cell)
     assert quoted > 20
     assert named_run.threshold_for(0.0001) >= 0  # what was made harmless is still read
+
+
+def test_names_do_not_steer_a_terminal() -> None:
+    error = RunError("run\x1b[2J\r\n\u2028\x9b3m: no such run")
+    assert str(error) == "run [2J 3m: no such run"

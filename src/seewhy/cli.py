@@ -18,7 +18,7 @@ from seewhy.cli_out import export, serve
 from seewhy.cli_shared import JsonOption, PicturesArgument, RunArgument, SkipBadOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
-from seewhy.errors import ConfigError, SeewhyError
+from seewhy.errors import ConfigError, SeewhyError, one_line
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def predict(
     records: list[dict[str, Any]] = []
     for columns, bad in blocks:
         for path, reason in bad:
-            typer.echo(f"left out: {path} ({reason})", err=True)
+            typer.echo(one_line(f"left out: {path} ({reason})"), err=True)
         if as_json or out is None:
             records += records_of(columns)
     if as_json:
@@ -252,7 +252,7 @@ def predict(
             answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
             strange = "looks like nothing known: " if record["unknown"] else ""
             unsure = "unsure: " if least is not None and record["answer"] is None else ""
-            typer.echo(f"{record['path']}:  {strange}{unsure}{answers}")
+            typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
 
 
 def _answering(
@@ -371,7 +371,7 @@ def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
         status = work()
         return status if isinstance(status, int) else 0
     except SeewhyError as error:
-        return _complain(" ".join(str(error).splitlines()))
+        return _complain(str(error))
     except KeyboardInterrupt:
         return _complain(f"interrupted; {_how_to_go_on(command)}", status=130)
     except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
@@ -385,7 +385,7 @@ def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror}; check the disk and its permissions")
+        return _complain(f"{one_line(where)}{error.strerror}; check the disk and its permissions")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):

@@ -13,9 +13,19 @@ SeewhyError
 The command line prints the message alone and exits with status 2.
 """
 
+import re
+
+
+def one_line(text: str) -> str:
+    """Text without line ends and other control characters, which names of files may hold and a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
+
 
 class SeewhyError(Exception):
     """Root of every error that seewhy raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(SeewhyError):

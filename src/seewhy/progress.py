@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from seewhy.errors import one_line
+
 CONSOLE = Console(stderr=True)  # one for bars and lines, so that they do not overwrite each other
 LOG = logging.getLogger("seewhy")
 LINE_S = 10.0  # between two lines of the same work where no bar can be drawn
@@ -20,7 +22,7 @@ class _ConsoleLines(logging.Handler):
     """Prints each record as a line above the bars, unwrapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        CONSOLE.print(record.getMessage(), soft_wrap=True, markup=False, highlight=False)
+        CONSOLE.print(one_line(record.getMessage()), soft_wrap=True, markup=False, highlight=False)
 
 
 class _FileLines(logging.Handler):
