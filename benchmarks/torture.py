@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -135,7 +134,9 @@ def decode_all(count: int, seed: int) -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+    """Largest resident set of this process; getrusage's would begin with that of the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20, 3)
 
 
 LARGEST: dict[

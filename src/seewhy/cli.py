@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from seewhy.predictions import Columns, Predictions
     from seewhy.run import Run
 
+INTERRUPTED = 130  # exit status, as shells have it
+
 app = typer.Typer(
     name="seewhy",
     help="Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says.",
@@ -155,7 +157,10 @@ app.command("train", help="Train a classifier, measure it on pictures it has not
 
 def call(arguments: list[str] | None = None) -> Any:
     """`seewhy ARGUMENTS` (None: those of the process) without its shell: returns what the command returns, raises what it raises."""
-    return app(arguments, standalone_mode=False, prog_name="seewhy")
+    found = app(arguments, standalone_mode=False, prog_name="seewhy")
+    if found == INTERRUPTED:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt
+    return found
 
 
 def train_from_arguments(arguments: list[str]) -> Run:
@@ -373,14 +378,11 @@ def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
     except SeewhyError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain(f"interrupted; {_how_to_go_on(command)}", status=130)
+        return _complain(f"interrupted; {_how_to_go_on(command)}", status=INTERRUPTED)
     except ModuleNotFoundError as error:  # of a light installation, see requirements-runtime.txt
         if (error.name or "seewhy").split(".")[0] == "seewhy":
             raise
         return _complain(f"this needs {error.name}, which is not installed; the full installation (README) brings it")
-    except BrokenPipeError:  # who read our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end finds a place
-        return 141
     except OSError as error:  # of a disk, mostly; one raised by a mistake of ours has no number
         if error.errno is None:
             raise

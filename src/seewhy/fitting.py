@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import math
 import os
@@ -297,8 +298,10 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # PyTorch's own writer ends in a RuntimeError where a disk is full
+        torch.save(checkpoint, content)
         with whole_file(Path(path), "free some space, and go on with --resume") as work:
-            torch.save(checkpoint, work)
+            work.write_bytes(content.getbuffer())
 
 
 class ProgressCallback(Callback):
