@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types proofs audit clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -21,6 +21,17 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy train.py predict.py
+
+# The short form of what docs/RELIABILITY.md promises; its numbers come from the long one.
+proofs: $(VENV)/.installed-dev
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/torture.py --quick
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/fuzz.py --quick
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/crashes.py --quick
+
+# Known vulnerabilities of the pinned versions; needs a network that reaches a vulnerability service.
+audit: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --no-deps --requirement constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'seewhy needs Python 3.11 or newer; make PYTHON=...')"

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import seewhy
-from seewhy.compare import compare_runs, repeat, spread
+from seewhy.compare import compare_runs, differences, repeat, spread
 from seewhy.config import make_config
 from seewhy.errors import ConfigError, OutputError, RunError
 from seewhy.run import Run
@@ -32,6 +32,20 @@ def test_a_run_against_a_worse_one_and_against_itself(demo_run: Run, tmp_path: P
     assert found.paired.p_value < 0.001
     same = compare_runs(demo_run, demo_run)
     assert (same.paired.only_a, same.paired.only_b, same.paired.p_value) == (0, 0, 1.0)
+    differ = differences(demo_run, worse)
+    assert differ.keys() == {"config.epochs", "config.lr", "config.split_from"}
+    assert differ["config.epochs"] == (40, 1)
+    assert differences(demo_run, demo_run) == {}
+
+
+def test_other_machines_are_told(demo_run: Run) -> None:
+    manifest = json.loads(json.dumps(demo_run.manifest))
+    manifest["versions"]["torch"] = "1.0"
+    manifest["hardware"]["threads"] = 64
+    manifest["data"]["hash"] = "0" * 64
+    manifest["data"]["grey"] = -1  # follows from the hash
+    other = dataclasses.replace(demo_run, manifest=manifest)
+    assert differences(demo_run, other).keys() == {"versions.torch", "hardware.threads", "data.hash"}
 
 
 def test_runs_that_cannot_be_compared(demo_run: Run) -> None:

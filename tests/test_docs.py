@@ -17,7 +17,13 @@ from seewhy.corruptions import CORRUPTIONS
 from seewhy.run import Run
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+DOCUMENTS = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{n}.md" for n in ("EXPORT", "METRICS", "RELIABILITY")),
+]
 
 
 def read(name: str) -> str:
@@ -29,7 +35,7 @@ def test_links_and_pictures_exist(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", read(name))
     for target in (a or b for a, b in targets):
         if not target.startswith("http"):
-            assert (REPOSITORY / target).exists(), target
+            assert ((REPOSITORY / name).parent / target).exists(), target
 
 
 def test_every_option_method_and_backbone_is_documented() -> None:
@@ -49,6 +55,15 @@ def test_recipes_in_the_readme_are_those_of_the_code() -> None:
             str(recipe[key])
             for key in ("epochs", "patience", "batch_size", "lr", "weight_decay", "label_smoothing", "ema_decay", "test_flip")
         ]
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", read("docs/RELIABILITY.md"))
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in read(f"tests/{file}"), (file, test)
+    for section in read("docs/RELIABILITY.md").split("\n## ")[1:]:
+        assert "Tests: " in section or section.startswith("Numbers"), section[:40]
 
 
 def test_architecture_names_every_module() -> None:

@@ -81,13 +81,14 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Say which of two runs is better on the same pictures, and whether that may be chance."""
-    from seewhy.compare import compare_runs
+    from seewhy.compare import compare_runs, differences
     from seewhy.run import load
 
-    found = compare_runs(load(run_a), load(run_b), data)
-    paired = found.paired
+    a, b = load(run_a), load(run_b)
+    found = compare_runs(a, b, data)
+    paired, differ = found.paired, differences(a, b)
     if as_json:
-        print_json({"a": found.a.metrics, "b": found.b.metrics, "paired": vars(paired)})
+        print_json({"a": found.a.metrics, "b": found.b.metrics, "paired": vars(paired), "differences": differ})
         return
     typer.echo(f"{paired.n} pictures that neither run was trained on" if data is None else f"{paired.n} pictures of {data}")
     for name, path, evaluation in (("A", run_a, found.a), ("B", run_b, found.b)):
@@ -95,3 +96,5 @@ def compare(
         typer.echo(f"{name}  {evaluation.metrics['accuracy']:.2%} ({low:.2%} to {high:.2%})  {path}")
     typer.echo(f"B - A {100 * paired.difference:+.2f} points (95% interval {100 * paired.low:+.2f} to {100 * paired.high:+.2f})")
     typer.echo(f"right in A alone {paired.only_a}, in B alone {paired.only_b}; McNemar's exact test p = {paired.p_value:.3g}")
+    shown = "; ".join(f"{name} {ours} | {theirs}" for name, (ours, theirs) in differ.items())
+    typer.echo(f"recorded differently (A | B): {shown}" if differ else "recorded alike in options, data, split, versions and hardware")

