@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from seewhy.config import RECIPES, TrainConfig, dump_config, make_config, parse_settings, read_config
@@ -196,3 +198,23 @@ def test_every_option_has_a_description_and_says_where_it_belongs() -> None:
         assert field.description, name
         extra = field.json_schema_extra
         assert name == "data" or (isinstance(extra, dict) and extra["cli"] in (True, False)), name
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.lists(st.integers(), max_size=2)
+NAMES = st.sampled_from(sorted(TrainConfig.model_fields)) | st.text(max_size=6)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(NAMES, VALUES, max_size=4))
+def test_any_options_are_a_config_that_comes_back_or_one_line(values: dict[str, Any]) -> None:
+    try:
+        config = make_config(**{"data": "pictures", **values})
+    except ConfigError as error:
+        said = str(error)
+    else:
+        said = ""
+        assert make_config(**json.loads(json.dumps(dump_config(config)))) == config
+        resolved = config.resolved()
+        assert None not in (resolved.epochs, resolved.lr, resolved.batch_size, resolved.patience, resolved.weight_decay)
+        assert resolved.resolved() == resolved
+    assert "\n" not in said

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.errors import OutputError
+from seewhy.progress import LOG
 from seewhy.transforms import Preprocessing
 from seewhy.writing import whole_file
 
@@ -194,6 +195,7 @@ def _exported(network: nn.Module, size: int) -> bytes:
     place = _export_place(network, size)
     with suppress(OSError):
         return place.read_bytes()
+    LOG.info("preparing the network for ONNX Runtime; done once, then kept in the cache")
     example = torch.zeros(2, size, size, 3, dtype=torch.float32 if isinstance(network, FromPictures) else torch.uint8)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
         program = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)

@@ -18,7 +18,7 @@ from seewhy.errors import ConfigError, OutputError, SeewhyError
 from seewhy.features import square_of
 from seewhy.images import ImageSet, open_images, read_image
 from seewhy.portable import AnswerNetwork, build_int8, build_onnx, build_pt2
-from seewhy.progress import progress
+from seewhy.progress import LOG, progress
 from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.split import Split, read_split
@@ -141,6 +141,7 @@ def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pi
     suffix, make, must_agree = KINDS[kind]
     path = run.path / f"model{suffix}" if path is None else Path(path)
     data = _data_of(run)
+    LOG.info(f"building {path.name}")
     content, ask = make(run, data)
     parity = _compare(run, ask, data, pictures) if data is not None else None
     if parity is not None and must_agree and not parity.holds:
