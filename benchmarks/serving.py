@@ -298,7 +298,8 @@ def keep(
         f"Caltech-101, efficientnet_lite0, 101 classes; {arguments.requests} requests of one picture a round, {arguments.rounds} rounds "
         f"A B A B, medians; {len(waits['bare'])} single requests; clients run on the same cores. Throughput is "
         f"{ratios[OF_PREDICT]:.0%} of predict's ({ratios[BY_CPU]:.0%} by processor time: the clients take "
-        f"{statistics.median(rates['seewhy, share of clients']):.0%} of what both use) and {ratios['plain FastAPI and PyTorch, throughput']:.1f}x the plain handler's; p99 at "
+        f"{statistics.median(rates['seewhy, share of clients']):.0%} of what both use) and "
+        f"{ratios['plain FastAPI and PyTorch, throughput']:.1f}x the plain handler's; p99 at "
         f"one client is {ratios['p99 over bare p99']:.2f}x the bare file's.",
         f"Soak: {steady['requests']} requests of 8 clients, {steady['good']} good: {steady['good failed']} of these failed; bad ones got "
         f"{', '.join(map(str, steady['bad got']))}; resident memory after each tenth: {', '.join(f'{m:.0f}' for m in memory)} MB.",
