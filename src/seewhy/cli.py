@@ -15,6 +15,7 @@ import typer
 
 from seewhy import __version__
 from seewhy.cli_out import export, serve
+from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import JsonOption, PicturesArgument, RunArgument, SkipBadOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
@@ -53,23 +54,20 @@ def _main(
 # ---------------------------------------------------------------- train: options derived from TrainConfig
 
 
-def _train(
-    data: str | None,
-    out: Path | None,
-    resume: bool,
-    repeats: int,
-    config_file: Path | None,
-    settings: list[str],
-    as_json: bool,
-    given: dict[str, Any],
-) -> Run | None:
-    values = read_config(config_file) if config_file else {}
-    values |= parse_settings(settings) | {name: value for name, value in given.items() if value is not None}
-    if data is not None:
-        values["data"] = data
+def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
+    """The config that --config, --set and the options make, the later ones over the earlier."""
+    values = read_config(own["config"]) if own["config"] else {}
+    values |= parse_settings(own["set"] or []) | {name: value for name, value in given.items() if value is not None}
+    if own["data"] is not None:
+        values["data"] = own["data"]
     if "data" not in values:
         raise typer.BadParameter("name a dataset (caltech101, scenes), a folder of class folders, or a --config that does")
-    config = make_config(**values)
+    return make_config(**values)
+
+
+def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
+    config = _config_of(own, given)
+    out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
     if repeats > 1:
         _repeat(config, repeats, out, resume, as_json)
         return None
@@ -99,6 +97,10 @@ def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, a
         typer.echo(f"test {name.replace('_', ' '):24} {found['mean']:.2%} ± {found['sd']:.2%} (standard deviation over the splits)")
 
 
+def _plan(own: dict[str, Any], given: dict[str, Any]) -> None:
+    show_plan(_config_of(own, given), own["pictures"], own["machines"], own["budget"], own["json"])
+
+
 def _option_type(annotation: Any) -> Any:
     """The command line's type of a field: flags stay bool, everything else is read by TrainConfig."""
     arguments = [a for a in get_args(annotation) if a is not type(None)]
@@ -115,17 +117,11 @@ def _metavar(annotation: Any) -> str | None:
     return None
 
 
-def _derive_train_command() -> Any:
-    """`seewhy train` with one option for every field of TrainConfig that is marked for the command line."""
-    fixed = [
-        ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")], None),
-        ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
-        ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
-        ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
-        ("config", Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")], None),
-        ("set", Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")], None),
-        ("json", JsonOption, False),
-    ]
+def _with_train_options(fixed: list[tuple[str, Any, Any]], work: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
+    """A command of `fixed` parameters and one option for every field of TrainConfig that is marked for the command line.
+
+    fixed: (name, annotation, default) each. work: gets the values of these, and those of the fields that were given.
+    """
     derived = []
     for name, field in TrainConfig.model_fields.items():
         extra = field.json_schema_extra
@@ -141,18 +137,44 @@ def _derive_train_command() -> Any:
         for name, annotation, default in [*fixed, *derived]
     ]
 
-    def command(**values: Any) -> Run | None:
+    def command(**values: Any) -> Any:
         own = {name: values.pop(name) for name, _, _ in fixed}
-        return _train(own["data"], own["out"], own["resume"], own["repeats"], own["config"], own["set"] or [], own["json"], values)
+        return work(own, values)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
+DataArgument = Annotated[str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")]
+SetOption = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")]
+
+TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
+    ("data", DataArgument, None),
+    ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
+    ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
+    ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
+    ("config", ConfigOption, None),
+    ("set", SetOption, None),
+    ("json", JsonOption, False),
+]
+PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
+    ("data", DataArgument, None),
+    ("pictures", Annotated[int | None, typer.Option(min=10, help="plan for so many pictures (default: as many as there are)")], None),
+    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work on frozen features")], 1),
+    ("budget", Annotated[str | None, typer.Option(help="time there is, such as 15m or 2h: what fits, of the ways to train")], None),
+    ("config", ConfigOption, None),
+    ("set", SetOption, None),
+    ("json", JsonOption, False),
+]
+
 app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
-    _derive_train_command()
+    _with_train_options(TRAIN_PARAMETERS, _train)
 )
+app.command(
+    "plan", help="Say what `train` with the same options will take: time, disk and memory, from rates measured on this machine now."
+)(_with_train_options(PLAN_PARAMETERS, _plan))
 
 
 def call(arguments: list[str] | None = None) -> Any:
