@@ -285,3 +285,15 @@ def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup],
     last, _ = run_fit(parts, tmp_path / "last", cached=True, unfreeze=1, epochs=2)
     np.testing.assert_allclose([r["train_loss"] for r in last.history], [r["train_loss"] for r in plain.history], atol=1e-4)
     assert all(parameter.is_contiguous() for parameter in parts[2].model.parameters())
+
+
+def test_early_stopping_is_not_undone_by_a_resume(tmp_path: Path) -> None:
+    """A checkpoint from after the last epoch of a stopped fit has nothing left to train, and brings its history."""
+    keeper = fitting.HistoryKeeper(make_config(data="x").resolved(), 1)
+    rows = [{"epoch": 1.0, "val_loss": 0.5}, {"epoch": 2.0, "val_loss": 0.6}]
+    for waited, stopped in ((1, False), (2, True)):
+        states = {"EarlyStopping{'monitor': 'val_loss'}": {"wait_count": waited, "patience": 2}, keeper.state_key: {"rows": rows}}
+        torch.save({"callbacks": states}, tmp_path / "last.ckpt")
+        assert fitting._stopped_early(tmp_path / "last.ckpt", keeper) is stopped
+    assert keeper.rows == rows
+    assert not fitting._stopped_early(tmp_path / "none.ckpt", keeper)

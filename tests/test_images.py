@@ -772,3 +772,26 @@ def test_limits_by_format_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(images_module, "MAX_BYTES", 500)
     (tmp_path / "b.jpg").write_bytes(bytes(501))
     assert "more than" in check_file(tmp_path / "b.jpg").problem
+
+
+def test_pipes_and_links_to_nowhere_are_no_pictures(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "missing")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    found = [check_file(tmp_path / name).problem for name in ("pipe.jpg", "nowhere.jpg", "zero.jpg")]
+    assert found == ["not a regular file", "no such file or directory", "not a regular file"]
+
+
+def test_names_that_are_not_utf8_are_told(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(str(tmp_path)) + b"/caf\xe9.png")
+    with pytest.raises(DataError, match=r"caf.\.png: the name is not UTF-8; rename it"):
+        images_module.list_pictures(tmp_path)
+
+
+def test_large_pictures_become_smaller_by_whole_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "LARGE", 1000)
+    file = io.BytesIO()
+    Image.new("RGB", (640, 400), "red").save(file, "PNG")
+    assert decode(file.getvalue(), enough=64).size == (107, 67)  # 400 // 64 = 6 times smaller
+    assert decode(file.getvalue()).size == (640, 400)  # LARGE_SIDE is 2,048

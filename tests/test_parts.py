@@ -86,6 +86,17 @@ def test_left_out_pictures_count_as_done(tmp_path: Path) -> None:
         assert [bad for _, bad in parts.blocks()] == [[("x.jpg", "truncated")]]
 
 
+def test_parts_without_a_row_are_not_kept(tmp_path: Path) -> None:
+    def refused() -> None:
+        with open_parts(tmp_path / "a.csv", REQUEST) as parts:
+            parts.add({"path": []}, [("x.jpg", "truncated")])
+            raise OutputError("none is left")
+
+    with pytest.raises(OutputError):
+        refused()
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_error_before_the_first_block_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="oh"), open_parts(tmp_path / "new" / "a.csv", REQUEST):
         raise ValueError("oh")

@@ -225,3 +225,37 @@ def test_parts_that_leak_are_kept_and_told_of(make_folder: Callable[..., Path], 
     leaked = run.manifest["split"]["leaked_test_pictures"]
     assert leaked in (3, 4, 5)  # val was cut out of the training folder, and may have taken one or two of the originals
     assert f"{leaked} of the 17 test pictures have a near-duplicate in training" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_full_disk_at_the_very_end_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails while the run is written, its checkpoints are still there, and --resume ends it without training."""
+    whole = seewhy.train(folder, out=tmp_path / "whole", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("seewhy.run.to_disk", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OutputError, match="No space left on device"):
+            seewhy.train(folder, out=tmp_path / "mine", **SMALL)
+    assert (tmp_path / ".mine.partial" / "checkpoints" / "last.ckpt").exists()
+    resumed = seewhy.train(folder, out=tmp_path / "mine", resume=True, **SMALL)
+    assert same_weights(whole, resumed)
+    assert not (tmp_path / "mine" / "checkpoints").exists()
+    assert not (tmp_path / "mine" / "config.json").exists()
+
+
+def test_a_place_taken_meanwhile_is_not_touched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            seewhy.train(folder, out=tmp_path / "mine", **{**SMALL, "epochs": 3})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        seewhy.train(folder, out=tmp_path / "mine", resume=True, **{**SMALL, "epochs": 3})
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / ".mine.partial" / "checkpoints").exists()
+
+
+def test_a_spoiled_record_of_an_unfinished_run_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".mine.partial").mkdir()
+    (tmp_path / ".mine.partial" / "config.json").write_text("")
+    with pytest.raises(RunError, match=r"config\.json: damaged"):
+        seewhy.train(folder, out=tmp_path / "mine", resume=True, **SMALL)

@@ -129,7 +129,10 @@ def _start_classifier(model: nn.Module) -> None:
 
 def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, preprocessing: Preprocessing, source: str) -> Backbone:
     """The network of a saved run: the same architecture with all of its weights and its preprocessing given."""
-    with torch.device("meta"):  # what does not fit is refused before it takes memory
+    try:
+        with torch.device("meta"):  # what does not fit is refused before it takes memory
+            own = _build(name, timm_name, classes).state_dict()
+    except (RuntimeError, NotImplementedError):  # some networks of older timm look at values while they are built
         own = _build(name, timm_name, classes).state_dict()
     wrong = list(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:

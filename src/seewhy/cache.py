@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +45,22 @@ def list_cache() -> list[CacheEntry]:
     """What the cache holds: each feature store, exported networks, the demo set, the record of checked pictures."""
     root = cache_dir()
     stores = sorted((root / "features").glob("*")) if (root / "features").is_dir() else []
-    others = sorted(path for path in root.glob("*") if path.name != "features")
+    others = sorted(path for path in root.glob("*") if path.name != "features" and not path.name.startswith("."))  # hidden: being written
     return [CacheEntry(str(path.relative_to(root)), path, size_of(path)) for path in [*stores, *others]]
+
+
+def _empty(record: Path) -> None:
+    """All rows out of a database, which others may have open; a file that is none is removed. OperationalError where it is in use."""
+    try:
+        with closing(sqlite3.connect(record, timeout=0)) as opened:
+            for (table,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                opened.execute(f'DELETE FROM "{table}"')
+            opened.commit()
+            opened.execute("VACUUM")
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        record.unlink()
 
 
 def clear_cache() -> tuple[int, list[str]]:
@@ -55,12 +71,14 @@ def clear_cache() -> tuple[int, list[str]]:
         try:
             if lock is not None:
                 lock.acquire(timeout=0)
-            if entry.path.is_dir():
+            if entry.path.suffix == ".sqlite":
+                _empty(entry.path)
+            elif entry.path.is_dir():
                 shutil.rmtree(entry.path)
             else:
                 entry.path.unlink()
             freed += entry.size_bytes
-        except Timeout:
+        except (Timeout, sqlite3.OperationalError):
             left.append(entry.name)
         except OSError as error:
             raise OutputError(f"{entry.path}: cannot be removed ({error.strerror}); check its permissions") from error

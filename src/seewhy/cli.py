@@ -223,7 +223,7 @@ def evaluate(
         f"({numbers['expected_calibration_error_uncalibrated']:.2%} before temperature {evaluation.temperature:.2f})"
     )
     weakest = sorted((row for row in numbers["per_class"] if row["n"]), key=lambda row: (row["recall"], row["class"]))[:5]
-    typer.echo("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest))
+    typer.echo(one_line("weakest classes          " + ", ".join(f"{row['class']} {row['recall']:.0%} of {row['n']}" for row in weakest)))
 
 
 for _command in (audit, robustness, compare, export, serve):
@@ -255,12 +255,12 @@ def predict(
     least = abstain_below if least is None else least
     count = None
     if out is None:
-        blocks: Iterable[tuple[Columns, Bad]] = ((block.columns(top_k, least), block.bad) for block in ask(paths, 0))
+        blocks: Iterable[tuple[Columns, Bad]] = ((block.columns(top_k, least), block.bad) for block in ask(paths, 0, 0))
     else:
         from seewhy.parts import open_parts, request_of
 
-        with open_parts(out, request_of(run, paths, top_k=top_k, least=least)) as parts:
-            for block in ask(paths, parts.done):
+        with open_parts(out, request_of(run, paths, top_k=top_k, least=least, skip_bad=skip_bad)) as parts:
+            for block in ask(paths, parts.done, parts.rows):
                 parts.add(block.columns(top_k, least), block.bad)
             blocks = list(parts.blocks()) if as_json else [({}, bad) for _, bad in parts.blocks()]
             count = parts.join()
@@ -284,23 +284,23 @@ def predict(
 
 def _answering(
     run: Path, skip_bad: bool, precision: float | None
-) -> tuple[Callable[[list[Path], int], Iterator[Predictions]], float | None]:
-    """What answers about pictures from the given one on, by a run or by an exported file, which needs no torch;
+) -> tuple[Callable[[list[Path], int, int], Iterator[Predictions]], float | None]:
+    """What answers about files from the given one on (with so many answered before), by a run or by an exported file, without torch;
 
     and the threshold for a precision.
     """
     if run.suffix == ".onnx":
-        from seewhy.runtime import load_onnx, predict_onnx
+        from seewhy import runtime
 
-        model = load_onnx(run)
+        model = runtime.load_onnx(run)
         least = model.threshold_for(precision) if precision is not None else None
-        return lambda paths, begin: predict_onnx(model, paths, skip_bad, begin), least
-    from seewhy.predict import predict_blocks
+        return lambda paths, begin, kept: runtime.answer_files(model, paths, skip_bad, begin, kept), least
+    from seewhy.predict import answer_files
     from seewhy.run import load
 
     loaded = load(run)
     least = loaded.threshold_for(precision) if precision is not None else None
-    return lambda paths, begin: predict_blocks(loaded, paths, skip_bad, begin=begin), least
+    return lambda paths, begin, kept: answer_files(loaded, paths, skip_bad, begin=begin, kept=kept), least
 
 
 @app.command()
@@ -359,7 +359,7 @@ def explain(
         print_json(records)
         return
     for record in records:
-        typer.echo(f"{record['path']}:  {record['class']} {record['prob']:.1%}  {record['overlay']}")
+        typer.echo(one_line(f"{record['path']}:  {record['class']} {record['prob']:.1%}  {record['overlay']}"))
 
 
 @app.command()

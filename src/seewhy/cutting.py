@@ -136,7 +136,7 @@ def with_vector(backbone: Backbone, tail: nn.Module) -> WithVector | None:
         with torch.inference_mode():
             logits, found = model.eval()(picture), wrapped(picture)
         same = found.ndim == 2 and torch.allclose(logits, found[:, : logits.shape[1]], rtol=1e-4, atol=1e-5)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
         same = False
     return WithVector(model, tail).eval() if same else None
 
@@ -156,7 +156,7 @@ def _check_cut(backbone: Backbone, cut: Cut) -> None:
         whole = backbone.model.eval()(picture)
         halves = cut.tail.eval()(cast(nn.Module, cut.trunk).eval()(picture))
         same = torch.allclose(whole, halves, rtol=1e-4, atol=1e-5)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
         same = False
     if not same:
         way_out = "use --unfreeze 1 or all" if cut.place == "pooled" else "use --unfreeze 0 or all"

@@ -210,13 +210,15 @@ def extract_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         feature_store = FeatureStore(folder, shape)
-        missing = set(wanted) - feature_store.keys().keys()
-        if missing:
-            with feature_store.lock():
-                missing -= feature_store.keys().keys()  # another process may have written them meanwhile
-                feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
-        rows = _rows(wanted, feature_store.keys(), views)
-        return Features(feature_store.open_rows(), rows, len(missing))
+        try:  # without the lock, which another process may hold for long
+            rows = _rows(wanted, feature_store.keys(), views)
+            return Features(feature_store.open_rows(), rows, 0)
+        except (KeyError, FileNotFoundError):
+            pass
+        with feature_store.lock():
+            missing = set(wanted) - feature_store.keys().keys()  # another process may have written some meanwhile
+            feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
+            return Features(feature_store.open_rows(), _rows(wanted, feature_store.keys(), views), len(missing))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(

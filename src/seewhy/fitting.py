@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -39,6 +39,8 @@ from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
 from seewhy.writing import whole_file
+
+SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -294,6 +296,27 @@ class HistoryKeeper(Callback):
             )
 
 
+class Diverged(ConfigError):
+    """The loss stopped being a number; other options are needed, and nothing of this fit can be used."""
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps what a resume goes on from: after the first epoch, and after each that ends SAVE_S seconds or more after the last time.
+
+    Lightning's own `save_last` follows the best epoch, so that a resume would repeat those after it. Comes last of all callbacks, since
+    what it saves holds the states of the others.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.saved = -math.inf
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if time.monotonic() - self.saved >= SAVE_S or trainer.should_stop:
+            trainer.save_checkpoint(self.file)
+            self.saved = time.monotonic()
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
 
@@ -342,7 +365,7 @@ def fit(
     module = FitModule(backbone, cut, config, classes, weights, steps, settled_engine(config.engine, pictures))
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
-    saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False)
+    saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
     averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
     last = folder / "checkpoints" / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
@@ -353,7 +376,7 @@ def fit(
             devices=1,
             precision=config.precision,
             plugins=[WholeCheckpoints()],
-            callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver],
+            callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
             logger=TensorBoardLogger(str(folder), name=None, version="tensorboard"),
             default_root_dir=str(folder),
             enable_progress_bar=False,
@@ -361,7 +384,8 @@ def fit(
             num_sanity_val_steps=0,
         )
         try:
-            trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+            if not (stopped := _stopped_early(last, keeper)):
+                trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         except SystemExit as error:  # how Lightning ends after Ctrl-C, with the signal switched off
             raise FitInterrupted from error
         finally:
@@ -369,8 +393,9 @@ def fit(
                 signal.signal(signal.SIGINT, handler)
     history = tuple(keeper.rows)
     if not history or not math.isfinite(history[-1]["train_loss"]):
-        raise ConfigError(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
-    best = torch.load(saver.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        raise Diverged(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
+    best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
+    best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
     module.cpu().load_state_dict(best)
     if isinstance(module.tail, StandardisedLinear):
         module.tail.fold()
@@ -378,3 +403,15 @@ def fit(
     cut.tail.eval()
     best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
     return Fit(history, best_epoch, time.perf_counter() - began)
+
+
+def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:
+    """Whether the checkpoint is of a fit that early stopping had ended, with nothing left to train; `keeper` then has its history."""
+    if not last.exists():
+        return False
+    states = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]
+    state = next(value for name, value in states.items() if name.startswith("EarlyStopping"))
+    if state["wait_count"] < state["patience"]:
+        return False
+    keeper.load_state_dict(states[keeper.state_key])
+    return True

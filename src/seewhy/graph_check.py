@@ -14,8 +14,10 @@ ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
 INPUT = "pictures"
 
 
-def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> None:
-    """RunError unless the graph takes `pictures` and gives some of `outputs`, of this rank each, in one pass and from within itself.
+def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> bytes:
+    """The graph as it was read here, for ONNX Runtime; RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`,
+
+    of this rank each, in one pass and from within itself. What ONNX Runtime gets is what was checked: raw bytes may say two things.
 
     Refused are weights in other files, operators from elsewhere, and loops, which could run for ever.
     How much memory and time the allowed operators take is not bounded by this.
@@ -26,6 +28,8 @@ def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> None:
         raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
     for problem in _problems(model, outputs):
         raise RunError(f"{name}: {problem}, which no file of `seewhy export` does; use a file you know")
+    checked: bytes = model.SerializeToString()
+    return checked
 
 
 def _problems(model: onnx.ModelProto, outputs: dict[str, int]) -> Iterator[str]:
@@ -41,12 +45,17 @@ def _problems(model: onnx.ModelProto, outputs: dict[str, int]) -> Iterator[str]:
             if node.op_type in ENDLESS:
                 yield f"has a loop ({node.op_type})"
             for attribute in node.attribute:
+                if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                    yield "holds sparse tensors"
                 tensors += [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors]
         if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
             yield "takes weights from other files"
     held = {tensor.name for tensor in model.graph.initializer}
-    if [value.name for value in model.graph.input if value.name not in held] != [INPUT]:
+    asked = [value for value in model.graph.input if value.name not in held]
+    if [value.name for value in asked] != [INPUT]:
         yield f"asks for other things than {INPUT}"
+    elif (asked[0].type.tensor_type.elem_type, len(asked[0].type.tensor_type.shape.dim)) != (onnx.TensorProto.UINT8, 4):
+        yield f"wants its {INPUT} in another form"
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.output}
     if not ranks or any(outputs.get(each) != rank for each, rank in ranks.items()):
         yield f"answers with {', '.join(ranks)[:80] or 'nothing'}"

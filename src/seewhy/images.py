@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import sqlite3
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -107,7 +108,8 @@ def decode(data: bytes, enough: int | None = None, most: int | None = None) -> I
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
     enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
-    transform), to at least that many pixels a side: a camera's photo in a fraction of the time.
+    transform), to at least that many pixels a side: a camera's photo in a fraction of the time. Pictures of over LARGE pixels are made
+    smaller whatever their format, by whole factors, to at least `enough` or LARGE_SIDE.
     most: pixels that a picture may have, below the limits above.
     """
     if not data:
@@ -140,7 +142,10 @@ def decode(data: bytes, enough: int | None = None, most: int | None = None) -> I
                 image.draft(image.mode, (enough, enough))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            picture = _to_rgb(image)
+            if large and enough is not None and (factor := min(picture.size) // enough) > 1:
+                picture = picture.reduce(factor)  # what comes next would take several times the memory of this
+            return picture
     except Exception as error:  # as above
         raise ValueError(_reason(error)) from None
 
@@ -175,9 +180,11 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 def read_bytes(path: Path | str) -> bytes:
     """A picture file's content; OSError where it cannot be read, or is too large for one."""
-    size = os.stat(path).st_size
-    if size > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"{size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+    found = os.stat(path)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # pipes and devices may have no end
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{found.st_size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
     return Path(path).read_bytes()
 
 
@@ -269,10 +276,10 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checke
 
 def _stat_key(path: Path) -> str:
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:
         return str(path.absolute())
-    return f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
 
 
 def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
@@ -343,7 +350,18 @@ def list_pictures(folder: Path) -> list[Path]:
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
-    return sorted(found)
+    return check_names(sorted(found))
+
+
+def check_names(paths: list[Path]) -> list[Path]:
+    """The paths; DataError where one is not UTF-8, since no table, record or page could name it."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            shown = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            raise DataError(f"{shown}: the name is not UTF-8; rename it (convmv does whole folders)") from None
+    return paths
 
 
 def list_folder(root: Path) -> Listing:

@@ -22,7 +22,7 @@ Three = Annotated[list[Finite], Field(min_length=3, max_length=3)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
 class _BackboneRecord(_Record):

@@ -26,12 +26,13 @@ Bad = Sequence[tuple[str, str]]
 class Parts:
     """A hidden folder beside `out` with a file a finished block, named by the number of pictures that are done with it.
 
-    done: pictures that need not be asked about again, in the order of the request.
+    done: pictures that need not be asked about again, in the order of the request. rows: those of them that could be answered.
     """
 
     out: Path
     folder: Path
     done: int = 0
+    rows: int = 0
 
     def add(self, columns: Columns, bad: Bad) -> None:
         """A block: its rows, and (path, reason) of what was left out of it."""
@@ -41,6 +42,7 @@ class Parts:
         ) as work:
             work.write_text(json.dumps({"columns": columns, "bad": list(bad)}), encoding="utf-8")
         self.done = done
+        self.rows += len(columns["path"])
 
     def blocks(self) -> Iterator[tuple[Columns, Bad]]:
         """All finished blocks, in order."""
@@ -89,9 +91,9 @@ def open_parts(out: Path, request: dict[str, Any]) -> Iterator[Parts]:
     try:
         _begin(parts, request)
         yield parts
-        parts.done = 0  # the table is whole
+        parts.rows = 0  # the table is whole
     finally:
-        if parts.done:
+        if parts.rows:
             LOG.info(f"{out}: {parts.done:,} of {request['pictures']:,} pictures are done and kept; the same command goes on after them")
         else:
             shutil.rmtree(parts.folder, ignore_errors=True)
@@ -109,6 +111,7 @@ def _begin(parts: Parts, request: dict[str, Any]) -> None:
         if json.loads(record.read_text(encoding="utf-8")) == request:
             finished = _finished(parts.folder)
             parts.done = int(finished[-1].stem) if finished else 0
+            parts.rows = sum(len(columns["path"]) for columns, _ in parts.blocks())
             if parts.done:
                 LOG.info(f"going on after {parts.done:,} of {request['pictures']:,} pictures")
             return

@@ -57,10 +57,22 @@ def predict_blocks(
     engine: str = "auto",
     workers: int = 2,
     block: int = BLOCK,
-    begin: int = 0,
 ) -> Iterator[Predictions]:
-    """The same, at most `block` pictures at a time, so that memory does not grow with their number. The first `begin` are passed over."""
-    paths = find_pictures(inputs)
+    """The same, at most `block` pictures at a time, so that memory does not grow with their number."""
+    return answer_files(run, find_pictures(inputs), skip_bad, engine, workers, block)
+
+
+def answer_files(
+    run: Run,
+    paths: Sequence[Path],
+    skip_bad: bool = False,
+    engine: str = "auto",
+    workers: int = 2,
+    block: int = BLOCK,
+    begin: int = 0,
+    kept: int = 0,
+) -> Iterator[Predictions]:
+    """The same of these very files, from the one at `begin` on; `kept` of those before could be used."""
     preprocessing = run.backbone.preprocessing
     classes = len(run.classes)
     network = run.backbone.model
@@ -74,7 +86,6 @@ def predict_blocks(
             return error.bad[0][1]
 
     bad: list[tuple[str, str]] = []
-    kept = 0
 
     def answer(batch: list[tuple[Path, npt.NDArray[np.uint8] | str]]) -> tuple[list[tuple[Path, str | None]], npt.NDArray[np.float32]]:
         """What is wrong with each picture, None for nothing; logits of the others, and the vectors behind them where they are asked for."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.images import list_pictures
+from seewhy.images import check_names, list_pictures
 from seewhy.writing import harmless, harmless_path, whole_file
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
             found += matches
     if not found:
         raise DataError("no pictures given; name files, folders or patterns")
-    return list(dict.fromkeys(found))
+    return check_names(list(dict.fromkeys(found)))
 
 
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:

@@ -36,7 +36,8 @@ class _FileLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Opened for each line: a folder with an open file in it cannot be renamed everywhere.
         with suppress(OSError), self.file.open("a", encoding="utf-8") as file:
-            file.write(self.format(record) + "\n")
+            plain = logging.makeLogRecord({**vars(record), "msg": one_line(record.getMessage()), "args": None})
+            file.write(self.format(plain) + "\n")
 
 
 def show_log_lines() -> None:

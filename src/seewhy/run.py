@@ -8,6 +8,7 @@ import math
 import platform
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -206,7 +207,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Manifest last, then one rename: the folder at `target` is whole from its first moment, even after a power cut."""
+    """Manifest last, then one rename: the folder at `target` is whole from its first moment, even after a power cut.
+
+    What a resume needs goes after the rename: whatever fails before it, the work can be resumed.
+    """
     write_json(work / "run.json", manifest)
     for path in [*work.rglob("*"), work]:
         to_disk(path)
@@ -214,6 +218,7 @@ def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
         target.rmdir()
     work.rename(target)
     to_disk(target.parent)
+    clean_up(target)
 
 
 def load(path: Path | str) -> Run:
@@ -266,6 +271,14 @@ def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -
     if centre.ndim != 1 or directions.ndim != 2 or not len(directions) or not len(centre) == directions.shape[1] == width:
         raise RunError(f"{file}: damaged (vectors of other lengths than the network's); {AGAIN}")
     return References(centre.float().numpy(), directions.half().numpy())
+
+
+def clean_up(folder: Path) -> None:
+    """Removes what only a resume needs from a finished run; nothing is there any more unless a kill came between."""
+    remove_tree(folder / "checkpoints")
+    for name in ("config.json", "search.json"):  # run.json holds them
+        with suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:

@@ -56,15 +56,25 @@ class OnnxModel:
         strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone.
         """
         names = self.outputs if wanted is None else wanted
-        return dict(zip(names, self.session.run(list(names), {"pictures": pictures}), strict=True))
+        return dict(zip(names, self._run(self.session, list(names), pictures), strict=True))
+
+    def _run(self, session: Any, names: list[str], pictures: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
+        try:
+            found: list[npt.NDArray[Any]] = session.run(names, {"pictures": pictures})
+        except Exception as error:  # onnxruntime raises types of its own
+            raise RunError(f"{self.name}: cannot answer ({' '.join(str(error).split())[:120]}); export the run again") from error
+        return found
 
     @cached_property
     def _squares(self) -> Any:
-        return _session(base64.b64decode(self.facts["square_graph"]), 1)
+        try:
+            return _session(self.facts["square_graph"], 1)
+        except Exception as error:  # as below
+            raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
 
     def square(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many pictures can be asked about in one call."""
-        squares: npt.NDArray[np.uint8] = self._squares.run(["squares"], {"pictures": picture[None]})[0]
+        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["squares"], picture[None])[0]
         square: npt.NDArray[np.uint8] = squares[0].transpose(1, 2, 0)
         return square
 
@@ -94,17 +104,16 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
             raise RunError(f"{name}: no such file; `seewhy export RUN` makes one") from error
         except OSError as error:
             raise RunError(f"{name}: cannot be read ({error.strerror}); name a file of `seewhy export`") from error
-    check_graph(source, name, RANKS)
+    checked = check_graph(source, name, RANKS)
     try:
-        session = _session(source, threads)
+        session = _session(checked, threads)
     except Exception as error:  # onnxruntime raises types of its own
         raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
     try:
         facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         if int(facts["seewhy_format"]) != FORMAT:
             raise RunError(f"{name}: format {facts['seewhy_format']!r:.20}, this seewhy reads format {FORMAT}; export the run again")
-        square = _check(facts)
-        check_graph(square, name, {"squares": 4})
+        facts["square_graph"] = check_graph(_check(facts), name, {"squares": 4})
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = repr(error)[:80]
         raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({reason}); export the run again") from error
@@ -119,6 +128,7 @@ def _session(source: str | bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the bytes may claim to be
     options.enable_mem_pattern = False  # one would be kept for every size of picture
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
@@ -138,17 +148,17 @@ def _check(facts: dict[str, Any]) -> bytes:
     return base64.b64decode(facts["square_graph"], validate=True)
 
 
-def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False, begin: int = 0) -> Iterator[Predictions]:
+def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
     """Predictions of files, folders and patterns, at most BLOCK at a time; as `predict.predict_blocks` of the run.
-
-    The first `begin` are passed over.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
     """
-    paths = find_pictures(inputs)
-    bad: list[tuple[str, str]] = []
-    kept = 0
+    return answer_files(model, find_pictures(inputs), skip_bad)
 
+
+def answer_files(model: OnnxModel, paths: Sequence[Path], skip_bad: bool, begin: int = 0, kept: int = 0) -> Iterator[Predictions]:
+    """The same of these very files, from the one at `begin` on; `kept` of those before could be used."""
+    bad: list[tuple[str, str]] = []
     wanted = [name for name in ("probabilities", "strangeness") if name in model.outputs]
 
     def answer(path: Path) -> dict[str, npt.NDArray[Any]] | str:

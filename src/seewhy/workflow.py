@@ -26,15 +26,15 @@ from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import DataError, OutputError, RunError
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
-from seewhy.fitting import Fit, fit
+from seewhy.fitting import Diverged, Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
 from seewhy.progress import LOG, log_to
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
+from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.unknowns import REFERENCES, References, sample_references
-from seewhy.writing import harmless, harmless_path
+from seewhy.writing import harmless, harmless_path, whole_file
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
@@ -64,11 +64,13 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
+        clean_up(places.target)
         if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
         return finished
     check_request(config.backbone, config.weights)
+    begun = places.work.exists()
     places, lock = _open_work(places, config, resume, out is None)
     try:
         with log_to(places.work / "log.txt"):
@@ -76,8 +78,9 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
             return _train_in(places, config)
     except KeyboardInterrupt:
         raise
-    except BaseException:
-        if not (places.work / "checkpoints" / "last.ckpt").exists():
+    except BaseException as error:
+        kept = begun or any((places.work / name).exists() for name in ("checkpoints/last.ckpt", "search.json"))
+        if not kept or isinstance(error, Diverged):  # a fit that diverged is repeated with other options, not resumed
             remove_tree(places.work)
         raise
     finally:
@@ -130,17 +133,23 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
         return config, {}
     record = places.work / "search.json"
     if record.is_file():
-        found = json.loads(record.read_text())
+        found = _read_json(record)
         return make_config(**found["chosen"]), found
     from seewhy.search import search  # brings optuna, which few runs need
 
     best, trials = search(images, split, config, config.search)
     best = best.model_copy(update={"search": 0})  # what `--config run.json` repeats is the fit, not the search
     found = {"asked": dump_config(config), "chosen": dump_config(best), "trials": trials}
-    work = record.with_suffix(".tmp")
-    write_json(work, found)
-    work.replace(record)
+    with whole_file(record, "free some space") as work:
+        write_json(work, found)
     return best, found
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: damaged ({error}); remove {file.parent} and train again") from error
 
 
 def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
@@ -194,9 +203,14 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Pa
         elif not resume:
             first = candidates.index(after) + 1 if after is not None else 0
             target = next(place for place in candidates[first:] if not place.exists())
-    if not resume and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not resume and _taken(target):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
     return Places(_work_of(target), target, not target.parent.exists())
+
+
+def _taken(target: Path) -> bool:
+    """Whether something is there that a run must not replace."""
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
 def _work_of(target: Path) -> Path:
@@ -217,18 +231,28 @@ def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: b
     except OSError as error:
         raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
     record = places.work / "config.json"
+    begun = places.work.exists()
     try:
-        if places.work.exists():
+        if _taken(places.target):  # between the choice of the name and the lock
+            if named_by_us and not resume:
+                _give_back(lock, places)
+                return _open_work(choose_places(config, None, False, places.target), config, resume, named_by_us)
+            raise OutputError(f"{places.target}: exists already; choose another --out or remove it")
+        if begun:
             if not resume:
                 raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
-            if record.is_file() and json.loads(record.read_text()) != dump_config(config):
+            if record.is_file() and _read_json(record) != dump_config(config):
                 raise RunError(f"{places.work}: holds an unfinished run with other options; repeat its options, or choose another --out")
         places.work.mkdir(exist_ok=True)
-        write_json(record, dump_config(config))
+        if not record.is_file():
+            with whole_file(record, "free some space, or choose another place with --out") as work:
+                write_json(work, dump_config(config))
     except OSError as error:
         _give_back(lock, places)
         raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
     except BaseException:
+        if not begun:
+            remove_tree(places.work)
         _give_back(lock, places)
         raise
     return places, lock
@@ -311,9 +335,6 @@ def _write_run(
         run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
         write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
-        remove_tree(work / "checkpoints")
-        (work / "config.json").unlink()
-        (work / "search.json").unlink(missing_ok=True)  # run.json holds it
         seconds["report"] = time.perf_counter() - mark
         seconds["total"] = time.perf_counter() - began
         manifest["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
