@@ -274,3 +274,11 @@ def test_the_interface_keeps_its_description(client: TestClient) -> None:
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         keeps()
+
+
+def test_a_name_with_line_ends_is_one_line(client: TestClient) -> None:
+    """Found by benchmarks/fuzz.py."""
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.j\x05\x08\t\npg"\r\n\r\nno picture\r\n--x--\r\n'
+    found = client.post("/predict", content=form, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert found.status_code == 422
+    assert found.json()["error"]["message"].startswith("a.j pg: not an image")

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from seewhy.batching import Batcher
-from seewhy.errors import ConfigError
+from seewhy.errors import ConfigError, one_line
 from seewhy.wire import Error, Problem
 
 log = logging.getLogger("seewhy.serve")
@@ -96,7 +96,7 @@ def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
 def problem(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     name = getattr(request.state, "id", "-")
     log.info("%s %d %s: %r", name, status, code, message)  # %r: names in it come from outside
-    body = Error(error=Problem(code=code, message=message, request_id=name))
+    body = Error(error=Problem(code=code, message=one_line(message), request_id=name))
     return JSONResponse(body.model_dump(), status, headers)
 
 
