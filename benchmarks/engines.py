@@ -71,8 +71,8 @@ def eight_bits(network: nn.Module, size: int, calibration: Any, lanes: int) -> A
 
 def square_of(images: Any, i: int, preprocessing: Any) -> Any:
     """The evaluation view of one picture."""
+    from seewhy.decoding import read_image
     from seewhy.features import render_view
-    from seewhy.images import read_image
 
     return render_view(read_image(images.paths[i], preprocessing.enough), 0, images.hashes[i], preprocessing)
 

@@ -51,9 +51,9 @@ def candidates_of(name: str, images: Any, indices: Any, count: int, cache: Path)
     """seewhy and the limits on all of `indices`, the peer on the first `count`."""
     from seewhy.backbones import create_backbone
     from seewhy.cutting import cut_backbone
+    from seewhy.decoding import read_image
     from seewhy.engines import Engine, make_engine
     from seewhy.features import extract_features, render_view
-    from seewhy.images import read_image
     from seewhy.streams import in_order
 
     backbone = create_backbone(name, 2, BACKBONES[name])

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _weights() -> tuple[list[bytes], Target]:
     def target(data: bytes) -> None:
         for name in ("w.safetensors", "w.pth"):
             (place / name).write_bytes(data)
-            answers(lambda name=name: read_weights(place / name))  # type: ignore[misc]
+            answers(partial(read_weights, place / name))
 
     return [save(state), file.getvalue()], target
 
@@ -111,7 +112,7 @@ def _weights() -> tuple[list[bytes], Target]:
 def _picture() -> tuple[list[bytes], Target]:
     from torture import seeds
 
-    from seewhy.images import decode
+    from seewhy.decoding import decode
 
     def target(data: bytes) -> None:
         with suppress(ValueError):

@@ -117,7 +117,7 @@ def spoiled(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 def decode_all(count: int, seed: int) -> dict[str, Any]:
     """In this process: how many were pictures, were refused and why, the slowest, and the most memory that was added."""
-    from seewhy.images import decode
+    from seewhy.decoding import decode
 
     reasons: Counter[str] = Counter()
     slowest, before = 0.0, resident_gb("VmRSS")
@@ -156,7 +156,7 @@ LARGEST: dict[
 
 
 def largest(kind: str, place: Path) -> None:
-    from seewhy.images import FORMAT_PIXELS, MAX_PIXELS
+    from seewhy.decoding import FORMAT_PIXELS, MAX_PIXELS
 
     mode, form, options = LARGEST[kind]
     width = 10_000

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from seewhy.backbones import BACKBONES, Backbone, create_backbone, read_weights, rebuild_backbone, weights_hash
 from seewhy.cutting import cut_backbone, parameter_stages
+from seewhy.decoding import read_image
 from seewhy.errors import BackboneError, ConfigError, WeightsError
-from seewhy.images import read_image
 from seewhy.transforms import eval_view, render
 
 SMALL = "test_resnet"  # timm's smallest chain: 0.5 M parameters, 160 x 160 pixels

@@ -19,10 +19,11 @@ from torch import nn
 
 from seewhy import features
 from seewhy.cutting import Cut
+from seewhy.decoding import read_image
 from seewhy.engines import Engine
 from seewhy.errors import OutputError
 from seewhy.features import FeatureStore, extract_features, render_view, row_key, stored_dtype
-from seewhy.images import ImageSet, open_images, read_image
+from seewhy.images import ImageSet, open_images
 from seewhy.transforms import Preprocessing, view_of
 
 TINY = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)

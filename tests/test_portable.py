@@ -15,9 +15,9 @@ import torch
 
 from seewhy import portable
 from seewhy.attribution import all_class_maps, feature_maps
+from seewhy.decoding import read_image
 from seewhy.errors import ConfigError
 from seewhy.features import square_of
-from seewhy.images import read_image
 from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from seewhy import scenes
+from seewhy.decoding import read_image
 from seewhy.errors import OutputError
-from seewhy.images import open_images, read_image
+from seewhy.images import open_images
 from seewhy.scenes import OBJECTS, draw_scene, draw_scenes
 
 

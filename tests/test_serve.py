@@ -233,6 +233,14 @@ def test_a_key_where_one_is_wanted(demo_onnx: Path, demo_pictures: list[Path]) -
         assert [client.get(path).status_code for path in ("/", "/healthz", "/classes", "/metrics")] == [200, 200, 401, 401]
 
 
+def test_a_name_with_line_ends_is_one_line(client: TestClient) -> None:
+    """Found by benchmarks/fuzz.py."""
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.j\x05\x08\t\npg"\r\n\r\nno picture\r\n--x--\r\n'
+    found = client.post("/predict", content=form, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert found.status_code == 422
+    assert found.json()["error"]["message"].startswith("a.j pg: not an image")
+
+
 def test_health_and_metrics_count(client: TestClient, demo_pictures: list[Path]) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
 
@@ -274,11 +282,3 @@ def test_the_interface_keeps_its_description(client: TestClient) -> None:
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         keeps()
-
-
-def test_a_name_with_line_ends_is_one_line(client: TestClient) -> None:
-    """Found by benchmarks/fuzz.py."""
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.j\x05\x08\t\npg"\r\n\r\nno picture\r\n--x--\r\n'
-    found = client.post("/predict", content=form, headers={"Content-Type": "multipart/form-data; boundary=x"})
-    assert found.status_code == 422
-    assert found.json()["error"]["message"].startswith("a.j pg: not an image")

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut
+from seewhy.decoding import read_image
 from seewhy.features import Features, extract_features, render_view
-from seewhy.images import ImageSet, read_image
+from seewhy.images import ImageSet
 from seewhy.split import Split
 from seewhy.transforms import Preprocessing
 

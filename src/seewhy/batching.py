@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.decoding import decode
 from seewhy.errors import ImageError
-from seewhy.images import decode
 from seewhy.runtime import load_onnx
 
 BATCH = 4  # pictures; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait

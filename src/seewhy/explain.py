@@ -16,11 +16,11 @@ from torch import nn
 
 from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, shifted_maps
 from seewhy.cam import ALL_METHODS, ASKING, PIXELWISE, scale_to_one
+from seewhy.decoding import read_image
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import square_of
 from seewhy.figures import overlay_heatmap
-from seewhy.images import read_image
 from seewhy.metrics import softmax
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.cutting import Cut
+from seewhy.decoding import read_image
 from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
-from seewhy.images import ImageSet, read_image
+from seewhy.images import ImageSet
 from seewhy.progress import LOG, progress
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of

@@ -61,7 +61,7 @@ class Fit:
 
 
 class FitInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a fit; the finished epochs are in the checkpoint."""
+    """Ctrl-C during a fit; the checkpoint holds the finished epochs but for those of the last SAVE_S seconds."""
 
 
 # ---------------------------------------------------------------- the module

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from seewhy.decoding import read_image
 from seewhy.errors import ImageError
-from seewhy.images import read_image
 from seewhy.transforms import Preprocessing, View, eval_view
 
 # Caltech-101's folders of outlines whose names differ from the class's.

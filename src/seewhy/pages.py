@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from seewhy.images import read_image
+from seewhy.decoding import read_image
 
 
 def render_page(template: str, facts: dict[str, Any]) -> str:

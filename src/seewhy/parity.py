@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seewhy.decoding import read_image
 from seewhy.errors import ConfigError, OutputError, SeewhyError
 from seewhy.features import square_of
-from seewhy.images import ImageSet, open_images, read_image
+from seewhy.images import ImageSet, open_images
 from seewhy.portable import AnswerNetwork, build_int8, build_onnx, build_pt2
 from seewhy.progress import LOG, progress
 from seewhy.run import Run

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from seewhy import __version__
 from seewhy.errors import OutputError
 from seewhy.predictions import Columns, check_table, open_table
 from seewhy.progress import LOG
-from seewhy.writing import whole_file
+from seewhy.writing import claim, whole_file
 
 Bad = Sequence[tuple[str, str]]
 
@@ -51,7 +51,7 @@ class Parts:
             yield block["columns"], [(path, reason) for path, reason in block["bad"]]
 
     def join(self) -> int:
-        """Writes `out`, removes the parts; the number of rows."""
+        """Writes `out`; the number of rows."""
         count = 0
         with open_table(self.out) as write:
             for columns, _ in self.blocks():
@@ -79,11 +79,8 @@ def open_parts(out: Path, request: dict[str, Any]) -> Iterator[Parts]:
     """
     check_table(out)
     parts = Parts(out, out.parent / f".{out.name}.partial")
-    new_parent = not out.parent.exists()
-    lock = FileLock(out.parent / f".{out.name}.lock")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        let_go = claim(out)
     except Timeout as error:
         raise OutputError(f"{out}: another process writes it right now; choose another --out") from error
     except OSError as error:
@@ -97,12 +94,7 @@ def open_parts(out: Path, request: dict[str, Any]) -> Iterator[Parts]:
             LOG.info(f"{out}: {parts.done:,} of {request['pictures']:,} pictures are done and kept; the same command goes on after them")
         else:
             shutil.rmtree(parts.folder, ignore_errors=True)
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
-        lock.release()
-        if new_parent:
-            with suppress(OSError):
-                out.parent.rmdir()  # succeeds only where it is empty
+        let_go()
 
 
 def _begin(parts: Parts, request: dict[str, Any]) -> None:

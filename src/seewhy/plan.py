@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from seewhy.backbones import Backbone, create_backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, cut_backbone
+from seewhy.decoding import read_image
 from seewhy.embedding import EMBEDDER
 from seewhy.engines import MANY as SIDE_BY_SIDE
 from seewhy.engines import Engine, make_engine, settled_engine
@@ -23,15 +25,16 @@ from seewhy.errors import DataError
 from seewhy.features import EVAL_VIEW, feature_shape, render_view, stored_dtype
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
-from seewhy.images import DATASETS, check_file, list_folder, read_image
+from seewhy.images import check_file, list_data
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
 
 SAMPLE = 64  # pictures that are looked at
-PICTURE_BYTES = 1200  # of memory that a picture takes on its own: paths, hashes, split
-START_S = 12.0  # imports, and making the networks ready for ONNX Runtime
-REPORT_S = 6.0
+PICTURE_BYTES = 1500  # of memory that a picture takes on its own: paths, hashes, split (benchmarks/growth.py: 1.06 to 1.19 GB for 90,000)
+COPIES = 6  # of the weights: themselves, their gradients, AdamW's two moments, the average over the steps, the exported network
+START_S = 12.0  # what does not grow with the pictures: imports, making the networks ready for ONNX Runtime
+REPORT_S = 6.0  # figures and report, likewise
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def cost_of(rates: Rates, config: TrainConfig, pictures: int, machines: int = 1)
     below = rates.features or rates.check  # where nothing is frozen, pictures are decoded all the same
     if rates.features:
         seconds["features"] = max(0, views - (pictures if shared else 0)) / rates.features / machines
-    each = 1 / rates.train if cached else max(1 / rates.train, 0) + 1 / below
+    each = 1 / rates.train + (0 if cached else 1 / below)
     seconds["fit"] = epochs * (train * each + val / rates.answer + (0 if cached else val / below))
     seconds["evaluation"] = (flips * (val + test) + min(REFERENCES, train) + val + test) / rates.answer
     if not rates.features:
@@ -93,7 +96,7 @@ def cost_of(rates: Rates, config: TrainConfig, pictures: int, machines: int = 1)
     seconds["report"] = REPORT_S
     embedder_rows = 1280 * 4 * pictures if grouped and not shared else 0
     disk = (views * rates.row_bytes if cached else 0) + embedder_rows + rates.weight_bytes
-    return Cost(seconds, int(disk), int(rates.base_bytes + PICTURE_BYTES * pictures + 6 * rates.weight_bytes))
+    return Cost(seconds, int(disk), int(rates.base_bytes + PICTURE_BYTES * pictures + COPIES * rates.weight_bytes))
 
 
 # ---------------------------------------------------------------- measuring
@@ -111,7 +114,7 @@ def measure_rates(paths: Sequence[Path], classes: int, config: TrainConfig, pict
     embedder = create_backbone(EMBEDDER, 2)
     trunk = cut_backbone(embedder, 0).trunk
     wanted = config.group_by == "duplicates" and pictures <= MANY
-    embed = _pipeline_rate(paths, trunk, embedder.preprocessing, engine, config.workers) if wanted else 1.0
+    embed = _pipeline_rate(paths, trunk, embedder.preprocessing, engine, config.workers) if wanted else math.inf
     shape = feature_shape(cut.trunk, backbone.preprocessing) if cut.trunk is not None else ()
     train, answer = _tail_rates(backbone, cut, config, classes, shape)
     row = int(np.prod(shape)) * np.dtype(stored_dtype(shape)).itemsize if shape else 0
@@ -177,7 +180,7 @@ def plan(config: TrainConfig, pictures: int | None = None, machines: int = 1) ->
     Raises DataError for data that is none.
     """
     config = config.resolved()
-    listing = DATASETS[config.data](config.data_root) if config.data in DATASETS else list_folder(Path(config.data))
+    listing = list_data(config.data, config.data_root)
     chosen = np.random.default_rng(0).permutation(len(listing.paths))[:SAMPLE]
     usable = [listing.paths[i] for i in chosen if not check_file(listing.paths[i]).problem]
     if not usable:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from seewhy.decoding import MAX_SIDE, MIN_SIDE, read_image
 from seewhy.errors import ConfigError, ImageError, RunError
 from seewhy.graph_check import check_graph
-from seewhy.images import MAX_SIDE, MIN_SIDE, read_image
 from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
 from seewhy.streams import in_batches, in_order

@@ -7,14 +7,14 @@ import json
 import math
 import re
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from seewhy import __version__
 from seewhy.backbones import Backbone, check_request, create_backbone
@@ -23,7 +23,7 @@ from seewhy.calibration import answered_at, fit_temperature, threshold_for
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import DataError, OutputError, RunError
+from seewhy.errors import DataError, OutputError, RunError, SeewhyError
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Diverged, Fit, fit
@@ -34,7 +34,7 @@ from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.unknowns import REFERENCES, References, sample_references
-from seewhy.writing import harmless, harmless_path, whole_file
+from seewhy.writing import claim, harmless, harmless_path, whole_file
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
@@ -46,7 +46,6 @@ class Places:
 
     work: Path
     target: Path
-    new_parent: bool  # whether the folder above has to be made
 
 
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, **options: Any) -> Run:
@@ -71,7 +70,7 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         return finished
     check_request(config.backbone, config.weights)
     begun = places.work.exists()
-    places, lock = _open_work(places, config, resume, out is None)
+    places, let_go = _open_work(places, config, resume, out is None)
     try:
         with log_to(places.work / "log.txt"):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
@@ -84,7 +83,7 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
             remove_tree(places.work)
         raise
     finally:
-        _give_back(lock, places)
+        let_go()
 
 
 def _train_in(places: Places, config: TrainConfig) -> Run:
@@ -205,7 +204,7 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Pa
             target = next(place for place in candidates[first:] if not place.exists())
     if not resume and _taken(target):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
-    return Places(_work_of(target), target, not target.parent.exists())
+    return Places(_work_of(target), target)
 
 
 def _taken(target: Path) -> bool:
@@ -217,27 +216,24 @@ def _work_of(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[Places, FileLock]:
-    """Makes or reopens the work folder and holds its lock, so that two trainings never share one."""
-    lock = FileLock(places.target.parent / f".{places.target.name}.lock")
+def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[Places, Callable[[], None]]:
+    """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
+    while True:
+        try:
+            let_go = claim(places.target)
+            if not _taken(places.target):
+                break
+            let_go()
+            reason: SeewhyError = OutputError(f"{places.target}: exists already; choose another --out or remove it")
+        except Timeout:
+            reason = RunError(f"{places.target}: another training writes it right now; choose another --out")
+        except OSError as error:
+            raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
+        if not named_by_us or resume:
+            raise reason
+        places = choose_places(config, None, False, places.target)  # started in the same moment: the next free name
+    record, begun = places.work / "config.json", places.work.exists()
     try:
-        places.target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        if named_by_us and not resume:  # started in the same moment: the next free name
-            following = choose_places(config, None, False, places.target)
-            return _open_work(following, config, resume, named_by_us)
-        raise RunError(f"{places.target}: another training writes it right now; choose another --out") from error
-    except OSError as error:
-        raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
-    record = places.work / "config.json"
-    begun = places.work.exists()
-    try:
-        if _taken(places.target):  # between the choice of the name and the lock
-            if named_by_us and not resume:
-                _give_back(lock, places)
-                return _open_work(choose_places(config, None, False, places.target), config, resume, named_by_us)
-            raise OutputError(f"{places.target}: exists already; choose another --out or remove it")
         if begun:
             if not resume:
                 raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
@@ -247,25 +243,14 @@ def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: b
         if not record.is_file():
             with whole_file(record, "free some space, or choose another place with --out") as work:
                 write_json(work, dump_config(config))
-    except OSError as error:
-        _give_back(lock, places)
-        raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
-    except BaseException:
+    except BaseException as error:
         if not begun:
             remove_tree(places.work)
-        _give_back(lock, places)
+        let_go()
+        if isinstance(error, OSError):
+            raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
         raise
-    return places, lock
-
-
-def _give_back(lock: FileLock, places: Places) -> None:
-    """Removes the lock file, and the parent folder if nothing was left in it."""
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
-    if places.new_parent:
-        with suppress(OSError):
-            places.target.parent.rmdir()  # succeeds only where it is empty
+    return places, let_go
 
 
 # ---------------------------------------------------------------- writing

@@ -1,4 +1,4 @@
-"""Path -> a work file beside it, which takes its place when all of it is written and on the disk."""
+"""Path -> a work file beside it, which takes its place when all of it is written and on the disk; what two processes must not write."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import errno
 import glob
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from seewhy.errors import OutputError
 
@@ -43,6 +45,28 @@ def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Pat
         if isinstance(error, OSError):
             raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
         raise
+
+
+def claim(path: Path) -> Callable[[], None]:
+    """Makes the folder above `path` and holds a lock beside it, so that one process writes `path` at a time; gives back how to let go.
+
+    Letting go removes the lock file, and the folder if it was made here and nothing was left in it. Raises filelock.Timeout where
+    another process holds the lock, OSError where the folder cannot be written.
+    """
+    new_parent = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    lock.acquire(timeout=0)
+
+    def let_go() -> None:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+        if new_parent:
+            with suppress(OSError):
+                path.parent.rmdir()  # succeeds only where it is empty
+
+    return let_go
 
 
 def _remove_left_overs(path: Path) -> None:
