@@ -218,7 +218,8 @@ def extract_features(
             pass
         with feature_store.lock():
             missing = set(wanted) - feature_store.keys().keys()  # another process may have written some meanwhile
-            feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
+            if missing:
+                feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
             return Features(feature_store.open_rows(), _rows(wanted, feature_store.keys(), views), len(missing))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
