@@ -3,7 +3,7 @@
     python benchmarks/serving.py --data-root DIR [--requests 1600] [--rounds 3] [--soak 6000]     Caltech-101, into results.json
     python benchmarks/serving.py --quick                                                          demo pictures, one JSON line
 
-A frozen efficientnet_lite0 is trained and exported, then served from a process of its own. Throughput: 32 clients (threads of this
+A frozen efficientnet_lite0 is trained and exported, then served from a process of its own. Throughput: 32 clients (sockets of this
 process, connections kept), one picture a request, against `predict` of the same run on the same files. Latency: one client, against the
 exported file asked in this process by one caller (file to answer, all cores). Cold start: process start to the first answer, picture
 included. Soak: good and bad requests mixed; every good one must be answered, and memory must stay. Peer: what a tutorial of FastAPI
@@ -18,13 +18,14 @@ import io
 import json
 import os
 import re
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,61 @@ def post(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, Any]
     return response.status, json.loads(response.read())
 
 
+class Client:
+    """A kept connection that sends its bodies one after another; what reads it calls `step` when something has come."""
+
+    def __init__(self, port: int, bodies: Sequence[tuple[int, bytes]]) -> None:
+        self.port, self.left = port, iter(bodies)
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.number, self.began, self.got = 0, 0.0, b""
+
+    def send(self) -> bool:
+        """The next body; False where there is none."""
+        job = next(self.left, None)
+        if job is None:
+            return False
+        self.number, body = job
+        head = f"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        self.began, self.got = time.perf_counter(), b""
+        self.socket.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return True
+
+    def step(self) -> tuple[int, bytes] | None:
+        """Status and body of the answer, once all of it is there."""
+        self.got += self.socket.recv(1 << 20)
+        head, _, body = self.got.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if not length or len(body) < int(length.group(1)):
+            return None
+        return int(head[9:12]), body
+
+
 def load(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[float], list[tuple[int, Any]]]:
-    """Seconds for all, seconds of each, and the answers in the order of the bodies; each client keeps its connection."""
+    """Seconds for all, seconds of each, and the answers in the order of the bodies; each client keeps its connection.
+
+    One thread and plain sockets, since clients run on the server's cores: what they take, it lacks.
+    """
     seconds = [0.0] * len(bodies)
-    answers: list[tuple[int, Any]] = [(0, None)] * len(bodies)
-
-    def client(number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        for n in range(number, len(bodies), clients):
-            began = time.perf_counter()
-            answers[n] = post(connection, bodies[n])
-            seconds[n] = time.perf_counter() - began
-        connection.close()
-
+    answers: list[tuple[int, bytes]] = [(0, b"{}")] * len(bodies)
+    jobs = list(enumerate(bodies))
     began = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
-    return time.perf_counter() - began, seconds, answers
+    with selectors.DefaultSelector() as selector:
+        for number in range(min(clients, len(bodies))):
+            client = Client(port, jobs[number::clients])
+            client.send()
+            selector.register(client.socket, selectors.EVENT_READ, client)
+        while selector.get_map():
+            for key, _ in selector.select(timeout=120):
+                client = key.data
+                answer = client.step()
+                if answer is None:
+                    continue
+                answers[client.number], seconds[client.number] = answer, time.perf_counter() - client.began
+                if not client.send():
+                    selector.unregister(client.socket)
+                    client.socket.close()
+    taken = time.perf_counter() - began
+    return taken, seconds, [(status, json.loads(content)) for status, content in answers]
 
 
 def first_answer(command: Sequence[str], body: bytes) -> float:
@@ -106,8 +145,6 @@ def percentile(seconds: Sequence[float], share: float) -> float:
 
 def peer(run_folder: str) -> None:
     """What a tutorial writes, on a free port."""
-    import socket
-
     import timm
     import torch
     import uvicorn
