@@ -88,7 +88,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(make_folder, tm
     folder = make_folder(CLASSES)
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache"))
     options = command(
-        "train", str(folder), "--epochs", "200", "--set", "unfreeze=1", "--set", "patience=200", "--out", str(tmp_path / "run")
+        "train", str(folder), "--epochs", "300", "--set", "unfreeze=0", "--set", "patience=300", "--out", str(tmp_path / "run")
     )
     started = [sys.executable, "-m", "seewhy.cli", *options, "--devices", "2"]
     process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -117,10 +117,10 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(make_folder, tm
 
     assert len(history_of(last)) >= 1
     run = seewhy.train(
-        folder, out=tmp_path / "run", resume=True, epochs=200, unfreeze=1, patience=200, **OPTIONS
+        folder, out=tmp_path / "run", resume=True, epochs=300, unfreeze=0, patience=300, **OPTIONS
     )  # one process, where there were two
     rows = history(run.path)
-    assert [float(row["epoch"]) for row in rows] == [float(n) for n in range(1, 201)]
+    assert [float(row["epoch"]) for row in rows] == [float(n) for n in range(1, 301)]
 
 
 def history_of(checkpoint: Path) -> list[dict[str, float]]:
