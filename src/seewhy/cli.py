@@ -67,12 +67,24 @@ def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
 def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
     config = _config_of(own, given)
     out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
+    several = own["devices"] > 1 or own["nodes"] > 1
     if repeats > 1:
+        if several:
+            raise typer.BadParameter("--repeats trains one run after another in one process; leave --devices and --nodes out")
         _repeat(config, repeats, out, resume, as_json)
         return None
+    from seewhy import world
     from seewhy.workflow import train_run
 
-    run = train_run(config, out, resume)
+    if several and not world.started_together():
+        from seewhy.launch import launch
+        from seewhy.run import load
+
+        run = load(launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"]))
+    else:
+        run = train_run(config, out, resume)
+        if not world.leading():
+            return run
     if as_json:
         print_json(
             {"run": str(run.path), "report": str(run.path / "report.html"), "seconds": run.manifest["seconds"], "metrics": run.metrics}
@@ -153,6 +165,9 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
     ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
+    ("devices", Annotated[int, typer.Option(min=1, help="processes on this machine that share the work: GPUs, or parts of the cores")], 1),
+    ("nodes", Annotated[int, typer.Option(min=1, help="machines that share the work; the same command on each")], 1),
+    ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines find each other: one of them")], None),
     ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
     ("config", ConfigOption, None),
     ("set", SetOption, None),

@@ -108,6 +108,9 @@ class TrainConfig(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
     compile: bool = _fine(False, "torch.compile for the training step: half a minute to start, then faster for some networks")
     engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
+    feature_dtype: Literal["auto", "float16", "float32"] = _fine(
+        "auto", "what frozen features are kept as: maps in float16 and vectors in float32, or all of them so"
+    )
     workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
 
     @field_validator("unfreeze", mode="before")

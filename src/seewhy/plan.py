@@ -22,10 +22,11 @@ from seewhy.embedding import EMBEDDER
 from seewhy.engines import MANY as SIDE_BY_SIDE
 from seewhy.engines import Engine, make_engine, settled_engine
 from seewhy.errors import DataError
-from seewhy.features import EVAL_VIEW, feature_shape, render_view, stored_dtype
+from seewhy.features import EVAL_VIEW, feature_shape, render_view
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
 from seewhy.images import check_file, list_data
+from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
