@@ -50,6 +50,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "progress",
         "cache",
         "config",
+        "tracking",
         "scenes",
         "transforms",
         "decoding",
