@@ -107,6 +107,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "parity",
         "report",
         "card",
+        "sharing",
         "workflow",
         "plan",
         "compare",

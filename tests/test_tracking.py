@@ -22,8 +22,9 @@ import seewhy
 from seewhy import fitting, tracking
 from seewhy.cli import call, run_guarded
 from seewhy.config import make_config
-from seewhy.errors import ConfigError
+from seewhy.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STARTS_S = 90  # most that a server may take on a busy machine
 PER_EPOCH = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"}
 
@@ -33,14 +34,26 @@ def folder(make_folder: Callable[..., Path], cache: Path) -> Path:
     return make_folder({"ant": 10, "bee": 10, "cow": 12})
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's store in a file, which no server is needed for; it takes seconds to make."""
+    pytest.importorskip("mlflow", reason="MLflow's client is not installed: pip install mlflow-skinny")
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
 @pytest.fixture
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """MLflow's client on a store in a file, which no server is needed for."""
-    mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed: pip install mlflow-skinny")
+def local(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """MLflow's client on the store, which stands in the environment with an experiment for this test."""
+    from mlflow import MlflowClient
+
     monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts of local stores
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr(logging.getLogger("mlflow"), "level", logging.ERROR)
-    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
+    return MlflowClient(store)
+
+
+def runs_of(client: Any, experiment: str) -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
 
 
 def record_of(run: seewhy.Run) -> dict[str, Any]:
@@ -67,23 +80,19 @@ def test_tensorboard_holds_what_history_holds(folder: Path, tmp_path: Path) -> N
     assert [event.step for event in events.Scalars("val_loss")] == [1, 2]
     assert [event.value for event in events.Scalars("val_loss")] == pytest.approx(history_of(run, "val_loss"))
     assert not (run.path / tracking.RECORD).exists()
-
-
-def test_nobody_is_told(folder: Path, tmp_path: Path) -> None:
     silent = seewhy.train(folder, out=tmp_path / "silent", tracker="none", **SMALL)
     assert not (silent.path / "tensorboard").exists()
-    assert same_weights(silent, seewhy.train(folder, out=tmp_path / "told", **SMALL))
+    assert same_weights(run, silent)
 
 
-def test_mlflow_s_local_store_has_all_of_a_run(folder: Path, tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "animals")
+def test_mlflow_s_local_store_has_all_of_a_run(folder: Path, tmp_path: Path, local: Any) -> None:
     before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     run = seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", **SMALL)
     assert {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} == before
     record = record_of(run)
     assert record["told"]
     found = local.get_run(record["run_id"])
-    assert local.get_experiment(found.info.experiment_id).name == record["experiment"] == "animals"
+    assert local.get_experiment(found.info.experiment_id).name == record["experiment"] == tmp_path.name
     assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
     for name in PER_EPOCH:
         metrics = sorted(local.get_metric_history(record["run_id"], name), key=lambda metric: metric.step)
@@ -97,7 +106,6 @@ def test_mlflow_s_local_store_has_all_of_a_run(folder: Path, tmp_path: Path, loc
     files = {file.path: file for file in local.list_artifacts(record["run_id"])}
     assert set(files) == {*tracking.ARTIFACTS, "figures"}
     assert files["report.html"].file_size == (run.path / "report.html").stat().st_size
-    assert same_weights(run, seewhy.train(folder, out=tmp_path / "other", **SMALL))  # being told of changes nothing
 
 
 def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,25 +118,25 @@ def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, local: A
     assert local.get_run(run_id).info.status == "KILLED"
     run = seewhy.train(folder, out=tmp_path / "run", resume=True, **options)
     assert record_of(run)["run_id"] == run_id
-    assert [run.info.run_id for run in local.search_runs(["1"])] == [run_id]
+    assert [run.info.run_id for run in runs_of(local, tmp_path.name)] == [run_id]
     assert local.get_run(run_id).info.status == "FINISHED"
     losses = {metric.step: metric.value for metric in local.get_metric_history(run_id, "val_loss")}
     assert [losses[epoch] for epoch in (1, 2, 3)] == pytest.approx(history_of(run, "val_loss"))
 
 
-def test_a_training_that_fails_is_a_failed_run(folder: Path, tmp_path: Path, local: Any) -> None:
-    with pytest.raises(ConfigError, match="loss became"):
-        seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", **{**SMALL, "lr": 1e30})
-    (run,) = local.search_runs(["1"])
-    assert run.info.status == "FAILED"
-    assert not list(tmp_path.glob(".run*"))
+def test_a_training_that_fails_is_a_failed_run(tmp_path: Path, local: Any) -> None:
+    config = make_config(data="x", tracker="mlflow")
+    with pytest.raises(DataError, match="as it was"), tracking.tracked(config, tmp_path, tmp_path / "run"):
+        raise DataError("as it was")
+    (run,) = runs_of(local, tmp_path.name)
+    assert (run.info.status, run.info.run_name) == ("FAILED", "run")
 
 
-def test_trials_of_a_search_are_not_runs_of_their_own(folder: Path, tmp_path: Path, local: Any) -> None:
-    run = seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", search=2, **SMALL)
-    (found,) = local.search_runs(["1"])
-    assert found.info.run_id == record_of(run)["run_id"]
-    assert found.data.params["lr"] == str(run.config.lr)  # what was chosen
+def test_trials_of_a_search_tell_nobody(tmp_path: Path, local: Any) -> None:
+    config = make_config(data="x", tracker="mlflow")
+    assert tracking.make_loggers(config, tmp_path) == []  # a folder that is no work folder of a tracked training
+    with tracking.tracked(make_config(data="x", tracker="none"), tmp_path, tmp_path / "run"):
+        assert tracking.make_loggers(config, tmp_path) == []
 
 
 # ---------------------------------------------------------------- mistakes
