@@ -21,6 +21,7 @@ import timm
 import torch
 import yaml
 from cheap_run import cheap_run, normalised
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import seewhy
@@ -30,26 +31,45 @@ from seewhy.errors import OutputError, RunError
 from seewhy.run import Run
 from seewhy.transforms import eval_view, render
 
-TAKEN = {*sharing.FILES, *sharing.REPORT}
+OWN = set(sharing.FILES)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Run:
+    """A run of a tiny network, for tests that do not ask what it answers."""
+    folder = tmp_path_factory.mktemp("small")
+    for number, name in enumerate(("ant", "bee", "cow")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for n in range(10):
+            noise = np.random.default_rng([number, n]).integers(0, 90, size=(40, 40, 3)).astype(np.uint8)
+            noise[..., number] += 150
+            Image.fromarray(noise).save(folder / "pictures" / name / f"{n}.png")
+    options = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 1, "workers": 0, "group_by": "exact", "tracker": "none"}
+    return seewhy.train(folder / "pictures", out=folder / "demo", **options)
 
 
 @pytest.fixture
-def shared(demo_run: Run, tmp_path: Path) -> Path:
-    """The demo run, pushed to a folder."""
-    return Path(demo_run.push(tmp_path / "share" / "animals"))
+def shared(small_run: Run, tmp_path: Path) -> Path:
+    """The small run, pushed to a folder."""
+    return Path(small_run.push(tmp_path / "share" / "animals"))
 
 
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def data_config(model: Any) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in timm.data.resolve_model_data_config(model).items()}
+
+
 # ---------------------------------------------------------------- folders
 
 
-def test_pushed_and_pulled_it_says_the_same(demo_run: Run, shared: Path, tmp_path: Path, demo_pictures: list[Path]) -> None:
-    assert files_of(shared) == TAKEN | {"config.json"}
+def test_pushed_and_pulled_it_says_the_same(demo_run: Run, tmp_path: Path, demo_pictures: list[Path]) -> None:
+    shared = Path(demo_run.push(tmp_path / "share" / "animals"))
+    assert files_of(shared) == {*OWN, *sharing.REPORT, "config.json"}
     pulled = seewhy.pull(shared, tmp_path / "mine")
-    assert files_of(pulled.path) == set(sharing.FILES)
+    assert files_of(pulled.path) == OWN
     assert sorted(os.listdir(tmp_path)) == ["mine", "share"]  # no work folder, no lock
     assert sorted(os.listdir(shared.parent)) == ["animals"]
     pictures = [str(path) for path in demo_pictures]
@@ -76,12 +96,11 @@ def test_the_card_is_hugging_face_s(shared: Path) -> None:
     assert head["model-index"][0]["name"] == "demo"
 
 
-def test_timm_loads_it_and_gives_its_logits(demo_run: Run, shared: Path, demo_pictures: list[Path]) -> None:
+def test_timm_loads_it_and_gives_its_logits(demo_run: Run, tmp_path: Path, demo_pictures: list[Path]) -> None:
+    shared = demo_run.push(tmp_path / "share")
     model = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == list(demo_run.classes)
     assert not demo_run.config.test_flip  # one direction, as timm's
-    from PIL import Image
-
     pictures = [Image.open(path).convert("RGB") for path in demo_pictures]
     preprocessing = demo_run.backbone.preprocessing
     sizes = (preprocessing.size, preprocessing.size)
@@ -94,7 +113,7 @@ def test_timm_loads_it_and_gives_its_logits(demo_run: Run, shared: Path, demo_pi
     probs = torch.softmax(logits / demo_run.temperature, dim=1).numpy()
     np.testing.assert_allclose(probs, expected.probs, atol=1e-4)
     # And by timm's own way from picture to input, which rounds elsewhere.
-    config = timm.data.resolve_model_data_config(model)
+    config = data_config(model)
     assert config == {
         "input_size": (3, 224, 224),
         "interpolation": "bicubic",
@@ -111,7 +130,8 @@ def test_timm_loads_it_and_gives_its_logits(demo_run: Run, shared: Path, demo_pi
 
 
 @pytest.mark.parametrize(
-    ("name", "resize", "size"), [("resnet18", "crop", 96), ("vit_small", "squash", 224), ("mobilenetv3_large", "squash", 64)]
+    ("name", "resize", "size"),
+    [("resnet18", "crop", 96), ("test_vit.r160_in1k", "squash", 160), ("test_efficientnet.r160_in1k", "squash", 64)],
 )
 def test_timm_s_config_fits_other_networks(name: str, resize: str, size: int, tmp_path: Path) -> None:
     run = cheap_run(name, size=size, resize=resize)
@@ -122,7 +142,7 @@ def test_timm_s_config_fits_other_networks(name: str, resize: str, size: int, tm
     inputs = torch.rand(2, 3, size, size)
     with torch.inference_mode():
         torch.testing.assert_close(model(inputs), run.backbone.model(inputs))
-    config = timm.data.resolve_model_data_config(model)
+    config = data_config(model)
     assert (config["input_size"], config["crop_mode"]) == ((3, size, size), {"crop": "center", "squash": "squash"}[resize])
     assert config["crop_pct"] == (run.backbone.preprocessing.crop if resize == "crop" else 1.0)
 
@@ -130,14 +150,14 @@ def test_timm_s_config_fits_other_networks(name: str, resize: str, size: int, tm
 # ---------------------------------------------------------------- refused
 
 
-def test_nothing_is_replaced(demo_run: Run, shared: Path, tmp_path: Path) -> None:
+def test_nothing_is_replaced(small_run: Run, shared: Path, tmp_path: Path) -> None:
     before = {name: (shared / name).read_bytes() for name in files_of(shared)}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # leads to nothing yet
     for place in (shared, tmp_path / "mine", tmp_path / "link"):
         with pytest.raises(OutputError, match="exists already"):
-            demo_run.push(place)
+            small_run.push(place)
         with pytest.raises(OutputError, match=r"exists already; remove it, or choose another --out"):
             seewhy.pull(shared, place)
     assert {name: (shared / name).read_bytes() for name in files_of(shared)} == before
@@ -211,40 +231,40 @@ def test_only_files_of_runs_are_taken(shared: Path, tmp_path: Path) -> None:
     (shared / "figures" / "evil.html").write_text("<script>")
     (shared / ".hidden").symlink_to("/")
     (shared / "loop").symlink_to(shared)
-    assert files_of(seewhy.pull(shared, tmp_path / "mine").path) == set(sharing.FILES)
+    assert files_of(seewhy.pull(shared, tmp_path / "mine").path) == OWN
 
 
-def test_a_run_that_is_damaged_is_not_pushed(demo_run: Run, tmp_path: Path) -> None:
-    run = seewhy.load(shutil.copytree(demo_run.path, tmp_path / "run"))
+def test_a_run_that_is_damaged_is_not_pushed(small_run: Run, tmp_path: Path) -> None:
+    run = seewhy.load(shutil.copytree(small_run.path, tmp_path / "run"))
     (run.path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(RunError, match="damaged"):
         run.push(tmp_path / "share")
     assert not (tmp_path / "share").exists()
 
 
-def test_a_full_disk_leaves_nothing(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sharing, "write_json", full)
     with pytest.raises(OutputError, match=r"share/x: cannot be written \(No space left on device\); choose another place"):
-        demo_run.push(tmp_path / "share" / "x")
+        small_run.push(tmp_path / "share" / "x")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "hf://name", "hf://a/b/c", "hf://../etc", "hf://a/..", "hf://a/b@x y"])
-def test_places_that_are_none(demo_run: Run, place: str, tmp_path: Path) -> None:
-    for ask in (lambda: demo_run.push(place), lambda: seewhy.pull(place, tmp_path / "x")):
+def test_places_that_are_none(small_run: Run, place: str, tmp_path: Path) -> None:
+    for ask in (lambda: small_run.push(place), lambda: seewhy.pull(place, tmp_path / "x")):
         with pytest.raises(OutputError, match="no place that seewhy knows"):
             ask()
 
 
-def test_the_commands(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_guarded(lambda: call(["push", str(demo_run.path), "share/my run"])) == 0
+    assert run_guarded(lambda: call(["push", str(small_run.path), "share/my run"])) == 0
     assert run_guarded(lambda: call(["pull", "share/my run", "--json"])) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{demo_run.path} -> share/my run"
+    assert lines[0] == f"{small_run.path} -> share/my run"
     assert json.loads(lines[1])["run"] == "runs/my_run"
     assert run_guarded(lambda: call(["pull", "share/my run"])) == 2
     assert run_guarded(lambda: call(["pull", "nowhere"])) == 2
@@ -303,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(data)
             name = f"{asked['organization']}/{asked['name']}"
             if name in self.server.repos:
-                self.answer({"error": "You already created this model repo"}, 409)
+                self.answer({"error": "You already created this model repo", "url": f"http://{self.headers['Host']}/{name}"}, 409)
                 return
             self.server.repos[name] = {".gitattributes": b""}
             self.server.private[name] = asked.get("visibility") == "private" or asked.get("private") is True
@@ -360,38 +380,38 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_run_goes_to_a_hub_and_comes_back(demo_run: Run, hub: Hub, tmp_path: Path, demo_pictures: list[Path]) -> None:
-    url = demo_run.push("hf://ann/animals")
+def test_a_run_goes_to_a_hub_and_comes_back(small_run: Run, hub: Hub, tmp_path: Path, demo_pictures: list[Path]) -> None:
+    url = small_run.push("hf://ann/animals")
     assert url == f"{os.environ['HF_ENDPOINT']}/ann/animals"
     assert hub.private == {"ann/animals": True}
     (commit,) = hub.commits  # one commit: there whole, or not at all
-    assert commit == {"repo": "ann/animals", "summary": "demo, pushed by seewhy", "files": sorted(TAKEN | {"config.json"})}
-    assert hub.repos["ann/animals"]["model.safetensors"] == (demo_run.path / "model.safetensors").read_bytes()
+    assert commit == {"repo": "ann/animals", "summary": "demo, pushed by seewhy", "files": sorted(OWN | {"config.json", "report.html"})}
+    assert hub.repos["ann/animals"]["model.safetensors"] == (small_run.path / "model.safetensors").read_bytes()
     hub.repos["ann/animals"] |= {"pytorch_model.bin": b"\x80", "../../outside": b"no", "figures/x.html": b"no"}
     pulled = seewhy.pull("hf://ann/animals", tmp_path / "mine")
-    assert set(hub.downloads) == set(sharing.FILES)  # nothing else was even asked for
-    assert files_of(tmp_path) == {f"mine/{name}" for name in sharing.FILES}
+    assert set(hub.downloads) == OWN  # nothing else was even asked for
+    assert files_of(tmp_path) == {f"mine/{name}" for name in OWN}
     pictures = [str(path) for path in demo_pictures]
-    np.testing.assert_array_equal(pulled.predict(pictures).probs, demo_run.predict(pictures).probs)
+    np.testing.assert_array_equal(pulled.predict(pictures).probs, small_run.predict(pictures).probs)
     sha = hub.sha("ann/animals")
     assert seewhy.pull(f"hf://ann/animals@{sha}", tmp_path / "other").manifest == pulled.manifest
     with pytest.raises(OutputError, match=r"hf://ann/animals: holds \S+ already"):
-        demo_run.push("hf://ann/animals")
+        small_run.push("hf://ann/animals")
     assert len(hub.commits) == 1
 
 
-def test_a_repository_that_everybody_sees_takes_a_run_only_if_told_so(demo_run: Run, hub: Hub) -> None:
+def test_a_repository_that_everybody_sees_takes_a_run_only_if_told_so(small_run: Run, hub: Hub) -> None:
     hub.repos["ann/open"], hub.private["ann/open"] = {"README.md": b"soon"}, False
     with pytest.raises(OutputError, match="everybody may see; pass --public"):
-        demo_run.push("hf://ann/open")
+        small_run.push("hf://ann/open")
     assert hub.commits == []
-    demo_run.push("hf://ann/open", public=True)
-    demo_run.push("hf://ann/fresh", public=True)
+    small_run.push("hf://ann/open", public=True)
+    small_run.push("hf://ann/fresh", public=True)
     assert hub.private["ann/fresh"] is False
     assert [commit["repo"] for commit in hub.commits] == ["ann/open", "ann/fresh"]
 
 
-def test_what_a_hub_refuses_is_one_line(demo_run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_hub_refuses_is_one_line(small_run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"hf://ann/none: the hub does not allow it; run `hf auth login`"):
         seewhy.pull("hf://ann/none", tmp_path / "x")
     hub.repos["ann/empty"], hub.private["ann/empty"] = {"README.md": b""}, False
@@ -406,19 +426,19 @@ def test_what_a_hub_refuses_is_one_line(demo_run: Run, hub: Hub, tmp_path: Path,
     assert hub.downloads == []
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(OutputError, match=r"hf://ann/new: the hub does not allow it; run `hf auth login`"):
-        demo_run.push("hf://ann/new")
+        small_run.push("hf://ann/new")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(OutputError, match="nobody is logged in"):
-        demo_run.push("hf://ann/new")
+        small_run.push("hf://ann/new")
     assert not list(tmp_path.iterdir())
 
 
-def test_no_hub_is_one_line(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hub_is_one_line(small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(OutputError, match=r"the hub cannot be asked \(.*refused.*\); check the network, or name a folder"):
-        demo_run.push("hf://ann/new")
+        small_run.push("hf://ann/new")
     with pytest.raises(RunError, match=r"the hub cannot be asked \(.*refused.*\); check the network, or name a folder"):
         seewhy.pull("hf://ann/new", tmp_path / "x")
     assert os.listdir(tmp_path) == []

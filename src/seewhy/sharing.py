@@ -9,13 +9,16 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import Timeout
 
+from seewhy.backbones import read_weights
 from seewhy.errors import OutputError, RunError, SeewhyError
-from seewhy.manifest import MOST_BYTES
+from seewhy.manifest import MOST_BYTES, read_manifest
 from seewhy.run import Run, load, remove_tree, write_json
 from seewhy.writing import claim, to_disk
 
@@ -54,12 +57,11 @@ def push(run: Run, place: str | Path, public: bool = False) -> str:
     place: a folder that is not there yet, or hf://USER/NAME. public: whether a repository may be seen by everybody; private without.
     Raises RunError for a run that is not whole, OutputError where the place holds something or cannot be written.
     """
-    whole = load(run.path)
     if hub_name(place) is not None:
-        return _push_to_hub(whole, str(place), public)
+        return _push_to_hub(run, str(place), public)
     target = Path(place)
     with _new_folder(target, "choose another place") as work:
-        write_layout(whole, work)
+        write_layout(run, work)
     return str(target)
 
 
@@ -84,10 +86,10 @@ def pull(place: str | Path, out: str | Path | None = None, report: bool = False)
                 _fetch(*hub, Path(fetched), wanted)
                 take_files(Path(fetched), work, wanted)
         try:
-            load(work)
+            found = load(work)
         except RunError as error:
             raise RunError(str(error).replace(str(work), str(place))) from error
-    return load(target)
+    return replace(found, path=target)
 
 
 def hub_name(place: str | Path) -> tuple[str, str | None] | None:
@@ -105,8 +107,12 @@ def hub_name(place: str | Path) -> tuple[str, str | None] | None:
 
 
 def write_layout(run: Run, folder: Path) -> None:
-    """The files of a run, its card, and a config.json for timm, into an empty folder."""
+    """The files of a run, its card, and a config.json for timm, into an empty folder. Raises RunError where they are not this run's."""
     take_files(run.path, folder, FILES | REPORT)
+    read_manifest(folder)
+    state, own = read_weights(folder / "model.safetensors"), run.backbone.model.state_dict()
+    if state.keys() != own.keys() or not all(torch.equal(state[name], own[name].cpu()) for name in own):
+        raise RunError(f"{run.path}: damaged (its weights are not the ones that were loaded); load it again")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.name}\n"
     if WITH_TIMM not in text:
