@@ -108,7 +108,14 @@ def test_mlflow_s_local_store_has_all_of_a_run(folder: Path, tmp_path: Path, loc
     assert files["report.html"].file_size == (run.path / "report.html").stat().st_size
 
 
-def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store of plain files, which MLflow keeps for those who ask for it."""
+    mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed: pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    with pytest.raises(ConfigError, match="MLflow cannot be reached .*maintenance mode"):
+        seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", **SMALL)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    local = mlflow.MlflowClient(f"file:{tmp_path}/mlruns")
     options = {**SMALL, "epochs": 3, "tracker": "mlflow"}
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)  # in the second epoch
@@ -118,7 +125,7 @@ def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, local: A
     assert local.get_run(run_id).info.status == "KILLED"
     run = seewhy.train(folder, out=tmp_path / "run", resume=True, **options)
     assert record_of(run)["run_id"] == run_id
-    assert [run.info.run_id for run in runs_of(local, tmp_path.name)] == [run_id]
+    assert [run.info.run_id for run in runs_of(local, "seewhy")] == [run_id]
     assert local.get_run(run_id).info.status == "FINISHED"
     losses = {metric.step: metric.value for metric in local.get_metric_history(run_id, "val_loss")}
     assert [losses[epoch] for epoch in (1, 2, 3)] == pytest.approx(history_of(run, "val_loss"))
@@ -159,6 +166,41 @@ def test_no_server_at_the_start_is_one_line_before_anything_is_read(
         "place, or leave --tracker mlflow out\n"
     )
     assert not list(tmp_path.glob("*run*"))
+
+
+def test_a_server_that_says_nothing_is_one_line_soon(tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # what the user says about patience counts
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"MLflow cannot be reached \(.*timed out"):
+            tracking.check_tracker(make_config(data="x", tracker="mlflow"))
+    assert time.monotonic() - began < 8
+
+
+def test_a_resume_goes_on_without_the_server(
+    tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(data="x", tracker="mlflow")
+    (tmp_path / tracking.RECORD).write_text('{"run_id": "0123", "told": false}')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
+    tracking.check_tracker(config, resume=True)
+    with tracking.tracked(config, tmp_path, tmp_path / "run"):
+        (logger,) = tracking.make_loggers(config, tmp_path)
+        for epoch in (1, 2, 3):
+            logger.log_metrics({"val_loss": 1.0}, epoch)
+    lines = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING and line.name == "seewhy"]
+    assert [line.partition(": MLflow ")[2].partition(" (")[0] for line in lines] == ["cannot be reached", tracking.LATER, tracking.LATER]
+
+
+def test_a_run_that_cannot_be_begun_is_one_line(tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.MlflowClient.create_run", lambda *_, **__: 1 / 0)
+    begin = tracking.tracked(make_config(data="x", tracker="mlflow"), tmp_path, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"MLflow begins no run \(division by zero\); mend that, or leave --tracker mlflow out"):
+        begin.__enter__()
+    assert not (tmp_path / tracking.RECORD).exists()
 
 
 def test_a_missing_client_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from filelock import Timeout
 
 from seewhy.backbones import read_weights
-from seewhy.errors import OutputError, RunError, SeewhyError
+from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError
 from seewhy.manifest import MOST_BYTES, read_manifest
 from seewhy.run import Run, load, remove_tree, write_json
 from seewhy.writing import claim, to_disk
@@ -110,9 +110,13 @@ def write_layout(run: Run, folder: Path) -> None:
     """The files of a run, its card, and a config.json for timm, into an empty folder. Raises RunError where they are not this run's."""
     take_files(run.path, folder, FILES | REPORT)
     read_manifest(folder)
-    state, own = read_weights(folder / "model.safetensors"), run.backbone.model.state_dict()
+    own = run.backbone.model.state_dict()
+    try:
+        state = read_weights(folder / "model.safetensors")
+    except WeightsError:
+        state = {}
     if state.keys() != own.keys() or not all(torch.equal(state[name], own[name].cpu()) for name in own):
-        raise RunError(f"{run.path}: damaged (its weights are not the ones that were loaded); load it again")
+        raise RunError(f"{run.path / 'model.safetensors'}: damaged, or not what this run was loaded from; load it again")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.name}\n"
     if WITH_TIMM not in text:

@@ -26,6 +26,7 @@ RECORD = "mlflow.json"  # which run of MLflow this is, and whether it has everyt
 EXPERIMENT = "seewhy"  # unless $MLFLOW_EXPERIMENT_NAME says another
 RETRY_S = 60.0  # from a call that failed until the next one during a fit
 ARTIFACTS = ("run.json", "metrics.json", "split.json", "history.csv", "README.md", "report.html", "log.txt")  # and figures/; no weights
+LATER = "is told at the end if it answers then; training goes on"
 HEADLINES = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")
 
 # MLflow's own patience is minutes a call, which a training would wait for; it reports on its use, and prints on stdout. What the user
@@ -62,7 +63,7 @@ def check_tracker(config: TrainConfig, resume: bool = False) -> None:
                 f"{place}: MLflow cannot be reached ({_reason(error)}); start it, set MLFLOW_TRACKING_URI to another place, "
                 "or leave --tracker mlflow out"
             ) from error
-        LOG.warning(f"{place}: MLflow cannot be reached ({_reason(error)}); going on, and it is told at the end if it answers then")
+        LOG.warning(f"{place}: MLflow cannot be reached ({_reason(error)}); it {LATER}")
 
 
 @contextmanager
@@ -91,10 +92,11 @@ def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     record = _read_record(folder) if config.tracker == "mlflow" else None
     if record is None:
         return []
-    with _manners():
-        logger = EpochsToMLflow(record["run_id"])
-    logger.log_hyperparams(dump_config(config))
-    return [logger]
+    loggers: list[Logger] = []
+    _try(LATER, lambda: loggers.append(EpochsToMLflow(record["run_id"])))
+    for logger in loggers:
+        logger.log_hyperparams(dump_config(config))
+    return loggers
 
 
 def tell_of_run(folder: Path) -> None:
@@ -187,14 +189,14 @@ class EpochsToMLflow(MLFlowLogger):
         """Nothing: the fit is not the end of the run."""
 
     def _told(self, tell: Callable[[], None]) -> None:
-        if time.monotonic() >= self.silent_until and not _try("is told at the end if it answers then; training goes on", tell):
+        if time.monotonic() >= self.silent_until and not _try(LATER, tell):
             self.silent_until = time.monotonic() + RETRY_S
 
 
 def _begin(work: Path, name: str) -> None:
     record = _read_record(work)
     if record is not None:
-        _try("is told at the end if it answers then; training goes on", lambda: _client().update_run(record["run_id"], status="RUNNING"))
+        _try(LATER, lambda: _client().update_run(record["run_id"], status="RUNNING"))
         return
     try:
         with _manners():
