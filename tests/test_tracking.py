@@ -112,7 +112,7 @@ def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, monkeypa
     """In a store of plain files, which MLflow keeps for those who ask for it."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
-    with pytest.raises(ConfigError, match="MLflow cannot be reached .*maintenance mode"):
+    with pytest.raises(ConfigError, match=r"MLflow cannot be reached .*maintenance mode"):
         seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", **SMALL)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     local = mlflow.MlflowClient(f"file:{tmp_path}/mlruns")
@@ -174,7 +174,7 @@ def test_a_server_that_says_nothing_is_one_line_soon(tmp_path: Path, local: Any,
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(ConfigError, match=r"MLflow cannot be reached \(.*timed out"):
+        with pytest.raises(ConfigError, match=r"MLflow cannot be reached \(no answer in time\)"):
             tracking.check_tracker(make_config(data="x", tracker="mlflow"))
     assert time.monotonic() - began < 8
 

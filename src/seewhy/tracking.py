@@ -125,9 +125,9 @@ def tell_of_run(folder: Path) -> None:
         if (folder / "figures").is_dir():
             client.log_artifacts(run_id, str(folder / "figures"), "figures")
         client.set_terminated(run_id, "FINISHED")
-
-    if _try(f"lacks a part of {folder}, which is whole; the same command with --resume sends it again", tell):
         _write_record(folder, {**record, "told": True})
+
+    _try(f"lacks a part of {folder}, which is whole; the same command with --resume sends it again", tell)
 
 
 def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
@@ -283,4 +283,6 @@ def _reason(error: BaseException) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     system = next((e.strerror for e in reversed(chain) if isinstance(e, OSError) and e.errno and e.strerror), None)
+    if system is None and any(isinstance(e, TimeoutError) for e in chain):
+        system = "no answer in time"
     return system or _without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
