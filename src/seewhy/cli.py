@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from seewhy import __version__
-from seewhy.cli_out import export, serve
+from seewhy.cli_out import export, pull, push, serve
 from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import JsonOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
@@ -210,7 +210,7 @@ def train_from_arguments(arguments: list[str]) -> Run:
 # ---------------------------------------------------------------- the other commands
 
 
-for _command in (evaluate, predict, explain, audit, robustness, compare, export, serve):
+for _command in (evaluate, predict, explain, audit, robustness, compare, export, serve, push, pull):
     app.command()(_command)
 
 

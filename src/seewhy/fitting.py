@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
+from seewhy.tracking import make_loggers
 from seewhy.writing import whole_file
 
 SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
@@ -149,7 +149,7 @@ class FitModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Validation runs after the last training batch of each epoch, and before any callback looks.
         for name, metric in self.metrics.items():
-            self.log(name, metric.compute())
+            self.log(name, metric.compute(), logger=False)  # HistoryKeeper tells the loggers
             metric.reset()
 
     def configure_optimizers(self) -> Any:
@@ -297,6 +297,8 @@ class HistoryKeeper(Callback):
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row["seconds"] = round(time.perf_counter() - self.began, 3)
         self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
         if self.config.recipe != "linear" or (trainer.current_epoch + 1) % 10 == 0:
             LOG.info(
                 f"epoch {trainer.current_epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  "
@@ -358,7 +360,7 @@ def fit(
 ) -> Fit:
     """Trains the tail of `cut` in place and restores the weights of the best epoch.
 
-    config must be resolved. folder receives checkpoints and TensorBoard files; a checkpoint found
+    config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
     there is resumed from. The caller's random state is left as it was.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
@@ -390,7 +392,7 @@ def fit(
             precision=config.precision,
             plugins=[WholeCheckpoints()],
             callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
-            logger=TensorBoardLogger(str(folder), name=None, version="tensorboard"),
+            logger=make_loggers(config, folder),
             default_root_dir=str(folder),
             enable_progress_bar=False,
             enable_model_summary=False,

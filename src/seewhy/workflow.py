@@ -33,6 +33,7 @@ from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
+from seewhy.tracking import check_tracker, tell_of_run, tracked
 from seewhy.unknowns import REFERENCES, References, sample_references
 from seewhy.writing import claim, harmless, harmless_path, whole_file
 
@@ -96,13 +97,15 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
         if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
+        tell_of_run(places.target)  # what a tracker has missed
         _tell_others(places, "finished")
         return finished
     check_request(config.backbone, config.weights)
+    check_tracker(config, resume)
     begun = places.work.exists()
     places, let_go = _open_work(places, config, resume, out is None)
     try:
-        with log_to(places.work / "log.txt"):
+        with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
             _tell_others(places, "train")
             run = _train_in(places, config)
