@@ -52,6 +52,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "config",
         "scenes",
         "transforms",
+        "shards",
         "decoding",
         "images",
         "streams",
