@@ -43,7 +43,7 @@ def is_shard(path: Path) -> bool:
     """Whether the path is a shard's; DataError for a compressed one."""
     name = path.name.lower()
     if name.endswith(COMPRESSED) and path.is_file():
-        raise DataError(f"{path}: compressed, so that no picture can be reached without all before it; store it as plain .tar")
+        raise DataError(f"{path}: compressed, so that no picture can be reached without all before it; store it as plain tar")
     return name.endswith(SUFFIXES) and path.is_file()
 
 
