@@ -15,10 +15,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seewhy.errors import ImageError
+from seewhy.shard_names import MAX_BYTES
+from seewhy.shards import read_member, shard_of
 
 MAX_PIXELS = 80_000_000  # refused before decoding; more would take over 1 GB of memory on the way to RGB (benchmarks/torture.py)
 FORMAT_PIXELS = {"JPEG": 110_000_000, "WEBP": 50_000_000}  # JPEGs are decoded at a smaller scale, WebP's decoder keeps three copies
-MAX_BYTES = 200_000_000  # of a file
 LARGE = 16_000_000  # pixels from which pictures are decoded one at a time, and JPEGs at the scale that LARGE_SIDE needs
 LARGE_SIDE = 2048
 MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
@@ -110,7 +111,9 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """A picture file's content; OSError where it cannot be read, or is too large for one."""
+    """The content of a picture file, or of a picture in a shard; OSError where it cannot be read, or is too large for one."""
+    if inside := shard_of(Path(path)):
+        return read_member(*inside)
     found = os.stat(path)
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # pipes and devices may have no end
         raise OSError(errno.EINVAL, "not a regular file")

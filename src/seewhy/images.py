@@ -1,4 +1,4 @@
-"""A folder, Caltech-101 or the demo set -> ImageSet: paths, labels, content hashes, every picture checked."""
+"""A folder, shards, Caltech-101 or the demo set -> ImageSet: paths, labels, content hashes, every picture checked."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from seewhy.cache import cache_dir
 from seewhy.decoding import decode, read_bytes, upright_size
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.progress import LOG, progress
+from seewhy.shard_names import PART_NAMES, PICTURES
+from seewhy.shards import SOUGHT, find_shards, is_shard, members, stamp
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
-PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
@@ -147,10 +147,9 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checke
 
 def _stat_key(path: Path) -> str:
     try:
-        found = path.stat()
+        return stamp(path)
     except OSError:
         return str(path.absolute())
-    return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
 
 
 def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
@@ -223,7 +222,7 @@ def list_pictures(folder: Path) -> list[Path]:
     found = []
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        found += [Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in PICTURES]
     return check_names(sorted(found))
 
 
@@ -263,6 +262,26 @@ def list_folder(root: Path) -> Listing:
             paths += pictures
             class_names += [class_folder.name] * len(pictures)
             parts += [part] * len(pictures)
+    _check_classes(root, class_names)
+    return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
+
+
+def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
+    """The pictures of shards, each with the part that it belongs to ('' where not divided); every picture needs a label."""
+    if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_pictures(path)), None)):
+        raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of pictures ({mixed.name}); keep them apart")
+    paths: list[Path] = []
+    class_names: list[str] = []
+    parts: list[str] = []
+    for shard, part in shards:
+        for member in members(shard):
+            if member.label is None:
+                raise DataError(f"{shard}: {member.name} has no label; looked for {SOUGHT[shard.suffix.lower()]}")
+            paths.append(shard / member.name)
+            class_names.append(member.label)
+            parts.append(part)
+    if not paths:
+        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else f'{len(shards)} shards'}")
     _check_classes(root, class_names)
     return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
 
@@ -344,8 +363,11 @@ DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_calte
 
 
 def list_data(data: str, data_root: str | None = None) -> Listing:
-    """Dataset name or folder -> its files, before they are looked at."""
-    return DATASETS[data](data_root) if data in DATASETS else list_folder(Path(data))
+    """Dataset name, folder or shard -> its pictures, before they are looked at."""
+    if data in DATASETS:
+        return DATASETS[data](data_root)
+    shards = find_shards(Path(data))
+    return list_shards(Path(data), shards) if shards else list_folder(Path(data))
 
 
 def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:

@@ -7,9 +7,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 from PIL import Image
+
+from seewhy.decoding import read_bytes
+from seewhy.shards import shard_of
 
 # cleanvision's name -> ours
 KINDS = {
@@ -21,6 +25,14 @@ KINDS = {
     "odd_size": "odd size",
     "odd_aspect_ratio": "odd ratio",
 }
+
+
+class Pictures:
+    """What cleanvision opens a path with: a file, or a picture in a shard."""
+
+    def open(self, path: str | Path, mode: str = "rb") -> BinaryIO:
+        """The picture's file, or its bytes as one."""
+        return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
 def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
@@ -36,6 +48,7 @@ def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
     logging.getLogger("cleanvision").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
         lab = Imagelab(filepaths=[str(path) for path in paths])
+        lab._dataset.fs = Pictures()  # type: ignore[attr-defined]  # what its list of files is opened with
         lab.find_issues({name: {} for name in KINDS}, n_jobs=max(1, workers), verbose=False)
     rows = []
     for theirs, ours in KINDS.items():
@@ -47,5 +60,5 @@ def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
 
 def _has_two_bands(path: Path) -> bool:
     """Grey or palette with transparency, which cleanvision 0.3 cannot take."""
-    with Image.open(path) as image:
+    with Pictures().open(path) as file, Image.open(file) as image:
         return image.mode in ("LA", "La", "PA")

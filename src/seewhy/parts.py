@@ -17,6 +17,7 @@ from seewhy import __version__
 from seewhy.errors import OutputError
 from seewhy.predictions import Columns, check_table, open_table
 from seewhy.progress import LOG
+from seewhy.shards import stamp
 from seewhy.writing import claim, whole_file
 
 Bad = Sequence[tuple[str, str]]
@@ -66,8 +67,7 @@ def request_of(asked: Path, paths: Sequence[Path], **options: Any) -> dict[str, 
     found = hashlib.sha256()
     for path in [asked / "run.json" if asked.is_dir() else asked, *paths]:
         with suppress(OSError):  # a file that is missing will be told of when it is read
-            stat = path.stat()
-            found.update(f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+            found.update(f"{stamp(path)}\n".encode())
     return {"seewhy": __version__, "files": found.hexdigest(), "pictures": len(paths), **options}
 
 

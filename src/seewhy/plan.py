@@ -26,6 +26,7 @@ from seewhy.features import EVAL_VIEW, feature_shape, render_view
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
 from seewhy.images import check_file, list_data
+from seewhy.shards import shard_of
 from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
@@ -183,6 +184,9 @@ def plan(config: TrainConfig, pictures: int | None = None, machines: int = 1) ->
     config = config.resolved()
     listing = list_data(config.data, config.data_root)
     chosen = np.random.default_rng(0).permutation(len(listing.paths))[:SAMPLE]
+    if shard_of(listing.paths[0]):  # read in their order, as a run does: parquet is slow in any other
+        first = min(int(chosen[0]), max(0, len(listing.paths) - SAMPLE))
+        chosen = np.arange(first, min(first + SAMPLE, len(listing.paths)))
     usable = [listing.paths[i] for i in chosen if not check_file(listing.paths[i]).problem]
     if not usable:
         raise DataError(f"{listing.root}: none of {len(chosen)} pictures drawn from it can be used; `seewhy audit` says why")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import check_names, list_pictures
+from seewhy.shards import is_shard, members, shard_of, shards_in
 from seewhy.writing import harmless, harmless_path, whole_file
 
 if TYPE_CHECKING:
@@ -163,25 +165,32 @@ WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], N
 
 
 def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files, folders (with all below) and glob patterns -> files, in the order given."""
+    """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, in the order given.
+
+    A folder without pictures gives those of the shards in it.
+    """
     found: list[Path] = []
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            pictures = list_pictures(path)
+            pictures = list_pictures(path) or [picture for shard in shards_in(path) for picture in _pictures_of(shard)]
             if not pictures:
                 raise DataError(f"{path}: no pictures in this folder")
             found += pictures
-        elif path.exists():
-            found.append(path)
+        elif path.exists() or shard_of(path):
+            found += _pictures_of(path)
         else:
             matches = [Path(match) for match in sorted(glob.glob(str(item), recursive=True)) if Path(match).is_file()]
             if not matches:
                 raise DataError(f"{item}: no such file, folder or pattern")
-            found += matches
+            found += itertools.chain(*map(_pictures_of, matches))
     if not found:
         raise DataError("no pictures given; name files, folders or patterns")
     return check_names(list(dict.fromkeys(found)))
+
+
+def _pictures_of(path: Path) -> list[Path]:
+    return [path / member.name for member in members(path)] if is_shard(path) else [path]
 
 
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:

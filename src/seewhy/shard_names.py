@@ -1,0 +1,71 @@
+"""What a shard says of its pictures -> names and classes that can be shown and stand in a path, and the limits of both."""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from seewhy.errors import one_line
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+MAX_BYTES = 200_000_000  # of a picture
+MAX_LABEL = 255  # characters, as for a folder's name
+MAX_NAME = 1000  # bytes, of the 4,096 that a path may have
+PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders and shards
+LABELS = ("label", "labels", "class", "cls", "target")  # what a class is called, the first that is there
+
+
+@dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
+class Member:
+    """A picture in a shard. name: with its folders, unique in the shard. label: its class, None where the shard tells none."""
+
+    name: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is in a shard, and where.
+
+    rows: name -> number of its member. tar: offset and size of each member, one after the other.
+    parquet: the column of pictures, and the first row of each row group.
+    """
+
+    members: list[Member]
+    rows: dict[str, int]
+    places: array[int] = field(default_factory=lambda: array("q"))
+    column: str = ""
+    firsts: tuple[int, ...] = ()
+
+
+def refuse_large(size: int) -> None:
+    if size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+
+
+def plain_name(raw: str) -> str:
+    """Without a leading '/', './' and doubled '/', as a path would have it."""
+    return "/".join(part for part in raw.split("/") if part not in ("", "."))
+
+
+def why_not(name: str) -> str:
+    """Why a name cannot be shown or used in a path, '' if it can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    if one_line(name) != name:
+        return "holds control characters"
+    if len(name.encode()) > MAX_NAME:
+        return "is too long"
+    return "leads out of the shard" if ".." in name.split("/") else ""
+
+
+def plain_label(value: Any) -> str | None:
+    """A class's name: text or a whole number; None for anything else, and for what is empty or too long."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    text = one_line(str(value).encode(errors="replace").decode()).strip()
+    return text if 0 < len(text) <= MAX_LABEL else None

@@ -1,0 +1,190 @@
+"""A parquet file, as Hugging Face writes it or any other -> its pictures, their classes, and their bytes by row group."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import itertools
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from seewhy.errors import DataError, one_line
+from seewhy.shard_names import LABELS, PICTURES, Index, Member, plain_label, plain_name, refuse_large, why_not
+
+MAX_GROUP = 2_000_000_000  # bytes of a row group: one is held whole
+GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
+STREAMED_ROWS = 16
+NAMES = ("name", "filename", "file_name", "path", "file", "key", "__key__")  # columns, the first that is there and fits
+CONTENTS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "data")
+
+Key = tuple[str, int, int]  # a shard's path, size and time
+
+_GROUPS: OrderedDict[tuple[Key, int], Any] = OrderedDict()  # (shard, row group) -> its column of pictures
+
+
+def _open_parquet(file: BinaryIO, shown: str) -> Any:
+    try:
+        import pyarrow.parquet as pq  # slow to import, and answering with an ONNX file does without
+    except ImportError as error:
+        raise DataError(f"{shown}: parquet files need pyarrow; pip install pyarrow") from error
+    with _damage(shown):
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        rows = parquet.metadata.num_rows
+        held = sum(_group_rows(parquet))
+        if rows != held or rows > max(1000, file.seek(0, os.SEEK_END)):
+            raise ValueError(f"it promises {rows:,} rows")
+    return parquet
+
+
+@contextmanager
+def _damage(shown: str) -> Iterator[None]:
+    """What pyarrow raises for damaged files -> DataError; it says no more of a disk that fails."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, OverflowError) as error:
+        raise DataError(f"{shown}: not a whole parquet file ({one_line(str(error))[:160]}); make or copy it again") from error
+
+
+def _group_rows(parquet: Any) -> list[int]:
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Hugging Face's description of the columns, {} where there is none."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _picture_column(schema: Any, shown: str) -> str:
+    """The column as pyarrow's readers name it: 'image.bytes' for Hugging Face's struct of bytes and path."""
+    import pyarrow as pa
+
+    def is_binary(kind: Any) -> bool:
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    fitting: dict[str, str] = {}
+    for column in schema:
+        if is_binary(column.type):
+            fitting[column.name] = column.name
+        elif pa.types.is_struct(column.type) and any(inner.name == "bytes" and is_binary(inner.type) for inner in column.type):
+            fitting[column.name] = f"{column.name}.bytes"
+    described = [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
+    for name in (*described, *CONTENTS):
+        if name in fitting:
+            return fitting[name]
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    raise DataError(f"{shown}: no column of pictures; looked for binary ones named {', '.join(CONTENTS)}")
+
+
+def _labels(parquet: Any) -> list[str | None]:
+    import pyarrow as pa
+
+    schema, features = parquet.schema_arrow, _features(parquet.schema_arrow)
+    described = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in schema.names]
+    name = next((name for name in LABELS if name in schema.names), described[0] if len(described) == 1 else None)
+    kind = schema.field(name).type if name else None
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind is None or not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return [None] * parquet.metadata.num_rows
+    values = parquet.read(columns=[name], use_threads=False).column(name).to_pylist()
+    classes = features.get(name or "", {}).get("names")
+    if isinstance(classes, list) and pa.types.is_integer(kind):
+        named = dict(enumerate(classes)) | {-1: None}  # -1 is Hugging Face's word for none
+        values = [named.get(value, value) for value in values]
+    return [plain_label(value) for value in values]
+
+
+def _names(parquet: Any, column: str) -> list[str]:
+    """From a column of names or the paths beside the bytes, where all are there, unique and harmless; else the rows' numbers."""
+    schema = parquet.schema_arrow
+    struct = column.removesuffix(".bytes")
+    columns = [name for name in NAMES if name in schema.names and name != column]
+    if struct != column and any(inner.name == "path" for inner in schema.field(struct).type):
+        columns.append(f"{struct}.path")
+    for name in columns:
+        values = parquet.read(columns=[name], use_threads=False).column(0).to_pylist()
+        if name == f"{struct}.path":
+            values = [value and value["path"] for value in values]
+        if not all(isinstance(value, str) for value in values):
+            continue
+        plain = [plain_name(value) for value in values]
+        if not all(plain) or any(why_not(name) for name in plain):
+            continue
+        plain = [name if PurePosixPath(name).suffix.lower() in PICTURES else f"{name}.jpg" for name in plain]
+        if len(set(plain)) == len(plain):
+            return plain
+    return [f"{row:06d}.jpg" for row in range(parquet.metadata.num_rows)]
+
+
+def _described(parquet: Any, shown: str) -> tuple[str, list[Member]]:
+    """The column of pictures, and the members; no picture's bytes are read."""
+    with _damage(shown):
+        column = _picture_column(parquet.schema_arrow, shown)
+        return column, [Member(name, label) for name, label in zip(_names(parquet, column), _labels(parquet), strict=True)]
+
+
+def index_parquet(file: BinaryIO, shown: str) -> Index:
+    parquet = _open_parquet(file, shown)
+    column, found = _described(parquet, shown)
+    for group in range(parquet.metadata.num_row_groups):
+        chunks = (parquet.metadata.row_group(group).column(number) for number in range(parquet.metadata.num_columns))
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+        if size > MAX_GROUP:
+            raise DataError(f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows")
+    sizes = _group_rows(parquet)
+    firsts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
+    return Index(found, {member.name: row for row, member in enumerate(found)}, column=column, firsts=firsts)
+
+
+def read_row(file: BinaryIO, shown: str, key: Key, index: Index, row: int) -> bytes:
+    """A row's bytes, by way of its row group, of which GROUPS_HELD are kept; one caller at a time. Raises OSError."""
+    group = bisect.bisect_right(index.firsts, row) - 1
+    place = key, group
+    if place not in _GROUPS:
+        while len(_GROUPS) >= GROUPS_HELD:
+            _GROUPS.popitem(last=False)
+        try:
+            _GROUPS[place] = _open_parquet(file, shown).read_row_group(group, columns=[index.column], use_threads=False).column(0)
+        except (DataError, ValueError, OSError) as error:
+            raise OSError(errno.EIO, f"row group {group} of the shard is damaged") from error
+    _GROUPS.move_to_end(place)
+    return _content(_GROUPS[place][row - index.firsts[group]])
+
+
+def _content(cell: Any) -> bytes:
+    """A cell's bytes, b'' where it holds none."""
+    if cell.is_valid and not hasattr(cell, "as_buffer"):
+        cell = cell["bytes"]
+    if not cell.is_valid:
+        return b""
+    buffer = cell.as_buffer()
+    refuse_large(buffer.size)
+    return bytes(buffer.to_pybytes())
+
+
+def stream_parquet(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:
+    parquet = _open_parquet(file, shown)
+    column, found = _described(parquet, shown)
+    left = iter(found)
+    batches = parquet.iter_batches(batch_size=STREAMED_ROWS, columns=[column], use_threads=False)
+    while True:
+        with _damage(shown):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for cell, member in zip(batch.column(0), left, strict=False):
+            try:
+                data = _content(cell)
+            except OSError as error:
+                raise DataError(f"{shown}: {member.name} has {error.strerror}; remove it") from error
+            yield member.name, data, member.label
