@@ -1,7 +1,7 @@
 """What do two processes cost that share the cores of one?
 
-    python benchmarks/processes.py --data-root DIR [--rounds 3]     Caltech-101, into results.json
-    python benchmarks/processes.py --quick                          demo pictures, one JSON line
+    python benchmarks/processes.py --data-root DIR [--pictures 2000] [--rounds 3]     pictures of Caltech-101, into results.json
+    python benchmarks/processes.py --quick                                            demo pictures, one JSON line
 
 The same training as one process with all cores, and as two processes (gloo) with half of them each, in turn, each from an empty cache with
 the exported network and the record of checked pictures at hand: what is measured is features and fit. On one machine nothing can be won by
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from common import measure, record, seewhy
+from growth import repeat_pictures
 
 WAYS = {"efficientnet_lite0, --unfreeze 0": ("efficientnet_lite0", "0"), "efficientnet_lite0, --unfreeze 1": ("efficientnet_lite0", "1")}
 STAGES = ("features", "fit", "evaluation")
@@ -47,18 +48,27 @@ def compare(arguments: list[str], rounds: int) -> dict[int, list[dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="of the fit where a stage is trained")
     parser.add_argument("--quick", action="store_true", help="demo pictures, one round")
     arguments = parser.parse_args()
-    data = ["scenes"] if arguments.quick else ["caltech101"]
-    if arguments.data_root:
-        data += ["--data-root", arguments.data_root]
+    with tempfile.TemporaryDirectory() as place:
+        folder = "scenes"
+        if not arguments.quick:
+            from seewhy.images import open_images
+
+            folder = str(Path(place) / "pictures")
+            repeat_pictures(open_images("caltech101", arguments.data_root), arguments.pictures, Path(folder))
+        ask(folder, arguments)
+
+
+def ask(folder: str, arguments: argparse.Namespace) -> None:
     rows, raw = [], {}
     for label, (backbone, unfreeze) in list(WAYS.items())[: 1 if arguments.quick else None]:
         options = ["--backbone", backbone, "--unfreeze", unfreeze, "--views", "1", "--group-by", "exact"]
         options += ["--epochs", str(arguments.epochs)] if unfreeze != "0" else []
-        found = compare([*data, *options], 1 if arguments.quick else arguments.rounds)
+        found = compare([folder, *options], 1 if arguments.quick else arguments.rounds)
         raw[label] = found
         for name in (*STAGES, "whole command"):
             one, two = ([row[name] for row in found[devices]] for devices in (1, 2))
@@ -83,12 +93,13 @@ def main() -> None:
         )
     if not arguments.quick:
         notes = [
-            f"Caltech-101, seed 0, 1 view, equal files kept together, {arguments.rounds} rounds A B A B; medians, and the median of the "
-            "rounds' ratios. Two processes with a core each against one with two; the whole command has the start of Python and PyTorch "
-            "in it, for two processes twice at once.",
+            f"{arguments.pictures:,} pictures of Caltech-101, seed 0, 1 view, equal files kept together, {arguments.rounds} rounds "
+            "A B A B; medians, and the median of the rounds' ratios.",
+            "Two processes with a core each against one with two; the whole command has the start of Python and PyTorch in it, for two "
+            "processes twice at once.",
             f"Cores: {os.cpu_count()}. On GPUs and several machines: not measured; none were at hand.",
         ]
-        command = f"python benchmarks/processes.py --rounds {arguments.rounds} --epochs {arguments.epochs}"
+        command = f"python benchmarks/processes.py --pictures {arguments.pictures} --rounds {arguments.rounds} --epochs {arguments.epochs}"
         record("processes", "Two processes on the cores of one", {"rows": rows, "raw": raw, "notes": notes, "command": command})
     print(json.dumps({"name": "processes", "rows": rows}))
 

@@ -176,7 +176,7 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
 PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("pictures", Annotated[int | None, typer.Option(min=10, help="plan for so many pictures (default: as many as there are)")], None),
-    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work on frozen features")], 1),
+    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work")], 1),
     ("budget", Annotated[str | None, typer.Option(help="time there is, such as 15m or 2h: what fits, of the ways to train")], None),
     ("config", ConfigOption, None),
     ("set", SetOption, None),
