@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import seewhy
 from seewhy.errors import OutputError, RunError
-from seewhy.features import FeatureStore
 from seewhy.images import ImageSet, open_images
+from seewhy.store import FeatureStore
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "engine": "torch"}
 WORDS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
@@ -233,7 +233,7 @@ def test_a_power_cut_leaves_no_key_without_its_row(tmp_path: Path, monkeypatch: 
         synced.append(rows.stat().st_size)
 
     monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr("seewhy.features.SYNC_S", -1.0)
+    monkeypatch.setattr("seewhy.store.SYNC_S", -1.0)
     store = FeatureStore(tmp_path, (3,))
     seen = []
 

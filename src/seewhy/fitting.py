@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import math
 import os
@@ -20,9 +19,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,16 +30,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from seewhy import world
 from seewhy.backbones import Backbone
 from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
+from seewhy.callbacks import Diverged, HistoryKeeper, LastCheckpoint, ProgressCallback, WholeCheckpoints
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, parameter_stages
 from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
-from seewhy.progress import LOG, progress
+from seewhy.progress import progress
 from seewhy.tracking import make_loggers
-from seewhy.writing import whole_file
-
-SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -269,83 +265,6 @@ def inverse_size_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- the fit
-
-
-class HistoryKeeper(Callback):
-    """Collects one row an epoch, also across a resume, and tells of it."""
-
-    def __init__(self, config: TrainConfig, steps: int) -> None:
-        self.config = config
-        self.steps = steps
-        self.rows: list[dict[str, float]] = []
-        self.began = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = list(state["rows"])
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.began = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Runs after validation and, being the first callback, before the checkpoint is written.
-        row = {"epoch": float(trainer.current_epoch + 1)}
-        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
-            row[name] = float(trainer.callback_metrics[name])
-        row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
-        row["seconds"] = round(time.perf_counter() - self.began, 3)
-        self.rows.append(row)
-        for logger in trainer.loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
-        if self.config.recipe != "linear" or (trainer.current_epoch + 1) % 10 == 0:
-            LOG.info(
-                f"epoch {trainer.current_epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  "
-                f"val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:.1%}  {row['seconds']:.1f} s"
-            )
-
-
-class Diverged(ConfigError):
-    """The loss stopped being a number; other options are needed, and nothing of this fit can be used."""
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps what a resume goes on from: after the first epoch, and after each that ends SAVE_S seconds or more after the last time.
-
-    Lightning's own `save_last` follows the best epoch, so that a resume would repeat those after it. Comes last of all callbacks, since
-    what it saves holds the states of the others.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.saved = -math.inf
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = time.monotonic() - self.saved >= SAVE_S or trainer.should_stop
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ, and all save or none
-            trainer.save_checkpoint(self.file)
-            self.saved = time.monotonic()
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # PyTorch's own writer ends in a RuntimeError where a disk is full
-        torch.save(checkpoint, content)
-        with whole_file(Path(path), "free some space, and go on with --resume") as work:
-            work.write_bytes(content.getbuffer())
-
-
-class ProgressCallback(Callback):
-    """Moves the bar one step a batch."""
-
-    def __init__(self, advance: Any) -> None:
-        self.advance = advance
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.advance(1)
 
 
 def fit(

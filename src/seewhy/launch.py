@@ -31,7 +31,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from seewhy.workflow import choose_places
+    from seewhy.places import choose_places
 
     if nodes > 1 and (rendezvous is None or out is None):
         raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")

@@ -5,48 +5,39 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import Timeout
 
 from seewhy import __version__, world
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
 from seewhy.calibration import answered_at, fit_temperature, threshold_for
+from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import ConfigError, DataError, OutputError, RunError, SeewhyError
+from seewhy.errors import ConfigError, DataError, OutputError, RunError
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
-from seewhy.fitting import Diverged, Fit, fit
+from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
-from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
+from seewhy.images import ImageSet, conflicting_duplicates, open_images
+from seewhy.places import Places, choose_places, open_work, read_json
 from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.tracking import check_tracker, tell_of_run, tracked
 from seewhy.unknowns import REFERENCES, References, sample_references
-from seewhy.writing import claim, harmless, harmless_path, whole_file
+from seewhy.writing import harmless, harmless_path, whole_file
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a run is made (`work`, hidden until whole) and where it will stand (`target`)."""
-
-    work: Path
-    target: Path
 
 
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
@@ -103,7 +94,7 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
     check_request(config.backbone, config.weights)
     check_tracker(config, resume)
     begun = places.work.exists()
-    places, let_go = _open_work(places, config, resume, out is None)
+    places, let_go = open_work(places, config, resume, out is None)
     try:
         with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
@@ -177,7 +168,7 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
         return config, {}
     record = places.work / "search.json"
     if record.is_file():
-        found = _read_json(record)
+        found = read_json(record)
         return make_config(**found["chosen"]), found
     from seewhy.search import search  # brings optuna, which few runs need
 
@@ -187,13 +178,6 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
     with whole_file(record, "free some space") as work:
         write_json(work, found)
     return best, found
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: damaged ({error}); remove {file.parent} and train again") from error
 
 
 def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
@@ -228,75 +212,6 @@ def evaluate_part(
     flip, own = bool(config.test_flip), None if groups is None else groups[indices]
     how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
     return evaluate_network(backbone, cut, images, indices, part, *how)
-
-
-# ---------------------------------------------------------------- places
-
-
-def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Path | None = None) -> Places:
-    """`out`, or the first free runs/NAME (behind the name `after`); with `resume` the place of the run of this name, finished or not."""
-    if out is not None:
-        target = out
-    else:
-        data = config.data if config.data in DATASETS else Path(config.data).resolve().name
-        name = re.sub(r"[^\w.-]", "_", f"{data}-{config.backbone}-unfreeze{config.unfreeze}-seed{config.seed}")
-        target = Path("runs") / name
-        candidates = [target] + [target.with_name(f"{name}-{number}") for number in range(2, 1000)]
-        unfinished = [place for place in candidates if _work_of(place).exists()] if resume else []
-        if unfinished:
-            target = unfinished[0]
-        elif not resume:
-            first = candidates.index(after) + 1 if after is not None else 0
-            target = next(place for place in candidates[first:] if not place.exists())
-    if not resume and _taken(target):
-        raise OutputError(f"{target}: exists already; choose another --out or remove it")
-    return Places(_work_of(target), target)
-
-
-def _taken(target: Path) -> bool:
-    """Whether something is there that a run must not replace."""
-    return target.exists() and (not target.is_dir() or any(target.iterdir()))
-
-
-def _work_of(target: Path) -> Path:
-    return target.parent / f".{target.name}.partial"
-
-
-def _open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[Places, Callable[[], None]]:
-    """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
-    while True:
-        try:
-            let_go = claim(places.target)
-            if not _taken(places.target):
-                break
-            let_go()
-            reason: SeewhyError = OutputError(f"{places.target}: exists already; choose another --out or remove it")
-        except Timeout:
-            reason = RunError(f"{places.target}: another training writes it right now; choose another --out")
-        except OSError as error:
-            raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
-        if not named_by_us or resume:
-            raise reason
-        places = choose_places(config, None, False, places.target)  # started in the same moment: the next free name
-    record, begun = places.work / "config.json", places.work.exists()
-    try:
-        if begun:
-            if not resume:
-                raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
-            if record.is_file() and _read_json(record) != dump_config(config):
-                raise RunError(f"{places.work}: holds an unfinished run with other options; repeat its options, or choose another --out")
-        places.work.mkdir(exist_ok=True)
-        if not record.is_file():
-            with whole_file(record, "free some space, or choose another place with --out") as work:
-                write_json(work, dump_config(config))
-    except BaseException as error:
-        if not begun:
-            remove_tree(places.work)
-        let_go()
-        if isinstance(error, OSError):
-            raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
-        raise
-    return places, let_go
 
 
 # ---------------------------------------------------------------- writing
