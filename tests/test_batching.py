@@ -33,6 +33,13 @@ def test_answers_are_those_of_the_file_whoever_asks(batcher: Batcher, demo_onnx:
     assert 1 < max(batcher.sizes) <= BATCH  # those that waited were answered together
 
 
+def test_heatmaps_are_computed_for_those_who_want_them(batcher: Batcher, demo_pictures: list[Path]) -> None:
+    data = demo_pictures[0].read_bytes()
+    without, with_maps = batcher.answer(data, heatmaps=False).result(timeout=60), batcher.answer(data).result(timeout=60)
+    assert with_maps.keys() - without.keys() == {"heatmaps"}
+    np.testing.assert_allclose(without["probabilities"], with_maps["probabilities"], atol=1e-6)
+
+
 def test_bad_pictures_fail_alone(batcher: Batcher, demo_pictures: list[Path]) -> None:
     good = demo_pictures[0].read_bytes()
     futures = [batcher.answer(data) for data in (good, b"", b"no picture", good[:2000], good)]

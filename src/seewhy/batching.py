@@ -19,7 +19,7 @@ from seewhy.runtime import load_onnx
 
 BATCH = 4  # pictures; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait
 Answered = Future[dict[str, npt.NDArray[Any]]]
-Job = tuple[bytes, Answered]
+Job = tuple[bytes, bool, Answered]
 
 
 class Batcher:
@@ -34,7 +34,8 @@ class Batcher:
     def __init__(self, file: Path | str | bytes, cores: int, pixels: int) -> None:
         self.model = load_onnx(file, threads=1)
         self._alone = load_onnx(file, threads=cores, spin=False) if cores > 1 else self.model
-        self._wanted = [name for name in self.model.outputs if name not in ("logits", "squares")]
+        self._wanted = [name for name in self.model.outputs if name not in ("logits", "squares", "heatmaps")]
+        self._maps = [name for name in self.model.outputs if name == "heatmaps"]
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._idle, self._closed, self._pixels = 0, False, pixels
@@ -43,14 +44,14 @@ class Batcher:
         for worker in self._workers:
             worker.start()
 
-    def answer(self, data: bytes) -> Answered:
+    def answer(self, data: bytes, heatmaps: bool = True) -> Answered:
         """The bytes of a picture file -> probabilities (C,), where the file has them strangeness () and heatmaps (C, h, w), and its
 
-        `size`, (width, height). The future raises ImageError with the reason for what cannot be decoded.
+        `size`, (width, height). heatmaps: whether they are wanted. The future raises ImageError with the reason for what cannot be decoded.
         """
         done: Answered = Future()
         with self._wake:
-            self._jobs.append((data, done))
+            self._jobs.append((data, heatmaps, done))
             self._wake.notify()
         return done
 
@@ -70,7 +71,7 @@ class Batcher:
 
     def _answer(self, batch: Sequence[Job]) -> None:
         ready: list[tuple[Answered, tuple[int, int], npt.NDArray[np.uint8]]] = []
-        for data, done in batch:
+        for data, _, done in batch:
             if not done.set_running_or_notify_cancel():
                 continue
             try:
@@ -84,7 +85,8 @@ class Batcher:
         # Threads that have nothing to do leave their cores to this picture.
         model = self._alone if len(ready) == 1 and self._idle == len(self._workers) - 1 else self.model
         try:
-            found = model.ask(np.stack([square for _, _, square in ready]), self._wanted)
+            wanted = self._wanted + (self._maps if any(heatmaps for _, heatmaps, _ in batch) else [])
+            found = model.ask(np.stack([square for _, _, square in ready]), wanted)
         except Exception as error:
             for done, _, _ in ready:
                 done.set_exception(error)

@@ -83,7 +83,9 @@ def create_app(
             raise Refused(422, "no_heatmaps", "this model's file has no heatmaps, since its network has no closed form for them")
         files = await received(request, limits)
         with under_way(app, len(files), limits):
-            found = await asyncio.gather(*(asyncio.wrap_future(batcher.answer(data)) for _, data in files), return_exceptions=True)
+            found = await asyncio.gather(
+                *(asyncio.wrap_future(batcher.answer(data, heatmap != "none")) for _, data in files), return_exceptions=True
+            )
 
         def said(name: str, item: Any) -> FileAnswer:
             if isinstance(item, ImageError):
