@@ -22,7 +22,7 @@ STREAMED_ROWS = 16
 NAMES = ("name", "filename", "file_name", "path", "file", "key", "__key__")  # columns, the first that is there and fits
 CONTENTS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "data")
 
-Key = tuple[str, int, int]  # a shard's path, size and time
+Key = tuple[str, int, int, int, int]  # a shard's path, device, number, size and time
 
 _GROUPS: OrderedDict[tuple[Key, int], Any] = OrderedDict()  # (shard, row group) -> its column of pictures
 
