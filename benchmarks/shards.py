@@ -1,6 +1,6 @@
 """What do pictures cost that lie in a tar or parquet file, against the same in a folder: files a second, and memory?
 
-    python benchmarks/shards.py --data-root DIR [--pictures 1280] [--rounds 5]     Caltech-101, into results.json
+    python benchmarks/shards.py --data-root DIR [--pictures 640] [--rounds 5]     Caltech-101, into results.json
     python benchmarks/shards.py --quick                                            demo pictures, one JSON line
 
 The same pictures as files in class folders, as one tar, and as one parquet file in row groups of 100. Reading: the bytes alone, by two
@@ -127,7 +127,7 @@ def memory_of(folder: Path, count: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
-    parser.add_argument("--pictures", type=int, default=1280)
+    parser.add_argument("--pictures", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set, and a smaller shard")
     arguments = parser.parse_args()
