@@ -51,7 +51,7 @@ class Places:
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, **options: Any) -> Run:
     """Trains a classifier on a dataset or folder and returns the saved run.
 
-    data: 'caltech101', 'scenes', or a folder of class folders. out: the run's folder (default runs/NAME).
+    data: 'caltech101', 'scenes', a folder of class folders, or tar or parquet shards. out: the run's folder (default runs/NAME).
     resume: go on with an unfinished run of the same config. options: fields of TrainConfig.
     """
     return train_run(make_config(data=str(data), **options), Path(out) if out is not None else None, resume)
