@@ -277,7 +277,7 @@ def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
             class_names.append(member.label)
             parts.append(part)
     if not paths:
-        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else f'{len(shards)} shards'}")
+        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else 'its shards'}")
     _check_classes(root, class_names)
     return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
 

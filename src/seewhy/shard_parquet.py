@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from seewhy.errors import DataError, one_line
 from seewhy.shard_names import LABELS, PICTURES, Index, Member, plain_label, plain_name, refuse_large, why_not
 
-MAX_GROUP = 2_000_000_000  # bytes of a row group: one is held whole
+MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
 GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
 STREAMED_ROWS = 16
 NAMES = ("name", "filename", "file_name", "path", "file", "key", "__key__")  # columns, the first that is there and fits

@@ -102,7 +102,7 @@ def members(shard: Path) -> list[Member]:
         with shard.open("rb") as file:
             return _index(shard, file)[1].members
     except OSError as error:
-        raise DataError(f"{shard}: {error.strerror or 'cannot be read'}") from error
+        raise DataError(f"{shard}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def read_member(shard: Path, name: str) -> bytes:
