@@ -162,6 +162,36 @@ def _config() -> tuple[list[bytes], Target]:
     return [b"data: scenes\nlr: 0.1\nunfreeze: all\nviews: 3\n", b'{"data": "x", "seed": 3}', b"label_smoothing=0.1"], target
 
 
+def _tar() -> tuple[list[bytes], Target]:
+    import io
+    import tarfile
+
+    from seewhy.shards import members, stream
+
+    place = Path(tempfile.mkdtemp()) / "x.tar"
+    beginnings = []
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+            for name, content in (
+                ("cat/1.jpg", b"x" * 600),
+                ("cat/1.cls", b"7"),
+                ("ö" * 120 + "/2.png", b"y"),
+                ("2.json", b'{"label": 3}'),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        beginnings.append(buffer.getvalue()[:6000])
+
+    def target(data: bytes) -> None:
+        place.write_bytes(data)
+        answers(lambda: members(place))
+        answers(lambda: list(stream(io.BytesIO(data), "tar", "x.tar")))
+
+    return beginnings, target
+
+
 TARGETS: dict[str, Callable[[], tuple[list[bytes], Target]]] = {
     "record": _record,
     "graph": _graph,
@@ -169,6 +199,7 @@ TARGETS: dict[str, Callable[[], tuple[list[bytes], Target]]] = {
     "picture": _picture,
     "upload": _upload,
     "config": _config,
+    "tar": _tar,
 }
 
 

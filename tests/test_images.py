@@ -395,7 +395,9 @@ def test_unknown_dataset_is_named_with_a_suggestion() -> None:
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"a\.zip: a file, not a folder; pass a folder with one folder of pictures for each class$"):
+    with pytest.raises(
+        DataError, match=r"a\.zip: a file, not a folder; pass a folder with one folder of pictures for each class, a \.tar or a \.parquet$"
+    ):
         open_images(str(tmp_path / "a.zip"))
 
 

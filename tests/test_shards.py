@@ -405,7 +405,7 @@ def test_shards_that_make_no_dataset(folder: Path, tmp_path: Path, cache: Path) 
 
     refused("unlabelled", r"x\.tar: 1\.png has no label; looked for a \.cls beside each picture, a \.json", x=[("1.png", content)])
     refused("single", "only one class", x=labelled[:1])
-    refused("empty", "no pictures in 1 shards", x=[("readme.txt", b"")])
+    refused("empty", "no pictures in its shards", x=[("readme.txt", b"")])
     refused("cased", "differ in case only", x=[*labelled, ("Cat/2.png", content)])
     refused("named", "train-0.tar names a part and other.tar none", **{"train-0": labelled, "other": labelled})
     refused("both", "keep them apart", **{"x": labelled, "train/y": labelled})

@@ -157,7 +157,9 @@ def _with_train_options(fixed: list[tuple[str, Any, Any]], work: Callable[[dict[
     return command
 
 
-DataArgument = Annotated[str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")]
+DataArgument = Annotated[
+    str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, a folder of class folders, or tar or parquet shards")
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")]
 SetOption = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")]
 

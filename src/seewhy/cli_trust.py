@@ -11,7 +11,7 @@ from seewhy.cli_shared import JsonOption, RunArgument, SkipBadOption, print_json
 
 
 def audit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="caltech101, scenes, or a folder of class folders")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="caltech101, scenes, a folder of class folders, or tar or parquet shards")],
     data_root: Annotated[str | None, typer.Option(help="folder that holds caltech101; also $SEEWHY_DATA")] = None,
     out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
     seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,

@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(description="caltech101, scenes, or a folder of class folders")
+    data: str = Field(description="caltech101, scenes, a folder of class folders, or tar or parquet shards")
     data_root: str | None = _main(None, "folder that holds (or receives) caltech101; also $SEEWHY_DATA")
     backbone: str = _main("resnet18", "a named backbone or any timm model")
     weights: str | None = _main(None, "a weights file (safetensors, pth), or 'none' for a random start")

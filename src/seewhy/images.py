@@ -241,7 +241,7 @@ def list_folder(root: Path) -> Listing:
     """`root/class/picture`, or `root/{train,val,test}/class/picture`."""
     if not root.is_dir():
         if root.exists():
-            raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of pictures for each class")
+            raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of pictures for each class, a .tar or a .parquet")
         near = difflib.get_close_matches(str(root), DATASETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise DataError(f"{root}: no such folder or dataset{hint}; known datasets: {', '.join(DATASETS)}")
@@ -281,7 +281,7 @@ def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
             class_names.append(member.label)
             parts.append(part)
     if not paths:
-        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else f'{len(shards)} shards'}")
+        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else 'its shards'}")
     _check_classes(root, class_names)
     return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
 

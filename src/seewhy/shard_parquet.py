@@ -16,13 +16,15 @@ from typing import Any, BinaryIO
 from seewhy.errors import DataError, one_line
 from seewhy.shard_names import LABELS, PICTURES, Index, Member, plain_label, plain_name, refuse_large, why_not
 
-MAX_GROUP = 2_000_000_000  # bytes of a row group: one is held whole
+MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
 GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
 STREAMED_ROWS = 16
 NAMES = ("name", "filename", "file_name", "path", "file", "key", "__key__")  # columns, the first that is there and fits
 CONTENTS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "data")
+# What pyarrow raises for damaged files: its errors are Python's, too.
+DAMAGE = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
-Key = tuple[str, int, int]  # a shard's path, size and time
+Key = tuple[str, int, int, int, int]  # a shard's path, device, number, size and time
 
 _GROUPS: OrderedDict[tuple[Key, int], Any] = OrderedDict()  # (shard, row group) -> its column of pictures
 
@@ -46,7 +48,7 @@ def _damage(shown: str) -> Iterator[None]:
     """What pyarrow raises for damaged files -> DataError; it says no more of a disk that fails."""
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError, OverflowError) as error:
+    except DAMAGE as error:
         raise DataError(f"{shown}: not a whole parquet file ({one_line(str(error))[:160]}); make or copy it again") from error
 
 
@@ -136,13 +138,14 @@ def _described(parquet: Any, shown: str) -> tuple[str, list[Member]]:
 def index_parquet(file: BinaryIO, shown: str) -> Index:
     parquet = _open_parquet(file, shown)
     column, found = _described(parquet, shown)
-    for group in range(parquet.metadata.num_row_groups):
-        chunks = (parquet.metadata.row_group(group).column(number) for number in range(parquet.metadata.num_columns))
-        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
-        if size > MAX_GROUP:
-            raise DataError(f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows")
-    sizes = _group_rows(parquet)
-    firsts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
+    with _damage(shown):
+        for group in range(parquet.metadata.num_row_groups):
+            size = parquet.metadata.row_group(group).total_byte_size  # not by column, whose damaged facts end the process (pyarrow 26)
+            if size > MAX_GROUP:
+                raise DataError(
+                    f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows"
+                )
+        firsts = tuple(itertools.accumulate(_group_rows(parquet), initial=0))[:-1]
     return Index(found, {member.name: row for row, member in enumerate(found)}, column=column, firsts=firsts)
 
 
@@ -150,15 +153,16 @@ def read_row(file: BinaryIO, shown: str, key: Key, index: Index, row: int) -> by
     """A row's bytes, by way of its row group, of which GROUPS_HELD are kept; one caller at a time. Raises OSError."""
     group = bisect.bisect_right(index.firsts, row) - 1
     place = key, group
-    if place not in _GROUPS:
-        while len(_GROUPS) >= GROUPS_HELD:
-            _GROUPS.popitem(last=False)
-        try:
+    try:
+        if place not in _GROUPS:
+            while len(_GROUPS) >= GROUPS_HELD:
+                _GROUPS.popitem(last=False)
             _GROUPS[place] = _open_parquet(file, shown).read_row_group(group, columns=[index.column], use_threads=False).column(0)
-        except (DataError, ValueError, OSError) as error:
-            raise OSError(errno.EIO, f"row group {group} of the shard is damaged") from error
-    _GROUPS.move_to_end(place)
-    return _content(_GROUPS[place][row - index.firsts[group]])
+        _GROUPS.move_to_end(place)
+        cell = _GROUPS[place][row - index.firsts[group]]
+    except (DataError, *DAMAGE) as error:
+        raise OSError(errno.EIO, f"row group {group} of the shard is damaged") from error
+    return _content(cell)
 
 
 def _content(cell: Any) -> bytes:
@@ -180,6 +184,8 @@ def stream_parquet(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str
     while True:
         with _damage(shown):
             batch = next(batches, None)
+            if batch is None and next(left, None):
+                raise ValueError("it ends too early")
         if batch is None:
             return
         for cell, member in zip(batch.column(0), left, strict=False):

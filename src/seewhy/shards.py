@@ -49,12 +49,15 @@ def is_shard(path: Path) -> bool:
 
 def shard_of(path: Path) -> tuple[Path, str] | None:
     """Shard and member's name of a path into a shard, None for any other path."""
-    text = str(path).lower()
-    if not any(suffix in text for suffix in SUFFIXES):
-        return None
-    for parent in path.parents:
-        if parent.suffix.lower() in SUFFIXES and parent.is_file():
-            return parent, path.relative_to(parent).as_posix()
+    text = str(path)
+    lower = text.lower()
+    for suffix in SUFFIXES:  # by text, since every picture that is read is asked about
+        end = lower.find(suffix + os.sep)
+        while end >= 0:
+            end += len(suffix)
+            if os.path.isfile(text[:end]):
+                return Path(text[:end]), text[end + 1 :].replace(os.sep, "/")
+            end = lower.find(suffix + os.sep, end)
     return None
 
 
@@ -99,7 +102,7 @@ def members(shard: Path) -> list[Member]:
         with shard.open("rb") as file:
             return _index(shard, file)[1].members
     except OSError as error:
-        raise DataError(f"{shard}: {error.strerror or 'cannot be read'}") from error
+        raise DataError(f"{shard}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def read_member(shard: Path, name: str) -> bytes:
@@ -140,10 +143,13 @@ def stream(file: BinaryIO, kind: str, shown: str = "") -> Iterator[tuple[str, by
 
 def _index(shard: Path, file: BinaryIO) -> tuple[Key, Index]:
     found = os.fstat(file.fileno())
-    key = (str(shard.absolute()), found.st_size, found.st_mtime_ns)
-    with _LOCK:
-        known = _INDEXES.get(key[0])
-        if known is None or known[0] != key:
-            known = key, (index_tar if shard.suffix.lower() == ".tar" else index_parquet)(file, str(shard))
-            _INDEXES[key[0]] = known
+    place = str(shard)
+    key = (place, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    known = _INDEXES.get(place)
+    if known is None or known[0] != key:
+        with _LOCK:
+            known = _INDEXES.get(place)  # another thread may have been first
+            if known is None or known[0] != key:
+                known = key, (index_tar if shard.suffix.lower() == ".tar" else index_parquet)(file, place)
+                _INDEXES[place] = known
     return known

@@ -43,7 +43,7 @@ PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which t
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
     """Trains a classifier on a dataset or folder and returns the saved run.
 
-    data: 'caltech101', 'scenes', or a folder of class folders. out: the run's folder (default runs/NAME).
+    data: 'caltech101', 'scenes', a folder of class folders, or tar or parquet shards. out: the run's folder (default runs/NAME).
     resume: go on with an unfinished run of the same config. devices: processes that share the work. options: fields of TrainConfig.
     """
     config, place = make_config(data=str(data), **options), Path(out) if out is not None else None
