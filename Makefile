@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
 
 test: $(VENV)/.installed-dev $(VENV)/.mlflow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
