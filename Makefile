@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/.mlflow
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -42,6 +42,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+# A real MLflow server for the tests, which wants older versions of what both use: an environment of its own, found by them in there.
+$(VENV)/.mlflow: tests/mlflow-server.txt | $(VENV)/.installed-dev
+	rm -rf $(VENV)/mlflow
+	$(BIN)/python -m venv $(VENV)/mlflow && $(VENV)/mlflow/bin/python -m pip install --quiet -r tests/mlflow-server.txt && touch $@ \
+		|| { rm -rf $(VENV)/mlflow; echo "no MLflow server: its test will skip"; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info

@@ -1,26 +1,34 @@
 """How do time, memory and disk grow with the number of pictures, and how long does starting take?
 
     python benchmarks/growth.py --data-root DIR [--sizes 1000 10000 100000]     Caltech-101 repeated, into results.json
+    python benchmarks/growth.py --shards --side 32 [--sizes 10000 100000 1000000]     the same in tar shards, small pictures
     python benchmarks/growth.py --quick                                         240 and 480 demo pictures, one JSON line
 
 Pictures are Caltech-101's, repeated under new names with one byte more at their end, so that no two are equal. They are shown to the
 network at 64 pixels, so that 100,000 of them take minutes: what grows does not depend on it. Each size trains
 `efficientnet_lite0 --unfreeze 0` (3 epochs, 1 view) and predicts all pictures into a parquet file, as processes of their own, from an
 empty cache. The figures stand in RESULTS.md.
+
+With --shards, the pictures are first made small (JPEG of `--side` pixels, a noise of their own behind the last byte as above), put into tar
+files of 10,000, and shown to the network at that size; features go into the cache as float16, equal files are kept together.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from common import measure, record, seewhy
+from PIL import Image
 
+SHARD = 10_000  # pictures a tar file
 OPTIONS = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--views", "1", "--epochs", "3", "--set", "size=64"]
 
 
@@ -33,14 +41,37 @@ def repeat_pictures(images: Any, count: int, folder: Path) -> None:
         (place / f"{n}{source.suffix}").write_bytes(source.read_bytes() + n.to_bytes(4, "big"))
 
 
-def grow(images: Any, count: int) -> dict[str, Any]:
-    """One size: train, then predict."""
+def pack_pictures(images: Any, count: int, folder: Path, side: int) -> None:
+    """`count` small pictures in tar files of SHARD, in class folders."""
+    folder.mkdir()
+    small: dict[int, bytes] = {}
+    for first in range(0, count, SHARD):
+        with tarfile.open(folder / f"{first // SHARD:05d}.tar", "w") as shard:
+            for n in range(first, min(first + SHARD, count)):
+                i = n * 7919 % len(images)
+                if i not in small:
+                    buffer = io.BytesIO()
+                    Image.open(images.paths[i]).convert("RGB").resize((side, side)).save(buffer, "JPEG")
+                    small[i] = buffer.getvalue()
+                entry = tarfile.TarInfo(f"{images.classes[images.labels[i]]}/{n}.jpg")
+                content = small[i] + n.to_bytes(4, "big")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+
+
+def grow(images: Any, count: int, side: int | None = None) -> dict[str, Any]:
+    """One size: train, then predict; pictures as they are in folders, or small ones in shards."""
     with tempfile.TemporaryDirectory() as place:
         pictures, cache = Path(place) / "pictures", Path(place) / "cache"
-        repeat_pictures(images, count, pictures)
+        options = OPTIONS
+        if side is None:
+            repeat_pictures(images, count, pictures)
+        else:
+            pack_pictures(images, count, pictures, side)
+            options = [*OPTIONS, "--set", f"size={side}", "--set", "feature_dtype=float16", "--group-by", "exact"]
         environment = {"SEEWHY_CACHE": str(cache)}
         out = Path(place) / "run"
-        trained = measure(seewhy("train", str(pictures), *OPTIONS, "--out", str(out), "--json"), environment)
+        trained = measure(seewhy("train", str(pictures), *options, "--out", str(out), "--json"), environment)
         stored = sum(file.stat().st_size for file in (cache / "features").rglob("*.bin"))
         table = str(Path(place) / "answers.parquet")
         predicted = measure([*seewhy("predict", str(out), str(pictures), "--out", table)], environment)
@@ -57,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--shards", action="store_true", help="small pictures in tar files")
+    parser.add_argument("--side", type=int, default=32, help="pixels of their sides, with --shards")
     parser.add_argument("--quick", action="store_true", help="two small sizes of the demo set")
     arguments = parser.parse_args()
     sizes = [240, 480] if arguments.quick else arguments.sizes
@@ -65,7 +98,7 @@ def main() -> None:
     images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
     found = []
     for count in sizes:
-        found.append(grow(images, count))
+        found.append(grow(images, count, arguments.side if arguments.shards else None))
         print(json.dumps(found[-1]), file=sys.stderr)
     starts = start_up(3 if arguments.quick else 7)
     rows = []
@@ -108,8 +141,12 @@ def main() -> None:
             "Starting: " + ", ".join(f"`{name}` {seconds:.2f} s" for name, seconds in starts.items()) + " (median of 7).",
             "Own: anonymous memory. Resident: with the pages of the mapped feature file, which the system takes back when it needs them.",
         ]
-        command = f"python benchmarks/growth.py --sizes {' '.join(map(str, sizes))}"
-        record("growth", "How cost grows", {"rows": rows, "raw": {"ratios": ratios, "start_s": starts}, "notes": notes, "command": command})
+        how = f"--shards --side {arguments.side} " if arguments.shards else ""
+        command = f"python benchmarks/growth.py {how}--sizes {' '.join(map(str, sizes))}"
+        name, question = (
+            ("growth-shards", "How cost grows, small pictures in tar shards") if arguments.shards else ("growth", "How cost grows")
+        )
+        record(name, question, {"rows": rows, "raw": {"ratios": ratios, "start_s": starts}, "notes": notes, "command": command})
     print(json.dumps(answer))
 
 

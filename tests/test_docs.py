@@ -22,7 +22,7 @@ DOCUMENTS = [
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    *(f"docs/{n}.md" for n in ("EXPORT", "METRICS", "RELIABILITY")),
+    *(f"docs/{n}.md" for n in ("EXPORT", "METRICS", "RELIABILITY", "SHARING")),
 ]
 
 

@@ -22,7 +22,7 @@ from seewhy.cutting import Cut
 from seewhy.decoding import read_image
 from seewhy.engines import Engine
 from seewhy.errors import OutputError
-from seewhy.features import FeatureStore, extract_features, render_view, row_key, stored_dtype
+from seewhy.features import FeatureStore, extract_features, render_view, row_key
 from seewhy.images import ImageSet, open_images
 from seewhy.transforms import Preprocessing, view_of
 
@@ -61,90 +61,11 @@ def batch(*numbers: int) -> tuple[list[bytes], np.ndarray]:
     return [row_key(str(n), 0) for n in numbers], np.array([[n, n + 0.5] for n in numbers])
 
 
-# ---------------------------------------------------------------- the store
-
-
-def test_store_gives_back_its_rows_under_their_keys(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, (2,))
-    assert store.keys() == {}
-    store.append(iter([batch(1, 2), batch(3)]))
-    store.append(iter([batch(4)]))
-    assert store.keys() == {row_key(str(n), 0): n - 1 for n in (1, 2, 3, 4)}
-    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5], [4, 4.5]])
-    assert (tmp_path / "keys.bin").stat().st_size == 4 * 32
-    assert (tmp_path / "rows.bin").stat().st_size == 4 * 2 * 4
-
-
-@pytest.mark.parametrize("extra", [3, 8, 11])  # half a row, a row, a row and a half without keys
-def test_rows_without_keys_are_dropped_and_overwritten(tmp_path: Path, extra: int) -> None:
-    store = FeatureStore(tmp_path, (2,))
-    store.append(iter([batch(1, 2)]))
-    with (tmp_path / "rows.bin").open("ab") as rows:
-        rows.write(b"\xff" * extra)
-    assert len(store.keys()) == 2
-    store.append(iter([batch(3)]))
-    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5]])
-    assert store.keys()[row_key("3", 0)] == 2
-
-
-def test_truncated_keys_lose_only_the_cut_row(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, (2,))
-    store.append(iter([batch(1, 2, 3)]))
-    keys = tmp_path / "keys.bin"
-    keys.write_bytes(keys.read_bytes()[:-5])
-    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
-    store.append(iter([batch(4)]))
-    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1, row_key("4", 0): 2}
-    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [4, 4.5]])
-
-
-def test_keys_without_rows_do_not_count(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, (2,))
-    store.append(iter([batch(1, 2, 3)]))
-    rows = tmp_path / "rows.bin"
-    rows.write_bytes(rows.read_bytes()[: 8 + 3])
-    assert store.keys() == {row_key("1", 0): 0}
-    store.append(iter([batch(2)]))
-    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
-    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5]])
-
-
-def test_append_that_breaks_off_keeps_the_batches_before(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, (2,))
-
-    def two_batches_and_an_end() -> Iterator[tuple[list[bytes], np.ndarray]]:
-        yield batch(1, 2)
-        yield batch(3)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.append(two_batches_and_an_end())
-    assert len(store.keys()) == 3
-    store.append(iter([batch(4)]))
-    np.testing.assert_array_equal(store.open_rows()[:, 0], [1, 2, 3, 4])
-
-
-def test_maps_are_stored_in_half_and_vectors_in_single_precision(tmp_path: Path) -> None:
-    assert stored_dtype((512, 7, 7)) is np.float16
-    assert stored_dtype((101, 64)) is np.float16
-    assert stored_dtype((512,)) is np.float32
-    store = FeatureStore(tmp_path, (3, 2, 2))
-    store.append(iter([([row_key("1", 0)], np.full((1, 3, 2, 2), 1 / 3))]))
-    assert (tmp_path / "rows.bin").stat().st_size == 3 * 2 * 2 * 2
-    assert (store.open_rows() == np.float16(1 / 3)).all()
-
-
 def test_rounding_of_uncached_features_is_that_of_the_store() -> None:
     maps = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(features.round_like_stored(maps).numpy(), maps.numpy().astype(np.float16).astype(np.float32))
     vectors = maps.flatten(1)
     assert torch.equal(features.round_like_stored(vectors), vectors)
-
-
-def test_row_keys_are_of_picture_and_view() -> None:
-    keys = {row_key(picture, view) for picture in ("aa", "ab", "aa 1") for view in (0, 1, 10)}
-    assert len(keys) == 9
-    assert {len(key) for key in keys} == {32}
 
 
 # ---------------------------------------------------------------- extraction
@@ -291,7 +212,7 @@ def test_trunk_is_left_as_it_was(pictures: ImageSet) -> None:
 
 
 def test_maps_beyond_half_precision_are_refused(pictures: ImageSet) -> None:
-    with pytest.raises(OutputError, match=r"exceed half precision.*--unfreeze 0 or all"):
+    with pytest.raises(OutputError, match=r"exceed half precision.*--set feature_dtype=float32"):
         extract_features(pictures, ALL, 1, tiny_cut(scale=1e6), TINY)
     flat = tiny_cut(scale=1e6)
     vectors = Cut(nn.Sequential(flat.trunk[0], nn.Flatten()), nn.Identity(), "pooled")
@@ -299,7 +220,7 @@ def test_maps_beyond_half_precision_are_refused(pictures: ImageSet) -> None:
 
 
 def test_full_disk_is_one_line_that_names_the_cache(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(store: FeatureStore, batches: object) -> None:
+    def full(store: FeatureStore, batches: object, *writer: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(FeatureStore, "append", full)

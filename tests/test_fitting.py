@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 
 from seewhy import fitting
 from seewhy.backbones import Backbone, create_backbone
-from seewhy.batches import CachedViews, EpochSampler, PictureViews
+from seewhy.batches import CachedViews, EpochBatches, PictureViews
 from seewhy.config import TrainConfig, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError
@@ -55,17 +56,30 @@ def test_inverse_size_weights_are_scikit_learns_balanced() -> None:
     np.testing.assert_allclose(fitting.inverse_size_weights(labels, 3).numpy(), expected, rtol=1e-6)
 
 
-def test_sampler_is_a_new_permutation_each_epoch_and_repeats_itself() -> None:
-    sampler = EpochSampler(10, seed=3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert sorted(first) == list(range(10))
-    assert sorted(second) == list(range(10, 20))
-    assert [i - 10 for i in second] != first
-    again = EpochSampler(10, seed=3)
+def test_batches_are_a_new_permutation_each_epoch_and_repeat_themselves() -> None:
+    batches = EpochBatches(10, 4, seed=3)
+    first = list(batches)
+    batches.set_epoch(1)
+    second = list(batches)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(chain(*first)) == list(range(10))
+    assert sorted(chain(*second)) == list(range(10, 20))
+    assert [[i - 10 for i in batch] for batch in second] != first
+    again = EpochBatches(10, 4, seed=3)
     again.set_epoch(1)
     assert list(again) == second
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "steps", "left_out"), [(10, 1, 3, 0), (9, 1, 2, 1), (1, 1, 1, 0), (11, 2, 2, 3), (12, 2, 3, 0), (3, 2, 1, 0)]
+)
+def test_processes_make_the_steps_of_one(n: int, size: int, steps: int, left_out: int) -> None:
+    shares = [list(EpochBatches(n, 4, seed=0, rank=rank, size=size)) for rank in range(size)]
+    assert {len(share) for share in shares} == {steps} == {len(EpochBatches(n, 4, 0, 0, size))}
+    whole = [sorted(chain(*parts)) for parts in zip(*shares, strict=True)]
+    alone = [sorted(batch) for batch in EpochBatches(n, 4, seed=0)][:steps]
+    assert whole == alone
+    assert n - len(list(chain(*whole))) == left_out
 
 
 def test_cached_views_take_turns() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from seewhy.images import ImageSet, open_images
     from seewhy.predictions import Predictions
     from seewhy.run import Run, load
+    from seewhy.sharing import pull
     from seewhy.split import Split, split_images
     from seewhy.workflow import train
 
@@ -49,6 +50,7 @@ __all__ = [
     "export_state_dict",
     "load",
     "open_images",
+    "pull",
     "split_images",
     "train",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "images": ("ImageSet", "open_images"),
     "predictions": ("Predictions",),
     "run": ("Run", "load"),
+    "sharing": ("pull",),
     "split": ("Split", "split_images"),
     "workflow": ("train",),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from seewhy import world
 from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut
@@ -26,24 +27,31 @@ VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
 Batch = tuple[Tensor, Tensor]
 
 
-class EpochSampler(Sampler[int]):
-    """Yields epoch * n + i in an order that seed and epoch alone decide; Lightning calls set_epoch."""
+class EpochBatches(Sampler[list[int]]):
+    """Batches of positions epoch * n + i in an order that seed and epoch alone decide; Lightning calls set_epoch.
 
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self.seed = seed
+    Of processes that train together, each takes its share of every batch, so that all of them make the steps that one alone would.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> None:
+        self.n, self.batch_size, self.seed, self.rank, self.size = n, batch_size, seed, rank, size
+        # A share of one has no variance for BatchNorm to divide by; these pictures have their turn in the next epoch.
+        short = 0 < n % batch_size < 2 * size
+        self.count = n // batch_size if short and n > batch_size else -(-n // batch_size)
         self.epoch = 0
+        self.sampler = self  # where Lightning looks for what has to know the epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n
+        return self.count
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.n, generator=generator)
-        return iter((order + self.epoch * self.n).tolist())
+        order = (torch.randperm(self.n, generator=generator) + self.epoch * self.n).tolist()
+        for start in range(0, self.count * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.size]
 
 
 class CachedViews(Dataset[Batch]):
@@ -117,13 +125,14 @@ def _as_is(batch: Any) -> Any:
 
 def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int | None, workers: int) -> DataLoader[Batch]:
     """Shuffled by `seed` and epoch; in order where seed is None. Stored features need no worker processes."""
-    sampler = EpochSampler(len(dataset), seed) if seed is not None else None
     count = workers if isinstance(dataset, PictureViews) else 0
-    # A batch of one has no variance for BatchNorm to divide by; that picture has its turn in the next epoch.
-    drop_last = seed is not None and len(dataset) % batch_size == 1 and len(dataset) > 1
-    return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0, drop_last=drop_last
-    )
+    batches: Any
+    if seed is not None:
+        batches = EpochBatches(len(dataset), batch_size, seed, world.rank(), world.size())
+    else:
+        mine = world.share(list(range(len(dataset))))
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0)
 
 
 def training_data(
@@ -135,7 +144,7 @@ def training_data(
         views = 0 if config.fresh_views else config.views
         train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
         return train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard")
-    arguments = (cut, preprocessing, config.engine, config.workers)
+    arguments = (cut, preprocessing, config.engine, config.workers, True, config.feature_dtype, True)
     train_features = extract_features(images, split.train, config.views, *arguments)
     # Test features are computed here too: one pass over the pictures, one export of the trunk.
     rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, *arguments)

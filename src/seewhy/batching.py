@@ -1,11 +1,12 @@
-"""Pictures of many callers -> their answers, in batches as large as the queue: a thread a core, a bounded number under way."""
+"""Pictures of many callers -> their answers, in batches of what waits: a thread a core, from the file's bytes to the answer."""
 
 from __future__ import annotations
 
-import queue
+import math
 import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from seewhy.errors import ImageError
 from seewhy.runtime import load_onnx
 
 BATCH = 4  # pictures; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait
-Job = tuple[npt.NDArray[np.uint8], "Future[dict[str, npt.NDArray[Any]]]"]
+Answered = Future[dict[str, npt.NDArray[Any]]]
+Job = tuple[bytes, Answered]
 
 
 class Batcher:
@@ -25,41 +27,70 @@ class Batcher:
 
     cores: how many batches are answered side by side, a core each; a picture that is alone gets all of them. sizes: of the batches so far.
     pixels: that a picture may have.
+
+    The thread that takes a picture also decodes it and answers: handing it on between threads costs more than what it would even out.
     """
 
     def __init__(self, file: Path | str | bytes, cores: int, pixels: int) -> None:
         self.model = load_onnx(file, threads=1)
-        self._alone = load_onnx(file, threads=cores) if cores > 1 else self.model
+        self._alone = load_onnx(file, threads=cores, spin=False) if cores > 1 else self.model
         self._wanted = [name for name in self.model.outputs if name not in ("logits", "squares")]
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._busy, self._pixels = 0, pixels
-        self._lock = threading.Lock()
-        self.sizes: list[int] = []
-        self._decoders = ThreadPoolExecutor(cores, thread_name_prefix="decode")
+        self._jobs: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._idle, self._closed, self._pixels = 0, False, pixels
+        self.sizes: deque[int] = deque(maxlen=10_000)
         self._workers = [threading.Thread(target=self._work, name=f"answer-{n}", daemon=True) for n in range(cores)]
         for worker in self._workers:
             worker.start()
 
-    def answer(self, data: bytes) -> Future[dict[str, npt.NDArray[Any]]]:
+    def answer(self, data: bytes) -> Answered:
         """The bytes of a picture file -> probabilities (C,), where the file has them strangeness () and heatmaps (C, h, w), and its
 
         `size`, (width, height). The future raises ImageError with the reason for what cannot be decoded.
         """
-        done: Future[dict[str, npt.NDArray[Any]]] = Future()
-        self._decoders.submit(self._prepare, data, done)
+        done: Answered = Future()
+        with self._wake:
+            self._jobs.append((data, done))
+            self._wake.notify()
         return done
 
-    def _prepare(self, data: bytes, done: Future[dict[str, npt.NDArray[Any]]]) -> None:
-        if not done.set_running_or_notify_cancel():
+    def _work(self) -> None:
+        while batch := self._take():
+            self._answer(batch)
+
+    def _take(self) -> list[Job]:
+        """This thread's share of what waits, up to a batch; waits for some, and gives none when there will be no more."""
+        with self._wake:
+            self._idle += 1
+            while not self._jobs and not self._closed:
+                self._wake.wait()
+            share = min(BATCH, math.ceil(len(self._jobs) / self._idle))
+            self._idle -= 1
+            return [self._jobs.popleft() for _ in range(share)]
+
+    def _answer(self, batch: Sequence[Job]) -> None:
+        ready: list[tuple[Answered, tuple[int, int], npt.NDArray[np.uint8]]] = []
+        for data, done in batch:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                picture = self._decode(data)
+                ready.append((done, (picture.shape[1], picture.shape[0]), self.model.square(picture)))
+            except Exception as error:  # whatever it is, its caller waits for it
+                done.set_exception(error)
+        if not ready:
             return
+        self.sizes.append(len(ready))
+        # Threads that have nothing to do leave their cores to this picture.
+        model = self._alone if len(ready) == 1 and self._idle == len(self._workers) - 1 else self.model
         try:
-            picture = self._decode(data)
-            square = self.model.square(picture)
-            answered: Future[dict[str, npt.NDArray[Any]]] = Future()
-            answered.add_done_callback(lambda found: _hand_on(found, done, (picture.shape[1], picture.shape[0])))
-            self._jobs.put((square, answered))
-        except Exception as error:  # whatever it is, its caller waits for it
-            done.set_exception(error)
+            found = model.ask(np.stack([square for _, _, square in ready]), self._wanted)
+        except Exception as error:
+            for done, _, _ in ready:
+                done.set_exception(error)
+            return
+        for n, (done, size, _) in enumerate(ready):
+            done.set_result({**{name: values[n] for name, values in found.items()}, "size": np.array(size)})
 
     def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         try:
@@ -67,51 +98,10 @@ class Batcher:
         except ValueError as error:
             raise ImageError(str(error)) from error
 
-    def _work(self) -> None:
-        """Takes what waits, up to a batch of it, until None comes."""
-        while (first := self._jobs.get()) is not None:
-            batch = [first]
-            while len(batch) < BATCH:
-                try:
-                    more = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._jobs.put(None)  # for the round after this one
-                    break
-                batch.append(more)
-            with self._lock:
-                self._busy += 1
-                model = self._alone if self._busy == 1 and len(batch) == 1 else self.model
-                self.sizes.append(len(batch))
-                del self.sizes[:-10_000]
-            self._answer(model, batch)
-            with self._lock:
-                self._busy -= 1
-
-    def _answer(self, model: Any, batch: Sequence[Job]) -> None:
-        try:
-            found = model.ask(np.stack([square for square, _ in batch]), self._wanted)
-        except Exception as error:
-            for _, done in batch:
-                done.set_exception(error)
-            return
-        for n, (_, done) in enumerate(batch):
-            done.set_result({name: values[n] for name, values in found.items()})
-
     def close(self) -> None:
         """Waits until everything that was handed in is answered."""
-        self._decoders.shutdown(wait=True)
-        for _ in self._workers:
-            self._jobs.put(None)
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
         for worker in self._workers:
             worker.join()
-
-
-def _hand_on(found: Future[dict[str, Any]], done: Future[dict[str, Any]], size: tuple[int, int]) -> None:
-    """A square's answer, with the picture's (width, height), to who asked about the picture."""
-    error = found.exception()
-    if error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result({**found.result(), "size": np.array(size)})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from seewhy import __version__
-from seewhy.cli_out import export, serve
+from seewhy.cli_out import export, pull, push, serve
 from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import JsonOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
@@ -67,12 +67,24 @@ def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
 def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
     config = _config_of(own, given)
     out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
+    several = own["devices"] > 1 or own["nodes"] > 1
     if repeats > 1:
+        if several:
+            raise typer.BadParameter("--repeats trains one run after another in one process; leave --devices and --nodes out")
         _repeat(config, repeats, out, resume, as_json)
         return None
+    from seewhy import world
     from seewhy.workflow import train_run
 
-    run = train_run(config, out, resume)
+    if several and not world.started_together():
+        from seewhy.launch import launch
+        from seewhy.run import load
+
+        run = load(launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"]))
+    else:
+        run = train_run(config, out, resume)
+        if not world.leading():
+            return run
     if as_json:
         print_json(
             {"run": str(run.path), "report": str(run.path / "report.html"), "seconds": run.manifest["seconds"], "metrics": run.metrics}
@@ -153,6 +165,9 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
     ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
+    ("devices", Annotated[int, typer.Option(min=1, help="processes on this machine that share the work: GPUs, or parts of the cores")], 1),
+    ("nodes", Annotated[int, typer.Option(min=1, help="machines that share the work; the same command on each")], 1),
+    ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines find each other: one of them")], None),
     ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
     ("config", ConfigOption, None),
     ("set", SetOption, None),
@@ -161,7 +176,7 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
 PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("pictures", Annotated[int | None, typer.Option(min=10, help="plan for so many pictures (default: as many as there are)")], None),
-    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work on frozen features")], 1),
+    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work")], 1),
     ("budget", Annotated[str | None, typer.Option(help="time there is, such as 15m or 2h: what fits, of the ways to train")], None),
     ("config", ConfigOption, None),
     ("set", SetOption, None),
@@ -195,7 +210,7 @@ def train_from_arguments(arguments: list[str]) -> Run:
 # ---------------------------------------------------------------- the other commands
 
 
-for _command in (evaluate, predict, explain, audit, robustness, compare, export, serve):
+for _command in (evaluate, predict, explain, audit, robustness, compare, export, serve, push, pull):
     app.command()(_command)
 
 

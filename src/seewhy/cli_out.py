@@ -1,4 +1,4 @@
-"""The commands that let a run out of the house: export, serve."""
+"""The commands that let a run out of the house and one in: export, serve, push, pull."""
 
 from __future__ import annotations
 
@@ -74,3 +74,38 @@ def serve(
     limits = Limits(max_files, round(1e6 * max_mb), round(1e6 * max_megapixels), upload_seconds, queue)
     with suppress(KeyboardInterrupt):  # how it ends, after it has answered what it had
         serve_forever(run, host, port, cores, limits, precision)
+
+
+PlaceArgument = Annotated[str, typer.Argument(metavar="PLACE", help="a folder, on a shared disk say, or hf://USER/NAME")]
+
+
+def push(
+    run: RunArgument,
+    place: PlaceArgument,
+    public: Annotated[bool, typer.Option("--public", help="everybody may see the repository (default: private)")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a run to where others can have it, in Hugging Face's layout, with a config.json that timm reads."""
+    from seewhy.run import load
+
+    pushed = load(run).push(place, public)
+    if as_json:
+        print_json({"place": pushed})
+        return
+    typer.echo(f"{run} -> {pushed}")
+
+
+def pull(
+    place: PlaceArgument,
+    out: Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")] = None,
+    report: Annotated[bool, typer.Option("--report", help="take report.html too; it runs what its writer wrote when you open it")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a run that somebody has pushed, and check it."""
+    from seewhy.sharing import pull as fetch
+
+    run = fetch(place, out, report)
+    if as_json:
+        print_json({"run": str(run.path), "classes": run.classes, "metrics": run.metrics})
+        return
+    typer.echo(f"{place} -> {run.path}  ({run!r})")

@@ -84,6 +84,9 @@ class TrainConfig(BaseModel):
     seed: int = _main(0, "seed of the split, the classifier's start and the order", ge=0)
     search: int = _main(0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000)
     skip_bad: bool = _main(False, "leave unusable pictures out instead of stopping; they are listed in run.json")
+    tracker: Literal["tensorboard", "mlflow", "none"] = _main(
+        "tensorboard", "who is told of each epoch: files for TensorBoard in the run, MLflow at $MLFLOW_TRACKING_URI, or nobody"
+    )
     cache: bool = _main(True, "keep frozen features on disk (the same weights either way)")
 
     resize: Literal["squash", "crop"] = _fine("squash", "show the network the whole picture, or its centred square")
@@ -108,6 +111,9 @@ class TrainConfig(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
     compile: bool = _fine(False, "torch.compile for the training step: half a minute to start, then faster for some networks")
     engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
+    feature_dtype: Literal["auto", "float16", "float32"] = _fine(
+        "auto", "what frozen features are kept as: maps in float16 and vectors in float32, or all of them so"
+    )
     workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
 
     @field_validator("unfreeze", mode="before")

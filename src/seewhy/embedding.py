@@ -22,5 +22,6 @@ def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, worker
     """
     chosen = np.arange(len(images)) if indices is None else indices
     backbone = create_backbone(EMBEDDER, 2)
-    features = extract_features(images, chosen, 1, cut_backbone(backbone, 0), backbone.preprocessing, workers=workers, keep=keep)
+    cut = cut_backbone(backbone, 0)
+    features = extract_features(images, chosen, 1, cut, backbone.preprocessing, workers=workers, keep=keep, together=keep)
     return features.get(np.arange(len(chosen)))

@@ -184,7 +184,7 @@ def _onnx_engine(network: nn.Module, size: int, lanes: int) -> Engine:
         output: npt.NDArray[np.float32] = session.run(None, {name: squares})[0]
         return output
 
-    return Engine(run, lanes, IN_CACHE if lanes > 1 else None)
+    return Engine(run, lanes, IN_CACHE if lanes > 1 or options.intra_op_num_threads == 1 else None)
 
 
 ENGINES: dict[str, Callable[[nn.Module, int, int], Engine]] = {"onnx": _onnx_engine, "torch": _torch_engine}

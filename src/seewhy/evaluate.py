@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from seewhy import calibration, metrics
+from seewhy import calibration, metrics, world
 from seewhy.backbones import Backbone
 from seewhy.cutting import Cut, with_vector
-from seewhy.features import extract_features, take_rows
+from seewhy.features import extract_features
 from seewhy.images import ImageSet
 from seewhy.progress import progress
+from seewhy.store import StoredRows, take_rows
 
 TOP = 5
 HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
@@ -130,8 +131,11 @@ def evaluate_network(
     flip: bool = False,
     groups: npt.NDArray[np.int64] | None = None,
     temperature: float = 1.0,
+    kept: str = "auto",
 ) -> Evaluation:
     """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache.
+
+    Processes that train together share the pictures, and each gets all logits.
 
     flip: logits are the mean of those of the picture and of its mirror image.
     groups: (N,) numbers of the pictures at `indices`; None: each is a group of its own.
@@ -139,12 +143,15 @@ def evaluate_network(
     trained_whole = cut.trunk is None
     halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
     views = 2 if flip else 1  # view 1 is the mirrored one
-    features = extract_features(images, indices, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole)
+    mine = world.share(indices)
+    asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
+    features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
+    logits = np.mean([tail_logits(halves.tail, features.store, features.rows[:, view]) for view in range(views)], axis=0)
     return Evaluation(
         part=part,
         paths=tuple(str(images.paths[i]) for i in indices),
         labels=images.labels[indices],
-        logits=np.mean([tail_logits(halves.tail, features.store, features.rows[:, view]) for view in range(views)], axis=0),
+        logits=world.gathered(logits[: len(mine)], len(indices)),
         classes=images.classes,
         groups=np.arange(len(indices)) if groups is None else groups,
         temperature=temperature,
@@ -159,6 +166,7 @@ def classifier_vectors(
     engine: str = "auto",
     workers: int = 2,
     keep: bool = True,
+    kept: str = "auto",
 ) -> npt.NDArray[np.float32] | None:
     """(N, K) what the classifier reads of the pictures at `indices` (evaluation view); None where the network has no such vector."""
     trained_whole = cut.trunk is None
@@ -166,12 +174,17 @@ def classifier_vectors(
     if tail is None:
         return None
     halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
-    features = extract_features(images, indices, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole)
-    return tail_logits(halves.tail, features.store, features.rows[:, 0])[:, len(images.classes) :]
+    mine = world.share(indices)
+    asked = mine if len(mine) else indices[:1]
+    features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
+    vectors = tail_logits(halves.tail, features.store, features.rows[:, 0])[: len(mine), len(images.classes) :]
+    return world.gathered(vectors, len(indices))
 
 
 @torch.inference_mode()
-def tail_logits(tail: nn.Module, store: npt.NDArray[Any], rows: npt.NDArray[np.int64], batch: int = 128) -> npt.NDArray[np.float32]:
+def tail_logits(
+    tail: nn.Module, store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64], batch: int = 128
+) -> npt.NDArray[np.float32]:
     """(N, C) logits of stored features; `tail` runs in eval mode."""
     tail.eval()
     parts = []

@@ -1,4 +1,4 @@
-"""Frozen trunk x views -> Features: each picture's fixed part computed once and kept in a memory-mapped store."""
+"""Frozen trunk x views -> Features: each picture's fixed part computed once, by whichever process it falls to, and kept."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import errno
 import hashlib
 import itertools
 import json
-import mmap
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from seewhy import world
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.cutting import Cut
@@ -28,13 +25,13 @@ from seewhy.decoding import read_image
 from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet
-from seewhy.progress import LOG, progress
+from seewhy.progress import progress
+from seewhy.store import FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
 
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 3
-SYNC_S = 2.0  # of computing is the most that a kill or a power cut takes away
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Features:
     computed: how many (picture, view) pairs were computed now; the others came from the cache.
     """
 
-    store: npt.NDArray[Any]
+    store: npt.NDArray[Any] | StoredRows
     rows: npt.NDArray[np.int64]
     computed: int
 
@@ -55,119 +52,11 @@ class Features:
         return take_rows(self.store, self.rows[pictures, views])
 
 
-def take_rows(store: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """A float32 copy of some rows. Pages of a mapped file are let go at once, so that memory does not grow to its size.
-
-    They stay in the system's cache, from where the next epoch has them back.
-    """
-    taken = np.asarray(store[rows], dtype=np.float32)
-    mapped = getattr(store, "_mmap", None)  # numpy's name for the mmap object of a memmap
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-    return taken
-
-
-def stored_dtype(shape: Sequence[int]) -> type[np.float16] | type[np.float32]:
-    """Maps are kept in half precision (a quarter of a 224-pixel picture's float32 size), vectors in single.
-
-    What trains on pictures directly rounds the same way, so that cached or not is the same mathematics.
-    """
-    return np.float32 if len(shape) == 1 else np.float16
-
-
-# ---------------------------------------------------------------- the store
-
-
-class FeatureStore:
-    """A folder with rows.bin (features) and keys.bin (32 bytes a row: which picture and view).
-
-    Rows are on the disk before their keys, so whatever ends a run, every key has its row;
-    a tail without keys is cut off by the next writer. One writer at a time (a lock file).
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.folder = folder
-        self.shape = shape
-        self.dtype = np.dtype(stored_dtype(shape))
-        self.row_bytes = self.dtype.itemsize * int(np.prod(shape))
-
-    def keys(self) -> dict[bytes, int]:
-        """Key -> row of everything that is completely written."""
-        try:
-            data = (self.folder / "keys.bin").read_bytes()
-            complete = (self.folder / "rows.bin").stat().st_size // self.row_bytes
-        except FileNotFoundError:
-            return {}
-        count = min(len(data) // 32, complete)
-        return {data[32 * i : 32 * i + 32]: i for i in range(count)}
-
-    def open_rows(self) -> npt.NDArray[Any]:
-        """(R, *shape), memory-mapped, read-only."""
-        count = (self.folder / "rows.bin").stat().st_size // self.row_bytes
-        return np.memmap(self.folder / "rows.bin", dtype=self.dtype, mode="r", shape=(count, *self.shape))
-
-    def append(self, batches: Iterator[tuple[list[bytes], npt.NDArray[Any]]]) -> None:
-        """Adds rows under their keys; to be called under `lock()`.
-
-        Every SYNC_S seconds the rows are brought to the disk, and their keys after them: not even a power cut leaves a key
-        without its row. Whatever ends this keeps what was finished before; a full disk gets back what is of no use.
-        """
-        count = len(self.keys())
-        pending: list[bytes] = []
-        with open(self.folder / "rows.bin", "ab", buffering=0) as rows, open(self.folder / "keys.bin", "ab", buffering=0) as keys:
-            rows.truncate(count * self.row_bytes)
-            keys.truncate(count * 32)
-
-            def commit() -> None:
-                nonlocal count
-                os.fsync(rows.fileno())
-                _write_all(keys, b"".join(pending))
-                count += len(pending)
-                pending.clear()
-
-            committed = time.monotonic()
-            try:
-                for names, features in batches:
-                    _write_all(rows, np.ascontiguousarray(features, dtype=self.dtype).tobytes())
-                    pending += names
-                    if time.monotonic() - committed > SYNC_S:
-                        commit()
-                        committed = time.monotonic()
-            except OSError:
-                rows.truncate(count * self.row_bytes)
-                raise
-            except BaseException:
-                commit()
-                raise
-            commit()
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held by the one who writes; says so where another process has to be waited for."""
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            LOG.info("another process computes the same kind of features; waiting for it")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    """All of `data` to an unbuffered file; OSError where the disk is full, with as much written as it took."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
-
-
-def store_name(cut: Cut, preprocessing: Preprocessing, engine: str) -> str:
-    """The content key of a store: trunk weights, where it is cut, preprocessing, what computes, and format."""
+def store_name(cut: Cut, preprocessing: Preprocessing, engine: str, kept: str = "auto") -> str:
+    """The content key of a store: trunk weights, where it is cut, preprocessing, what computes, what it is kept as, and format."""
     assert cut.trunk is not None  # callers have a trunk, or nothing to store
     facts = {"format": FORMAT, "weights": weights_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(engine)}
-    facts |= preprocessing.as_dict()
+    facts |= preprocessing.as_dict() | ({} if kept == "auto" else {"kept": kept})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -188,39 +77,57 @@ def extract_features(
     engine: str = "auto",
     workers: int = 2,
     keep: bool = True,
+    kept: str = "auto",
+    together: bool = False,
 ) -> Features:
     """Features of `views` views of the pictures at `indices`; what the cache holds is not computed again.
 
     Interrupted at any moment, the finished rows are kept. `keep=False` leaves the disk alone and
-    holds the features in memory.
+    holds the features in memory. kept: see `stored_dtype`.
+    together: all processes of a training ask for the same, and each computes its share of it.
     """
     assert cut.trunk is not None
     engine = settled_engine(engine, len(images))
     shape = feature_shape(cut.trunk, preprocessing)
-    wanted = [row_key(images.hashes[i], v) for i in indices for v in range(views)]
+    wanted = as_keys([row_key(images.hashes[i], v) for i in indices for v in range(views)])
+
+    def compute(missing: npt.NDArray[np.bool_], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
+        assert cut.trunk is not None
+        jobs = _jobs(indices, wanted, missing, views)
+        mine = jobs if every else world.share(jobs)
+        return _compute(images, mine, cut.trunk, preprocessing, engine, workers, kept)
+
     if not keep:
-        todo = list(dict.fromkeys(wanted))
-        batches = _compute(images, indices, views, set(todo), cut.trunk, preprocessing, engine, workers)
-        place: dict[bytes, int] = {}
-        store = np.empty((len(todo), *shape), dtype=stored_dtype(shape))
-        for names, features in batches:
-            store[len(place) : len(place) + len(names)] = features
-            place.update({name: len(place) + k for k, name in enumerate(names)})
-        return Features(store, _rows(wanted, place, views), len(todo))
-    folder = cache_dir() / "features" / store_name(cut, preprocessing, engine)
+        unique, place = np.unique(wanted, return_inverse=True)
+        store = np.empty((len(unique), *shape), dtype=stored_dtype(shape, kept))
+        for names, features in compute(np.ones(len(wanted), dtype=bool), True):
+            store[np.searchsorted(unique, as_keys(names))] = features
+        return Features(store, place.reshape(-1, views), len(unique))
+    folder = cache_dir() / "features" / store_name(cut, preprocessing, engine, kept)
+    alone = not together or world.size() == 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        feature_store = FeatureStore(folder, shape)
-        try:  # without the lock, which another process may hold for long
-            rows = _rows(wanted, feature_store.keys(), views)
-            return Features(feature_store.open_rows(), rows, 0)
-        except (KeyError, FileNotFoundError):
-            pass
-        with feature_store.lock():
-            missing = set(wanted) - feature_store.keys().keys()  # another process may have written some meanwhile
-            if missing:
-                feature_store.append(_compute(images, indices, views, missing, cut.trunk, preprocessing, engine, workers))
-            return Features(feature_store.open_rows(), _rows(wanted, feature_store.keys(), views), len(missing))
+        feature_store = FeatureStore(folder, shape, kept)
+        rows = feature_store.find(wanted)
+        if world.total(float((rows < 0).any())) == 0 if together else (rows >= 0).all():  # without the lock, which may be held for long
+            return Features(feature_store.open_rows(), rows.reshape(-1, views), 0)
+        with feature_store.lock() if alone or world.leads() else nullcontext():
+            if not alone:
+                world.wait()  # the leader holds the lock for all
+            missing = feature_store.find(wanted) < 0  # another training may have written some meanwhile
+            if not alone:
+                world.wait()  # all have looked before anybody writes
+            if missing.any():
+                number, writers = (0, 1) if alone else (world.rank(), world.size())
+                feature_store.append(compute(missing, alone), number, writers)
+            if not alone:
+                world.wait()
+        rows = feature_store.find(wanted)
+        if (rows < 0).any():
+            raise OutputError(
+                f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"
+            )
+        return Features(feature_store.open_rows(), rows.reshape(-1, views), len(np.unique(wanted[missing])))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(
@@ -228,8 +135,19 @@ def extract_features(
         ) from error
 
 
-def _rows(wanted: list[bytes], place: dict[bytes, int], views: int) -> npt.NDArray[np.int64]:
-    return np.array([place[key] for key in wanted], dtype=np.int64).reshape(-1, views)
+def _jobs(
+    indices: npt.NDArray[np.int64], wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_], views: int
+) -> list[tuple[int, list[int]]]:
+    """(picture, its missing views) of each picture that lacks some; what occurs twice is computed once.
+
+    wanted, missing: (N * views,) the keys of the pictures at `indices`, view after view, and which of them no file has.
+    """
+    places = np.flatnonzero(missing)
+    first = places[np.unique(wanted[places], return_index=True)[1]]
+    todo: dict[int, list[int]] = {}
+    for place in np.sort(first):
+        todo.setdefault(int(place) // views, []).append(int(place) % views)
+    return [(int(indices[n]), numbers) for n, numbers in todo.items()]
 
 
 @torch.inference_mode()
@@ -242,24 +160,19 @@ def feature_shape(trunk: nn.Module, preprocessing: Preprocessing) -> tuple[int, 
 
 def _compute(
     images: ImageSet,
-    indices: npt.NDArray[np.int64],
-    views: int,
-    missing: set[bytes],
+    jobs: list[tuple[int, list[int]]],
     trunk: nn.Module,
     preprocessing: Preprocessing,
     engine: str,
     workers: int,
+    kept: str,
 ) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
     """Batches of (keys, features) of the missing views, each picture read once for all of its views."""
-    jobs: list[tuple[int, list[int]]] = []
-    claimed: set[bytes] = set()
-    for i in indices:
-        todo = [v for v in range(views) if (key := row_key(images.hashes[i], v)) in missing and key not in claimed]
-        claimed.update(row_key(images.hashes[i], v) for v in todo)
-        if todo:
-            jobs.append((int(i), todo))
-    run = make_engine(trunk, preprocessing, len(missing), engine)
-    dtype = stored_dtype(feature_shape(trunk, preprocessing))
+    count = sum(len(todo) for _, todo in jobs)
+    if not count:
+        return
+    run = make_engine(trunk, preprocessing, count, engine)
+    dtype = stored_dtype(feature_shape(trunk, preprocessing), kept)
 
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
@@ -276,7 +189,7 @@ def _compute(
         return [name for name, _ in batch], rounded(steady(run, np.stack([square for _, square in batch])), dtype)
 
     squares = itertools.chain.from_iterable(in_order(squares_of, jobs, workers))
-    with progress("features", len(missing)) as advance:
+    with progress("features", count) as advance:
         for names, features in in_order(features_of, in_batches(squares, BATCH), run.lanes, ahead=run.lanes):
             yield names, features
             advance(len(names))
@@ -287,7 +200,7 @@ def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[
     with np.errstate(over="ignore"):
         rounded = features.astype(dtype)
     if not np.isfinite(rounded).all() and np.isfinite(features).all():
-        raise OutputError("features of this network exceed half precision (65,504); train with --unfreeze 0 or all")
+        raise OutputError("features of this network exceed half precision (65,504); pass --set feature_dtype=float32")
     return rounded
 
 
@@ -303,6 +216,6 @@ def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]
     return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
 
 
-def round_like_stored(features: Tensor) -> Tensor:
+def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:
     """Rounds (N, *shape) features as the store does, and gives float32 back."""
-    return features.half().float() if stored_dtype(features.shape[1:]) is np.float16 else features.float()
+    return features.half().float() if stored_dtype(features.shape[1:], kept) is np.float16 else features.float()

@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from seewhy import world
 from seewhy.backbones import Backbone
 from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
 from seewhy.config import TrainConfig
@@ -38,6 +38,7 @@ from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.progress import LOG, progress
+from seewhy.tracking import make_loggers
 from seewhy.writing import whole_file
 
 SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
@@ -86,7 +87,7 @@ class FitModule(LightningModule):
         self.tail = StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail
         self.memory_format = best_memory_format(self.tail)
         self.tail.to(memory_format=self.memory_format)
-        self.below_tail = below_tail(backbone, cut, engine)
+        self.below_tail = below_tail(backbone, cut, engine, config.feature_dtype)
         self.full_batch_tail = (torch.compile(self.tail, dynamic=False) if config.compile else self.tail,)  # in a tuple, as above
         self.backbone = backbone
         self.config = config
@@ -105,7 +106,8 @@ class FitModule(LightningModule):
         self.train()
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch)  # dropout and mixing, also after a resume
+        # Dropout and mixing, also after a resume; each process has its own.
+        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch + world.rank() * 1_000_000_007)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
@@ -123,7 +125,13 @@ class FitModule(LightningModule):
         logits, targets = self(batch[0], batch[1])
         loss = self._loss(logits, targets)
         self._count("train", loss, logits, batch[1])
-        return loss
+        return loss if world.size() == 1 else loss * self._share_of_batch(targets)
+
+    def _share_of_batch(self, targets: Tensor) -> float:
+        """What makes the mean of all processes' gradients that of the whole batch, though their shares of it may differ by a picture."""
+        weighted = self.class_weights is not None and targets.ndim == 1
+        mine = float(self.class_weights[targets].sum()) if weighted and self.class_weights is not None else float(len(targets))
+        return mine * world.size() / world.total(mine)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, _ = self(batch[0])
@@ -141,7 +149,7 @@ class FitModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Validation runs after the last training batch of each epoch, and before any callback looks.
         for name, metric in self.metrics.items():
-            self.log(name, metric.compute())
+            self.log(name, metric.compute(), logger=False)  # HistoryKeeper tells the loggers
             metric.reset()
 
     def configure_optimizers(self) -> Any:
@@ -156,7 +164,7 @@ class FitModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
 
-def below_tail(backbone: Backbone, cut: Cut, engine: str) -> Callable[[Tensor], Tensor]:
+def below_tail(backbone: Backbone, cut: Cut, engine: str, kept: str = "auto") -> Callable[[Tensor], Tensor]:
     """(N, size, size, 3) uint8 squares -> what the tail reads: normalised pictures, or the features that a store would hold."""
     if cut.trunk is None:
         normalise = FromSquares(nn.Identity(), backbone.preprocessing)
@@ -167,7 +175,7 @@ def below_tail(backbone: Backbone, cut: Cut, engine: str) -> Callable[[Tensor], 
     def run() -> Any:
         return make_engine(trunk, backbone.preprocessing, 1, engine)
 
-    return lambda squares: round_like_stored(torch.from_numpy(steady(run(), squares.cpu().numpy()))).to(squares.device)
+    return lambda squares: round_like_stored(torch.from_numpy(steady(run(), squares.cpu().numpy())), kept).to(squares.device)
 
 
 def best_memory_format(tail: nn.Module) -> torch.memory_format:
@@ -289,6 +297,8 @@ class HistoryKeeper(Callback):
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row["seconds"] = round(time.perf_counter() - self.began, 3)
         self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
         if self.config.recipe != "linear" or (trainer.current_epoch + 1) % 10 == 0:
             LOG.info(
                 f"epoch {trainer.current_epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  "
@@ -312,7 +322,8 @@ class LastCheckpoint(Checkpoint):
         self.saved = -math.inf
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if time.monotonic() - self.saved >= SAVE_S or trainer.should_stop:
+        due = time.monotonic() - self.saved >= SAVE_S or trainer.should_stop
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ, and all save or none
             trainer.save_checkpoint(self.file)
             self.saved = time.monotonic()
 
@@ -349,7 +360,7 @@ def fit(
 ) -> Fit:
     """Trains the tail of `cut` in place and restores the weights of the best epoch.
 
-    config must be resolved. folder receives checkpoints and TensorBoard files; a checkpoint found
+    config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
     there is resumed from. The caller's random state is left as it was.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
@@ -357,6 +368,7 @@ def fit(
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
+    _check_shares(batch_size, len(val_data))
     train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
@@ -373,11 +385,14 @@ def fit(
         trainer = Trainer(
             max_epochs=epochs,
             accelerator="auto",
-            devices=1,
+            devices=world.local_size(),
+            num_nodes=world.size() // world.local_size(),
+            strategy="auto" if world.size() == 1 else "ddp",
+            use_distributed_sampler=False,  # EpochBatches deals out
             precision=config.precision,
             plugins=[WholeCheckpoints()],
             callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
-            logger=TensorBoardLogger(str(folder), name=None, version="tensorboard"),
+            logger=make_loggers(config, folder),
             default_root_dir=str(folder),
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -394,15 +409,25 @@ def fit(
     history = tuple(keeper.rows)
     if not history or not math.isfinite(history[-1]["train_loss"]):
         raise Diverged(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
-    best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
-    best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
-    module.cpu().load_state_dict(best)
+    if world.leads():
+        best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
+        best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
+        module.cpu().load_state_dict(best)
+    world.share_weights(list(module.cpu().state_dict().values()))
     if isinstance(module.tail, StandardisedLinear):
         module.tail.fold()
     backbone.model.to(memory_format=torch.contiguous_format).eval()
     cut.tail.eval()
     best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
     return Fit(history, best_epoch, time.perf_counter() - began)
+
+
+def _check_shares(batch_size: int, val_pictures: int) -> None:
+    """ConfigError where some process would have nothing to do."""
+    if world.size() > 1 and batch_size < 2 * world.size():
+        raise ConfigError(f"--batch-size {batch_size} is too small for {world.size()} processes; give each at least 2 pictures")
+    if val_pictures < world.size():
+        raise ConfigError(f"{val_pictures} validation pictures are too few for {world.size()} processes; use fewer --devices")
 
 
 def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:

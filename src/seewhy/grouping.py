@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from seewhy import world
 from seewhy.duplicates import group_numbers, near_pairs
 from seewhy.embedding import embed
 from seewhy.errors import ConfigError
@@ -30,8 +31,8 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
     if how == "exact":
         return None
     if how == "duplicates":
-        few = len(images) <= MANY
-        return group_numbers(len(images), near_pairs(images, embed(images, workers=workers, keep=keep) if few else None).pairs)
+        vectors = embed(images, workers=workers, keep=keep) if len(images) <= MANY else None
+        return world.of_leader(lambda: group_numbers(len(images), near_pairs(images, vectors).pairs))
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
     found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
     numbers: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from seewhy import world
 from seewhy.cache import cache_dir
 from seewhy.decoding import decode, read_bytes, upright_size
 from seewhy.errors import DataError, ImageError, OutputError
@@ -197,6 +198,9 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     pictures unless `skip_bad`.
     """
     listing = list_data(data, data_root)
+    if world.size() > 1:  # each process looks at its share, and finds in the record what the others saw
+        check_files(world.share(listing.paths), workers)
+        world.wait()
     checked = check_files(listing.paths, workers)
     bad = tuple((str(path), c.problem) for path, c in zip(listing.paths, checked, strict=True) if c.problem)
     if bad and not skip_bad:

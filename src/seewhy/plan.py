@@ -22,11 +22,12 @@ from seewhy.embedding import EMBEDDER
 from seewhy.engines import MANY as SIDE_BY_SIDE
 from seewhy.engines import Engine, make_engine, settled_engine
 from seewhy.errors import DataError
-from seewhy.features import EVAL_VIEW, feature_shape, render_view, stored_dtype
+from seewhy.features import EVAL_VIEW, feature_shape, render_view
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
 from seewhy.images import check_file, list_data
 from seewhy.shards import shard_of
+from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
@@ -73,7 +74,7 @@ class Cost:
 def cost_of(rates: Rates, config: TrainConfig, pictures: int, machines: int = 1) -> Cost:
     """What `seewhy train` of so many pictures costs. config must be resolved.
 
-    machines: that share the work on frozen features; what trains is on one of them.
+    machines: that share the work, each a process (`seewhy train --nodes`).
     """
     flips = 2 if config.test_flip else 1
     val, test = round(pictures * config.val_fraction), round(pictures * config.test_fraction)
@@ -90,10 +91,9 @@ def cost_of(rates: Rates, config: TrainConfig, pictures: int, machines: int = 1)
     if rates.features:
         seconds["features"] = max(0, views - (pictures if shared else 0)) / rates.features / machines
     each = 1 / rates.train + (0 if cached else 1 / below)
-    seconds["fit"] = epochs * (train * each + val / rates.answer + (0 if cached else val / below))
-    seconds["evaluation"] = (flips * (val + test) + min(REFERENCES, train) + val + test) / rates.answer
-    if not rates.features:
-        seconds["evaluation"] += flips * (val + test) / below
+    seconds["fit"] = epochs * (train * each + val / rates.answer + (0 if cached else val / below)) / machines
+    asked = (flips * (val + test) + min(REFERENCES, train) + val + test) / rates.answer
+    seconds["evaluation"] = (asked + (0 if rates.features else flips * (val + test) / below)) / machines
     seconds["report"] = REPORT_S
     embedder_rows = 1280 * 4 * pictures if grouped and not shared else 0
     disk = (views * rates.row_bytes if cached else 0) + embedder_rows + rates.weight_bytes
@@ -118,7 +118,7 @@ def measure_rates(paths: Sequence[Path], classes: int, config: TrainConfig, pict
     embed = _pipeline_rate(paths, trunk, embedder.preprocessing, engine, config.workers) if wanted else math.inf
     shape = feature_shape(cut.trunk, backbone.preprocessing) if cut.trunk is not None else ()
     train, answer = _tail_rates(backbone, cut, config, classes, shape)
-    row = int(np.prod(shape)) * np.dtype(stored_dtype(shape)).itemsize if shape else 0
+    row = int(np.prod(shape)) * np.dtype(stored_dtype(shape, config.feature_dtype)).itemsize if shape else 0
     weights = sum(value.numel() * value.element_size() for value in backbone.model.state_dict().values())
     return Rates(check, features, embed, train, answer, row, weights, psutil.Process().memory_info().rss)
 

@@ -68,6 +68,19 @@ def log_to(file: Path) -> Iterator[None]:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """No bars and no lines meanwhile."""
+    before = CONSOLE.quiet, LOG.level
+    CONSOLE.quiet = True
+    LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        CONSOLE.quiet = before[0]
+        LOG.setLevel(before[1])
+
+
+@contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields advance(count). A bar on a terminal; elsewhere, and in log files, a line every LINE_S seconds."""
     if total == 0:

@@ -126,6 +126,12 @@ class Run:
 
         return export_file(self, path, kind)[0]
 
+    def push(self, place: str | Path, public: bool = False) -> str:
+        """Copies the run to a folder that is not there yet, or to hf://USER/NAME; `seewhy.pull` makes it a run again."""
+        from seewhy.sharing import push
+
+        return push(self, place, public)
+
     def explain(
         self,
         pictures: Sequence[str | Path] | str | Path,

@@ -91,8 +91,10 @@ class OnnxModel:
         return float(known[precision])
 
 
-def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
+def load_onnx(source: Path | str | bytes, threads: int = 1, spin: bool = True) -> OnnxModel:
     """A file of `seewhy export`, or its bytes -> OnnxModel, each of whose answers takes `threads` cores.
+
+    spin: whether threads that have nothing to do keep their cores for a while, which is quickest where nobody else needs them.
 
     Raises RunError where it is missing, damaged, of another version, or not from seewhy.
     """
@@ -106,7 +108,7 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
             raise RunError(f"{name}: cannot be read ({error.strerror}); name a file of `seewhy export`") from error
     checked = check_graph(source, name, RANKS)
     try:
-        session = _session(checked, threads)
+        session = _session(checked, threads, spin)
     except Exception as error:  # onnxruntime raises types of its own
         raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
     try:
@@ -124,9 +126,10 @@ def load_onnx(source: Path | str | bytes, threads: int = 1) -> OnnxModel:
     return OnnxModel(name, session, tuple(output.name for output in outputs), facts)
 
 
-def _session(source: str | bytes, threads: int) -> Any:
+def _session(source: str | bytes, threads: int, spin: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = 3
     options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the bytes may claim to be
     options.enable_mem_pattern = False  # one would be kept for every size of picture

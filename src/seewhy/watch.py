@@ -155,7 +155,7 @@ class Meters:
         self.seconds = Histogram("seewhy_request_seconds", "Seconds from a request's head to the end of its answer", registry=self.registry)
         self.waiting = Gauge("seewhy_pictures_under_way", "Pictures received and not yet answered", registry=self.registry)
         self.batch = Gauge("seewhy_batch_pictures_mean", "Pictures a batch, mean of the last 10,000", registry=self.registry)
-        self.batch.set_function(lambda: float(np.mean(batcher.sizes)) if batcher.sizes else 0.0)
+        self.batch.set_function(lambda: float(np.mean(list(batcher.sizes) or [0])))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -174,6 +174,7 @@ class Watch:
             await self.app(scope, receive, send)
             return
         began = time.monotonic()
+        deadline = asyncio.get_running_loop().time() + self.limits.upload_s
         name = uuid.uuid4().hex[:12]
         scope.setdefault("state", {})["id"] = name
         status = 500
@@ -184,9 +185,9 @@ class Watch:
             nonlocal count, complete
             if complete:
                 return await receive()
-            left = self.limits.upload_s - (time.monotonic() - began)
             try:
-                message = await asyncio.wait_for(receive(), max(0.001, left))
+                async with asyncio.timeout_at(deadline):  # wait_for would make a task of every piece
+                    message = await receive()
             except TimeoutError:
                 raise Refused(408, "too_slow", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}) from None
             count += len(message.get("body", b""))

@@ -16,23 +16,24 @@ from typing import Any
 import numpy as np
 from filelock import Timeout
 
-from seewhy import __version__
+from seewhy import __version__, world
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
 from seewhy.calibration import answered_at, fit_temperature, threshold_for
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import DataError, OutputError, RunError, SeewhyError
+from seewhy.errors import ConfigError, DataError, OutputError, RunError, SeewhyError
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Diverged, Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import DATASETS, ImageSet, conflicting_duplicates, open_images
-from seewhy.progress import LOG, log_to
+from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
+from seewhy.tracking import check_tracker, tell_of_run, tracked
 from seewhy.unknowns import REFERENCES, References, sample_references
 from seewhy.writing import claim, harmless, harmless_path, whole_file
 
@@ -48,18 +49,47 @@ class Places:
     target: Path
 
 
-def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, **options: Any) -> Run:
+def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
     """Trains a classifier on a dataset or folder and returns the saved run.
 
     data: 'caltech101', 'scenes', or a folder of class folders. out: the run's folder (default runs/NAME).
-    resume: go on with an unfinished run of the same config. options: fields of TrainConfig.
+    resume: go on with an unfinished run of the same config. devices: processes that share the work. options: fields of TrainConfig.
     """
-    return train_run(make_config(data=str(data), **options), Path(out) if out is not None else None, resume)
+    config, place = make_config(data=str(data), **options), Path(out) if out is not None else None
+    if devices > 1:
+        from seewhy.launch import launch
+
+        return load(launch(config, place, resume, devices))
+    return train_run(config, place, resume)
 
 
 def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> Run:
-    """The same from a config. An error leaves nothing behind; an interruption leaves what `resume` needs."""
-    config = config.resolved()
+    """The same from a config. An error leaves nothing behind; an interruption leaves what `resume` needs.
+
+    Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, and the leading one writes.
+    """
+    with world.joined():
+        config = config.resolved()
+        if world.size() == 1:
+            return _train_claimed(config, out, resume)
+        if config.search:
+            raise ConfigError("--search tries its variants in one process; search there, then train with --config RUN/run.json")
+        if world.leads():
+            return _train_claimed(config, out, resume)
+        return _train_along(config)
+
+
+def _train_along(config: TrainConfig) -> Run:
+    """What the processes do that do not lead: their shares of the work; then they read the run that the leader has written."""
+    work, target, todo = (Path(text) for text in world.text_of_leader("").split("\n"))
+    if str(todo) != "finished":
+        with silent():  # the leader speaks for all
+            _train_in(Places(work, target), config)
+    world.wait()
+    return load(target)
+
+
+def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
@@ -67,14 +97,20 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
+        tell_of_run(places.target)  # what a tracker has missed
+        _tell_others(places, "finished")
         return finished
     check_request(config.backbone, config.weights)
+    check_tracker(config, resume)
     begun = places.work.exists()
     places, let_go = _open_work(places, config, resume, out is None)
     try:
-        with log_to(places.work / "log.txt"):
+        with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
-            return _train_in(places, config)
+            _tell_others(places, "train")
+            run = _train_in(places, config)
+        world.wait()
+        return run
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -84,6 +120,13 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         raise
     finally:
         let_go()
+
+
+def _tell_others(places: Places, todo: str) -> None:
+    """To the processes that were started with this one: where the run is made and will stand, and whether there is anything to do."""
+    world.text_of_leader(f"{places.work.absolute()}\n{places.target.absolute()}\n{todo}")
+    if todo == "finished":
+        world.wait()
 
 
 def _train_in(places: Places, config: TrainConfig) -> Run:
@@ -112,6 +155,8 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
+    if not world.leads():
+        return Run(places.target, config, images.classes, backbone, cut, {"metrics": {}})
     numbers = test.metrics
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -181,7 +226,8 @@ def evaluate_part(
 ) -> Evaluation:
     """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
     flip, own = bool(config.test_flip), None if groups is None else groups[indices]
-    return evaluate_network(backbone, cut, images, indices, part, config.engine, config.workers, config.cache, flip, own, temperature)
+    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
+    return evaluate_network(backbone, cut, images, indices, part, *how)
 
 
 # ---------------------------------------------------------------- places
@@ -313,7 +359,7 @@ def _write_run(
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
             **({"unknowns": strange[1]} if strange else {}),
             "metrics": metrics,
-            "hardware": hardware(),
+            "hardware": hardware() | ({"processes": world.size()} if world.size() > 1 else {}),
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
@@ -349,7 +395,7 @@ def _unknowns(
     """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
-    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache)
+    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
     if vectors is None:
         return None
     references = sample_references(vectors[: len(drawn)])

@@ -1,0 +1,125 @@
+"""TrainConfig x a number of processes -> a run that they train together, on this machine or on several, by PyTorch's elastic launcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from seewhy.config import TrainConfig, dump_config
+from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
+
+LOST = 75  # exit status of a process that found the others gone
+LINE = "seewhy"  # the key of an error file under which the line for the user stands
+
+
+def launch(
+    config: TrainConfig, out: Path | None, resume: bool = False, devices: int = 1, nodes: int = 1, rendezvous: str | None = None
+) -> Path:
+    """Starts `devices` processes here that train one run together, with those of the other machines where there are several.
+
+    rendezvous: host:port of one of the machines, the same on all of them. Returns the run's folder.
+    Raises the error of the process that failed first, after the others have been ended; what is finished is kept for `resume`.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from seewhy.workflow import choose_places
+
+    if nodes > 1 and (rendezvous is None or out is None):
+        raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")
+    target = choose_places(config.resolved(), out, resume).target
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happened is said in one line, below
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // devices)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(dump_config(config)), encoding="utf-8")
+        command = ["-m", "seewhy.launch", str(file), str(target), *(["--resume"] if resume else [])]
+        settings = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=devices,
+            run_id="seewhy",
+            rdzv_backend="c10d",
+            rdzv_endpoint=rendezvous or "localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
+        )
+        try:
+            elastic_launch(settings, sys.executable)(*command)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=lambda item: _guilt(item[1]))
+            raise _error_of(rank, devices * nodes, failure, target) from error
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+    return target
+
+
+def _cores() -> set[int]:
+    """Those that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _guilt(failure: Any) -> tuple[bool, bool, int]:
+    """Orders failures: who said why, then who was killed, then who merely missed the others; the earlier first."""
+    return LINE not in failure.error_file_data, failure.exitcode in (LOST, -signal.SIGTERM), failure.timestamp
+
+
+def _error_of(rank: int, size: int, failure: Any, target: Path) -> SeewhyError:
+    """What to raise for a process that failed: its own line, or how it was ended."""
+    said = failure.error_file_data.get(LINE)
+    if said:
+        return RunError(f"{said} (process {rank} of {size}; the others were ended)")
+    how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
+    more = ", for want of memory perhaps" if failure.exitcode == -9 else ""
+    return RunError(f"{target}: process {rank} of {size} {how}{more}; the others were ended, and the same command with --resume goes on")
+
+
+def _tell(text: str) -> None:
+    """Leaves a line for the process that started this one, where PyTorch's launcher looks for what a process failed of."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        found = {LINE: one_line(text), "message": {"message": one_line(text), "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(place).write_text(json.dumps(found), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """One of the processes: `launch` calls it with a config's file and the run's folder."""
+    from seewhy.config import make_config, read_config
+    from seewhy.progress import show_log_lines
+    from seewhy.workflow import train_run
+
+    file, target, *options = arguments
+    show_log_lines()
+    try:
+        train_run(make_config(**read_config(Path(file))), Path(target), "--resume" in options)
+    except SeewhyError as error:
+        _tell(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        return LOST
+    return 0
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it says no more than that another process does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
+if __name__ == "__main__":
+    from seewhy.cli import stop_on_signals
+
+    stop_on_signals()
+    sys.exit(main(sys.argv[1:]))

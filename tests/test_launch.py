@@ -1,0 +1,155 @@
+"""Two processes train what one would; one that dies ends all with one line, and another number of processes goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+import seewhy
+from seewhy import world
+from seewhy.errors import ConfigError, RunError
+from seewhy.fitting import _check_shares
+from seewhy.launch import _error_of, _guilt, launch
+from seewhy.store import FeatureStore, take_rows
+
+CLASSES = {"red": 31, "green": 33, "blue": 27}  # two processes divide none of the parts
+OPTIONS = {"backbone": "resnet18", "weights": "none", "size": 64, "group_by": "exact", "views": 1, "batch_size": 16, "lr": 0.0005}
+
+
+def command(*arguments: str) -> list[str]:
+    return [*arguments, *(text for name, value in OPTIONS.items() for text in ("--set", f"{name}={value}"))]
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def stored(cache: Path) -> dict[bytes, np.ndarray]:
+    """Key -> row of the one feature store in a cache."""
+    (folder,) = (cache / "features").iterdir()
+    store = FeatureStore(folder, (128, 8, 8))
+    numbers = store.keys()
+    return dict(zip(numbers, take_rows(store.open_rows(), np.array(list(numbers.values()))), strict=True))
+
+
+def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(CLASSES)
+    environment = {**os.environ, "SEEWHY_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "seewhy.cli"]
+    options = command("train", str(folder), "--epochs", "3", "--set", "unfreeze=2", "--out", str(tmp_path / "b"), "--json")
+    done = subprocess.run([*torchrun, *options], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)  # one process speaks for both
+    assert Path(said["run"]).resolve() == (tmp_path / "b").resolve()
+    monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "one"))
+    a = seewhy.train(folder, out=tmp_path / "a", epochs=3, unfreeze=2, **OPTIONS)
+    b = seewhy.load(tmp_path / "b")
+    assert b.manifest["hardware"]["processes"] == 2
+    assert a.manifest["split"]["hash"] == b.manifest["split"]["hash"]
+
+    # Each picture's features were computed once, by one of the two, and are those that one process computes.
+    ours, theirs = stored(tmp_path / "two"), stored(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    assert sorted(path.name for path in (tmp_path / "two").rglob("keys*.bin")) == ["keys-1.bin", "keys.bin"]
+    sizes = [path.stat().st_size // 32 for path in (tmp_path / "two").rglob("keys*.bin")]
+    assert sum(sizes) == len(ours)
+    assert abs(sizes[0] - sizes[1]) <= 2
+    for key, row in ours.items():
+        np.testing.assert_allclose(row, theirs[key], atol=2e-3, rtol=2e-3)
+
+    # On the same weights both count the same, each picture once.
+    for part in ("val", "test"):
+        assert b.metrics[part]["n"] == a.metrics[part]["n"]
+        assert b.metrics[part]["n"] % 2 == 1 or part == "test"
+        again = b.evaluate(part).metrics
+        for name in ("accuracy", "mean_per_class_accuracy", "macro_f1", "negative_log_likelihood"):
+            assert again[name] == pytest.approx(b.metrics[part][name], abs=1e-5), name
+    for row in history(b.path):
+        for part in ("val", "train"):
+            counted = float(row[f"{part}_accuracy"]) * a.manifest["split"][part]
+            if part == "val":  # in training, pictures of a short last batch wait for the next epoch
+                assert counted == pytest.approx(round(counted), abs=1e-4)
+    assert len(history(b.path)) == len(history(a.path)) == 3
+
+
+def test_a_process_that_dies_ends_all_and_another_number_goes_on(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(CLASSES)
+    monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache"))
+    options = command(
+        "train", str(folder), "--epochs", "300", "--set", "unfreeze=0", "--set", "patience=300", "--out", str(tmp_path / "run")
+    )
+    started = [sys.executable, "-m", "seewhy.cli", *options, "--devices", "2"]
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    last = tmp_path / ".run.partial" / "checkpoints" / "last.ckpt"
+    try:
+        until = time.monotonic() + 240
+        while not last.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "seewhy.launch" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGKILL)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    lines = [line for line in said.splitlines() if line.startswith("seewhy: ")]
+    assert len(lines) == 1, said
+    assert "was ended by SIGKILL" in lines[0]
+    assert "--resume" in lines[0]
+    assert "Traceback" not in said
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert not (tmp_path / "run").exists()
+
+    assert len(history_of(last)) >= 1
+    run = seewhy.train(
+        folder, out=tmp_path / "run", resume=True, epochs=300, unfreeze=0, patience=300, **OPTIONS
+    )  # one process, where there were two
+    rows = history(run.path)
+    assert [float(row["epoch"]) for row in rows] == [float(n) for n in range(1, 301)]
+
+
+def history_of(checkpoint: Path) -> list[dict[str, float]]:
+    import torch
+
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+    return next(state["rows"] for state in states.values() if "rows" in state)
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(world, "size", lambda: 3)
+    _check_shares(6, 3)
+    with pytest.raises(ConfigError, match="--batch-size 5 is too small for 3 processes"):
+        _check_shares(5, 3)
+    with pytest.raises(ConfigError, match="2 validation pictures are too few for 3 processes"):
+        _check_shares(32, 2)
+    from seewhy.config import make_config
+
+    with pytest.raises(ConfigError, match="--nodes needs --rendezvous"):
+        launch(make_config(data="scenes"), tmp_path / "run", nodes=2)
+
+
+def test_the_line_of_the_process_that_failed_first() -> None:
+    def failure(exitcode: int, timestamp: int, **data: str) -> SimpleNamespace:
+        return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, error_file_data=data, signal_name=lambda: "SIGKILL")
+
+    told, killed, lost, ended = failure(2, 9, seewhy="pictures: no such folder"), failure(-9, 8), failure(75, 5), failure(-15, 4)
+    assert sorted([ended, lost, killed, told], key=_guilt) == [told, killed, ended, lost]
+    assert str(_error_of(1, 2, told, Path("r"))) == "pictures: no such folder (process 1 of 2; the others were ended)"
+    found = _error_of(0, 4, killed, Path("r"))
+    assert isinstance(found, RunError)
+    assert str(found).startswith("r: process 0 of 4 was ended by SIGKILL, for want of memory perhaps; ")

@@ -1,0 +1,164 @@
+"""Rows come back under their keys, whatever ended the writing; in one file or several, by one writer or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seewhy import store as stores
+from seewhy.features import row_key
+from seewhy.store import FILE_BITS, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
+
+
+def batch(*numbers: int) -> tuple[list[bytes], np.ndarray]:
+    """Keys and rows (2 values each) of the given numbers."""
+    return [row_key(str(n), 0) for n in numbers], np.array([[n, n + 0.5] for n in numbers])
+
+
+def test_store_gives_back_its_rows_under_their_keys(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    assert store.keys() == {}
+    store.append(iter([batch(1, 2), batch(3)]))
+    store.append(iter([batch(4)]))
+    assert store.keys() == {row_key(str(n), 0): n - 1 for n in (1, 2, 3, 4)}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5], [4, 4.5]])
+    assert (tmp_path / "keys.bin").stat().st_size == 4 * 32
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * 2 * 4
+
+
+@pytest.mark.parametrize("extra", [3, 8, 11])  # half a row, a row, a row and a half without keys
+def test_rows_without_keys_are_dropped_and_overwritten(tmp_path: Path, extra: int) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2)]))
+    with (tmp_path / "rows.bin").open("ab") as rows:
+        rows.write(b"\xff" * extra)
+    assert len(store.keys()) == 2
+    store.append(iter([batch(3)]))
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [3, 3.5]])
+    assert store.keys()[row_key("3", 0)] == 2
+
+
+def test_truncated_keys_lose_only_the_cut_row(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2, 3)]))
+    keys = tmp_path / "keys.bin"
+    keys.write_bytes(keys.read_bytes()[:-5])
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
+    store.append(iter([batch(4)]))
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1, row_key("4", 0): 2}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5], [4, 4.5]])
+
+
+def test_keys_without_rows_do_not_count(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(1, 2, 3)]))
+    rows = tmp_path / "rows.bin"
+    rows.write_bytes(rows.read_bytes()[: 8 + 3])
+    assert store.keys() == {row_key("1", 0): 0}
+    store.append(iter([batch(2)]))
+    assert store.keys() == {row_key("1", 0): 0, row_key("2", 0): 1}
+    np.testing.assert_array_equal(store.open_rows(), [[1, 1.5], [2, 2.5]])
+
+
+def test_append_that_breaks_off_keeps_the_batches_before(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+
+    def two_batches_and_an_end() -> Iterator[tuple[list[bytes], np.ndarray]]:
+        yield batch(1, 2)
+        yield batch(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.append(two_batches_and_an_end())
+    assert len(store.keys()) == 3
+    store.append(iter([batch(4)]))
+    np.testing.assert_array_equal(store.open_rows()[:, 0], [1, 2, 3, 4])
+
+
+def test_maps_are_stored_in_half_and_vectors_in_single_precision(tmp_path: Path) -> None:
+    assert stored_dtype((512, 7, 7)) is np.float16
+    assert stored_dtype((101, 64)) is np.float16
+    assert stored_dtype((512,)) is np.float32
+    store = FeatureStore(tmp_path, (3, 2, 2))
+    store.append(iter([([row_key("1", 0)], np.full((1, 3, 2, 2), 1 / 3))]))
+    assert (tmp_path / "rows.bin").stat().st_size == 3 * 2 * 2 * 2
+    assert (store.open_rows() == np.float16(1 / 3)).all()
+
+
+def test_row_keys_are_of_picture_and_view() -> None:
+    keys = {row_key(picture, view) for picture in ("aa", "ab", "aa 1") for view in (0, 1, 10)}
+    assert len(keys) == 9
+    assert {len(key) for key in keys} == {32}
+
+
+def wanted(*numbers: int) -> np.ndarray:
+    return as_keys([row_key(str(n), 0) for n in numbers])
+
+
+def test_rows_are_found_by_key_in_any_order_and_number(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, (2,))
+    assert store.find(wanted(1, 2)).tolist() == [-1, -1]
+    store.append(iter([batch(1, 2, 3)]))
+    assert store.find(wanted(3, 9, 1, 3)).tolist() == [2, -1, 0, 2]
+    assert store.find(wanted()).tolist() == []
+
+
+def test_keys_are_compared_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "KEYS_AT_ONCE", 3)
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(*range(10))]))
+    assert store.find(wanted(*range(12))).tolist() == [*range(10), -1, -1]
+
+
+def test_a_full_file_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "FILE_BYTES", 3 * 8)  # of three rows
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(n) for n in range(7)]))
+    store.append(iter([batch(7), batch(8), batch(9)]))
+    assert sorted(file.name for file in tmp_path.glob("rows*")) == ["rows-1.bin", "rows-2.bin", "rows-3.bin", "rows.bin"]
+    rows = store.find(wanted(*range(10)))
+    assert (rows >> FILE_BITS).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    opened = store.open_rows()
+    assert isinstance(opened, StoredRows)
+    np.testing.assert_array_equal(take_rows(opened, rows[[8, 0, 5]]), [[8, 8.5], [0, 0.5], [5, 5.5]])
+    assert store.keys() == {row_key(str(n), 0): int(row) for n, row in enumerate(rows)}
+
+
+def test_two_writers_at_a_time_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "FILE_BYTES", 2 * 8)
+    store = FeatureStore(tmp_path, (2,))
+
+    def first() -> Iterator[tuple[list[bytes], np.ndarray]]:
+        yield batch(0, 2)
+        store.append(iter([batch(1), batch(3), batch(5)]), writer=1, writers=2)  # in the middle of the other's writing
+        yield batch(4)
+
+    store.append(first(), writer=0, writers=2)
+    rows = store.find(wanted(*range(6)))
+    assert (rows >> FILE_BITS).tolist() == [0, 1, 0, 1, 2, 3]
+    np.testing.assert_array_equal(take_rows(store.open_rows(), rows)[:, 0], range(6))
+    store.append(iter([batch(6)]))  # later alone: into the first of its files with room
+    assert store.find(wanted(6)).tolist() == [(2 << FILE_BITS) + 1]
+
+
+def test_a_writer_that_was_killed_in_a_later_file_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "FILE_BYTES", 2 * 8)
+    store = FeatureStore(tmp_path, (2,))
+    store.append(iter([batch(0, 1), batch(2)]))
+    (tmp_path / "keys-1.bin").write_bytes((tmp_path / "keys-1.bin").read_bytes()[:-1])
+    assert store.find(wanted(0, 1, 2)).tolist() == [0, 1, -1]
+    store.append(iter([batch(3)]))
+    assert store.find(wanted(2, 3)).tolist() == [-1, 1 << FILE_BITS]
+
+
+@pytest.mark.parametrize(("kept", "bytes_each"), [("auto", 4), ("float16", 2), ("float32", 4)])
+def test_vectors_are_kept_as_asked(tmp_path: Path, kept: str, bytes_each: int) -> None:
+    store = FeatureStore(tmp_path, (2,), kept)
+    store.append(iter([([row_key("1", 0)], np.array([[1 / 3, 1.0]]))]))
+    assert (tmp_path / "rows.bin").stat().st_size == 2 * bytes_each
+    taken = take_rows(store.open_rows(), np.array([0]))
+    assert taken.dtype == np.float32
+    np.testing.assert_array_equal(taken, [[np.float32(stored_dtype((2,), kept)(1 / 3)), 1.0]])
