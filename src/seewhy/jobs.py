@@ -25,18 +25,20 @@ from seewhy.decoding import decode
 from seewhy.engines import MANY, Engine, kept_engine, make_engine, steady
 from seewhy.errors import RunError
 from seewhy.explain import class_index, maps_both_ways
-from seewhy.features import EVAL_VIEW, feature_shape, render_view, rounded, stored_dtype
+from seewhy.features import EVAL_VIEW, feature_shape, render_view, rounded
 from seewhy.images import Checked, check_bytes
 from seewhy.metrics import softmax
 from seewhy.predict import answers_engine, as_predictions, logits_of
 from seewhy.predictions import Columns, Predictions
 from seewhy.run import Run, load
 from seewhy.runtime import OnnxModel, load_onnx
+from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
 
 Picture = tuple[str, bytes | str]  # name, and content or why there is none
 Bad = list[tuple[str, str]]  # name, reason
+MANY_ASKED = 1_000_000  # pictures that a job is made ready for; only "many" counts
 MOST_ROWS, MOST_BYTES = 8192, 32_000_000  # of a piece, so that no shard is too large
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # that are tried
 GAIN = 1.05  # what twice the batch has to be faster by, to be worth its memory
@@ -67,7 +69,7 @@ class Request:
     options: dict[str, Any]
 
 
-def make_work(request: Request, cores: int, pictures: int = 1_000_000) -> Work:
+def make_work(request: Request, cores: int, pictures: int = MANY_ASKED) -> Work:
     """Loads what is asked and makes ready to answer on so many cores. pictures: how many will be asked about, roughly."""
     return JOBS[request.job](Path(request.asked), request.options, cores, pictures)
 
@@ -178,7 +180,7 @@ def _predict(asked: Path, options: dict[str, Any], cores: int, pictures: int) ->
     return predict_work(run, options, cores, pictures)
 
 
-def predict_work(run: Run, options: dict[str, Any], cores: int, pictures: int = 1_000_000) -> Work:
+def predict_work(run: Run, options: dict[str, Any], cores: int, pictures: int = MANY_ASKED) -> Work:
     """The same of a run that is loaded already."""
     preprocessing = run.backbone.preprocessing
     forward, size = measured_batch(answers_engine(run, pictures), preprocessing.size)
@@ -264,7 +266,7 @@ def _features(asked: Path, options: dict[str, Any], cores: int, pictures: int) -
     backbone, cut = frozen_part(config, options["classes"])
     assert cut.trunk is not None  # the command refuses what has nothing frozen
     preprocessing, views = backbone.preprocessing, range(options["views"])
-    dtype = stored_dtype(feature_shape(cut.trunk, preprocessing))
+    dtype = stored_dtype(feature_shape(cut.trunk, preprocessing), config.feature_dtype)
     forward = make_engine(cut.trunk, preprocessing, max(pictures, MANY), options["engine"])
     if options["engine"] == "onnx":  # PyTorch's bits depend on the batch
         forward, _ = measured_batch(forward, preprocessing.size)
@@ -290,6 +292,20 @@ def _features(asked: Path, options: dict[str, Any], cores: int, pictures: int) -
 
 
 JOBS: dict[str, Callable[[Path, dict[str, Any], int, int], Work]] = {"predict": _predict, "explain": _explain, "features": _features}
+
+
+def prepared(job: str, asked: Path) -> Run | OnnxModel:
+    """What is asked, loaded once here: so that mistakes are told of before any worker starts, and the export of the network is at hand."""
+    if asked.suffix == ".onnx":
+        if job != "predict":
+            raise RunError(f"{asked}: an exported file answers, it does not explain pictures in numbers; pass its run")
+        return load_onnx(asked)
+    run = load(asked)
+    if job == "predict":
+        answers_engine(run, MANY_ASKED)
+    else:
+        kept_engine(run.engines["maps"], FeatureMaps(run.backbone.model), run.backbone.preprocessing, MANY_ASKED)
+    return run
 
 
 def asked_hash(asked: Path) -> str:

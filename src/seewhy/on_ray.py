@@ -6,12 +6,14 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from seewhy import errors
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
 from seewhy.jobs import Request, Work, asked_files, make_work
 from seewhy.progress import LOG
-from seewhy.scale import Outcome, outcomes_of
+from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
 from seewhy.sources import Source
 
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
@@ -83,6 +85,36 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
     except ImportError as error:
         raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: pip install 'seewhy[ray]'") from error
     own = not ray.is_initialized()
+    with _native_silence() if own else nullcontext():
+        yield from _connected(ray, cluster, own)
+
+
+@contextmanager
+def _native_silence() -> Iterator[None]:
+    """Ray's C++ writes warnings straight to descriptor 2: for a while that leads nowhere, and Python's stderr keeps the way out."""
+    kept = sys.stderr
+    try:
+        direct = kept.fileno() == 2
+    except (OSError, ValueError, AttributeError):  # somebody's own object, as notebooks have
+        direct = False
+    if not direct:
+        yield
+        return
+    kept.flush()
+    out = os.dup(2)
+    with open(os.devnull, "w") as nowhere, open(os.dup(out), "w", buffering=1, encoding=kept.encoding, errors=kept.errors) as ours:
+        os.dup2(nowhere.fileno(), 2)
+        sys.stderr = ours
+        try:
+            yield
+        finally:
+            ours.flush()
+            sys.stderr = kept
+            os.dup2(out, 2)
+            os.close(out)
+
+
+def _connected(ray: Any, cluster: Cluster, own: bool) -> Iterator[Any]:
     handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
     try:
         if own:
@@ -93,7 +125,9 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
                 ray.init(log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **options)
             except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
                 where = cluster.address or "this machine"
-                raise ConfigError(f"--address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`") from error
+                raise ConfigError(
+                    f"--address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`"
+                ) from error
             if threading.current_thread() is threading.main_thread():
                 for each, handler in handlers:
                     signal.signal(each, handler)
@@ -155,9 +189,7 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
             concurrency=count,
             num_cpus=cores,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
+        )  # Ray Data starts actors that died again, and gives them their work again, as often as it takes
         try:
             for row in data.iter_rows():
                 if row["error"]:
@@ -174,6 +206,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = getattr(error, "cause", None) or error.__cause__
 
 
-def engine_on_ray(cluster: Cluster) -> Callable[[Request, Sequence[Source]], Iterator[Outcome]]:
-    """An engine of `scale.answer_sources`."""
-    return partial(outcomes_on_ray, cluster)
+def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engine:
+    """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
+    if name == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError("--engine ray needs ray, which is not installed: pip install 'seewhy[ray]'")
+        return partial(outcomes_on_ray, Cluster(address, workers))
+    if name not in (None, "local"):
+        raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")
+    if address or workers:
+        raise ConfigError("--address and --ray-workers are for --engine ray; add it, or leave them out")
+    return outcomes_here

@@ -171,12 +171,16 @@ def answer_sources(request: Request, columns: Sequence[str], sources: Sequence[S
     record = {"seewhy": __version__, "asked": asked_hash(Path(request.asked)), "job": request.job, "options": request.options}
     with _claimed(out) as place:
         store = Store(place, record, list(columns))
-        store.open(own=not is_folder(out))
-        keys = _keys(sources)
-        _work_off(request, sources, keys, store, engine)
-        rows, bad = _finish(store, keys, out)
-        if not is_folder(out):
-            shutil.rmtree(place, ignore_errors=True)
+        whole = False
+        try:
+            store.open(own=not is_folder(out))
+            keys = _keys(sources)
+            _work_off(request, sources, keys, store, engine)
+            rows, bad = _finish(store, keys, out)
+            whole = True
+        finally:
+            if not is_folder(out) and (whole or not store.finished):
+                shutil.rmtree(place, ignore_errors=True)
     if bad and not rows:
         raise ImageError(f"none of {bad:,} pictures can be used; the reasons stand in {bad_place(out)}")
     return rows, bad
@@ -227,8 +231,8 @@ def _work_off(request: Request, sources: Sequence[Source], keys: Sequence[str], 
                 advance(int(outcome.last))
         finished = True
     finally:
-        if not finished:
-            done = sum(key in store.finished for key in keys)
+        done = sum(key in store.finished for key in keys)
+        if not finished and done:
             LOG.info(f"{done:,} of {len(sources):,} shards and blocks of files are done and kept; the same command goes on after them")
 
 

@@ -64,6 +64,14 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     return found
 
 
+def sources_of(paths: Sequence[Path]) -> list[Source]:
+    """Pictures of a dataset -> sources: the shards that hold some of them, and blocks of the plain files."""
+    shards = dict.fromkeys(inner[0] for path in paths if (inner := shard_of(path)))
+    plain = [path for path in paths if shard_of(path) is None]
+    found = [_source(_kind(str(shard)), [_found(shard)]) for shard in shards]
+    return found + [_source("files", [_found(path) for path in plain[n : n + BLOCK]]) for n in range(0, len(plain), BLOCK)]
+
+
 def _source(kind: str, files: Sequence[Found]) -> Source:
     text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

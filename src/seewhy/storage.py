@@ -144,7 +144,7 @@ def write_whole(place: str, data: bytes) -> None:
 
     with _reaching(place, OutputError):
         system, path, root = _opened(place)
-        if root.startswith("s3://") or root.startswith(("gs://", "gcs://")):  # an object is there when it is closed, not before
+        if root.startswith(("s3://", "gs://", "gcs://")):  # an object is there when it is closed, not before
             with system.open_output_stream(path) as file:
                 file.write(data)
             return
