@@ -86,7 +86,7 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
         raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: pip install 'seewhy[ray]'") from error
     own = not ray.is_initialized()
     with _native_silence() if own else nullcontext():
-        yield from _connected(ray, cluster, own)
+        yield from _connected(ray, cluster, own)  # with the `finally` that ends the cluster
 
 
 @contextmanager
