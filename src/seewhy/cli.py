@@ -16,7 +16,7 @@ import typer
 from seewhy import __version__
 from seewhy.cli_out import export, pull, push, serve
 from seewhy.cli_plan import show_plan
-from seewhy.cli_shared import JsonOption, print_json
+from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.cli_use import evaluate, explain, predict
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
@@ -112,6 +112,12 @@ def _plan(own: dict[str, Any], given: dict[str, Any]) -> None:
     show_plan(_config_of(own, given), own["pictures"], own["machines"], own["budget"], own["json"])
 
 
+def _features(own: dict[str, Any], given: dict[str, Any]) -> None:
+    from seewhy.cli_scale import fill_features
+
+    fill_features(_config_of(own, given), own["engine"], own["address"], own["ray_workers"], own["json"])
+
+
 def _option_type(annotation: Any) -> Any:
     """The command line's type of a field: flags stay bool, everything else is read by TrainConfig."""
     arguments = [a for a in get_args(annotation) if a is not type(None)]
@@ -185,12 +191,26 @@ PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("json", JsonOption, False),
 ]
 
+FEATURES_PARAMETERS: list[tuple[str, Any, Any]] = [
+    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="as for train, or an address of pictures")], None),
+    ("engine", EngineOption, "local"),
+    ("address", AddressOption, ""),
+    ("ray_workers", RayWorkersOption, 0),
+    ("config", ConfigOption, None),
+    ("set", SetOption, None),
+    ("json", JsonOption, False),
+]
+
 app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
     _with_train_options(TRAIN_PARAMETERS, _train)
 )
 app.command(
     "plan", help="Say what `train` with the same options will take: time, disk and memory, from rates measured on this machine now."
 )(_with_train_options(PLAN_PARAMETERS, _plan))
+
+app.command("features", help="Compute what `train` with the same options will read from the cache, here or on Ray.")(
+    _with_train_options(FEATURES_PARAMETERS, _features)
+)
 
 
 def call(arguments: list[str] | None = None) -> Any:

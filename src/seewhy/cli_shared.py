@@ -14,6 +14,18 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a sa
 PicturesArgument = Annotated[list[str], typer.Argument(metavar="PICTURES...", help="files, folders or patterns")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable pictures out instead of stopping")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="local or ray: shard by shard, for any number of pictures and for addresses such as s3://bucket/pictures")
+]
+AddressOption = Annotated[str, typer.Option(help="a Ray cluster that runs already: auto, or ray://HOST:10001 (default: one of its own)")]
+RayWorkersOption = Annotated[int, typer.Option(min=0, help="processes on Ray, each with a network (default: one a core, or one a GPU)")]
+
+
+def is_scaled(engine: str | None, pictures: list[str], out: str | None) -> bool:
+    """Whether to go shard by shard: asked for, or the only way, since an address is read or written, or a folder of parts."""
+    from seewhy.storage import is_address
+
+    return engine is not None or any(map(is_address, pictures)) or (out is not None and (is_address(out) or out.endswith("/")))
 
 
 def print_json(content: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seewhy.cli_shared import JsonOption, RunArgument, SkipBadOption, print_json
+from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
 
 
 def audit(
@@ -16,6 +16,9 @@ def audit(
     out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
     seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,
     skip_bad: SkipBadOption = False,
+    engine: EngineOption = None,
+    address: AddressOption = "",
+    ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
@@ -23,6 +26,10 @@ def audit(
     from seewhy.audit_page import save_audit
     from seewhy.images import open_images
 
+    if engine is not None:
+        from seewhy.cli_scale import fill_audit
+
+        fill_audit(data, data_root, engine, address, ray_workers)
     found = audit_images(open_images(data, data_root, skip_bad), seeds)
     written = save_audit(found, out)
     counts = found.summary()

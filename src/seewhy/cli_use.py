@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seewhy.cli_shared import JsonOption, PicturesArgument, RunArgument, SkipBadOption, print_json
+from seewhy.cli_shared import (
+    AddressOption,
+    EngineOption,
+    JsonOption,
+    PicturesArgument,
+    RayWorkersOption,
+    RunArgument,
+    SkipBadOption,
+    is_scaled,
+    print_json,
+)
 from seewhy.errors import one_line
 
 if TYPE_CHECKING:
@@ -49,7 +59,10 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run, or a file of `seewhy export`")],
     pictures: PicturesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
-    out: Annotated[Path | None, typer.Option(help="write the table here: .csv, .parquet or .json")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="write the table here: .csv, .parquet or .json; folder/ or address: parquet files"),
+    ] = None,
     abstain_below: Annotated[
         float | None, typer.Option(min=0, max=1, help="say nothing where the likeliest class is less probable than this")
     ] = None,
@@ -57,6 +70,9 @@ def predict(
         float | None, typer.Option(min=0, max=1, help="say nothing where answers would not be right so often; chosen on val")
     ] = None,
     skip_bad: SkipBadOption = False,
+    engine: EngineOption = None,
+    address: AddressOption = "",
+    ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
@@ -64,6 +80,11 @@ def predict(
 
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
+    if is_scaled(engine, pictures, out):
+        from seewhy.cli_scale import scaled_predict
+
+        scaled_predict(run, pictures, out, top_k, abstain_below, precision, engine, address, ray_workers, as_json)
+        return
     ask, least = _answering(run, skip_bad, precision)
     paths = find_pictures(pictures)
     least = abstain_below if least is None else least
@@ -73,7 +94,7 @@ def predict(
     else:
         from seewhy.parts import open_parts, request_of
 
-        with open_parts(out, request_of(run, paths, top_k=top_k, least=least, skip_bad=skip_bad)) as parts:
+        with open_parts(Path(out), request_of(run, paths, top_k=top_k, least=least, skip_bad=skip_bad)) as parts:
             for block in ask(paths, parts.done, parts.rows):
                 parts.add(block.columns(top_k, least), block.bad)
             blocks = list(parts.blocks()) if as_json else [({}, bad) for _, bad in parts.blocks()]
@@ -135,13 +156,26 @@ def explain(
         bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="the same for all methods: a table and a figure")] = False,
-    out: Annotated[Path, typer.Option(help="folder for the overlays, or for the table and figure of scores")] = Path("heatmaps"),
+    out: Annotated[
+        str,
+        typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
+    ] = "heatmaps",
+    engine: EngineOption = None,
+    address: AddressOption = "",
+    ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.run import load
 
     methods = method or ["gradcam"]
+    if is_scaled(engine, pictures, out):
+        from seewhy.cli_scale import scaled_explain
+
+        if score or compare or layer or shifts > 1 or len(methods) > 1:
+            raise typer.BadParameter("--engine takes one method and the last layer; leave --score, --compare, --layer and --shifts out")
+        scaled_explain(run, pictures, out, methods[0], target, against, engine, address, ray_workers, as_json)
+        return
     if score or compare:
         if target is not None or against is not None:
             raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")
@@ -151,7 +185,7 @@ def explain(
         methods = method or list(COMPARED) if compare else methods
         table = loaded.score_methods(pictures, methods, layer or (), shifts)
         sanity = loaded.sanity_check(pictures, methods, layer or ())
-        written = save_scores(table, sanity, out)
+        written = save_scores(table, sanity, Path(out))
         if as_json:
             print_json({"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")})
             return

@@ -170,7 +170,7 @@ def explain(
         batches = in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)
         for ways in in_order(ways_of, batches, forward.lanes, ahead=forward.lanes):
             given = wanted[done : done + len(ways[0])] if wanted is not None else None
-            found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else _both_ways(maps_of, ways, given)
+            found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else maps_both_ways(maps_of, ways, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
@@ -187,7 +187,7 @@ def explain(
     )
 
 
-def _both_ways(
+def maps_both_ways(
     maps_of: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ways: list[torch.Tensor],
     given: torch.Tensor | None,

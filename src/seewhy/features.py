@@ -186,7 +186,7 @@ def _compute(
         return [(row_key(images.hashes[i], v), square) for v, square in squares.items()]
 
     def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
-        return [name for name, _ in batch], _rounded(steady(run, np.stack([square for _, square in batch])), dtype)
+        return [name for name, _ in batch], rounded(steady(run, np.stack([square for _, square in batch])), dtype)
 
     squares = itertools.chain.from_iterable(in_order(squares_of, jobs, workers))
     with progress("features", count) as advance:
@@ -195,7 +195,8 @@ def _compute(
             advance(len(names))
 
 
-def _rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
+def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
+    """Features as the store keeps them. Raises OutputError where they do not fit half precision."""
     with np.errstate(over="ignore"):
         rounded = features.astype(dtype)
     if not np.isfinite(rounded).all() and np.isfinite(features).all():

@@ -28,6 +28,7 @@ from seewhy.shards import SOUGHT, find_shards, is_shard, members, stamp
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
+COLUMNS = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"  # of the record
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 
 
@@ -90,6 +91,11 @@ def check_file(path: Path) -> Checked:
         data = read_bytes(path)
     except OSError as error:
         return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
+    return check_bytes(data)
+
+
+def check_bytes(data: bytes) -> Checked:
+    """Hash and fully decode the content of one file."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data)
@@ -124,11 +130,22 @@ def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
         raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
 
 
+def record_checked(paths: Sequence[Path], checked: Sequence[Checked]) -> None:
+    """Keeps what was found elsewhere of these files, so that `check_files` need not look at them. Raises OutputError."""
+    file = cache_dir() / RECORD
+    rows = [(_stat_key(path), *astuple(each)) for path, each in zip(paths, checked, strict=True) if each.sha256]
+    try:
+        with closing(sqlite3.connect(file, timeout=60)) as record, record:
+            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
+            record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    except (sqlite3.Error, OSError) as error:
+        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
+
+
 def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checked]:
     stats = [_stat_key(path) for path in paths]
     with closing(sqlite3.connect(file, timeout=60)) as record:
-        columns = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"
-        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({columns})")
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
         known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, stats)}
         todo = [i for i, key in enumerate(stats) if key not in known]
         with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:

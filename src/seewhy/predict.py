@@ -42,6 +42,25 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
     )
 
 
+def answers_engine(run: Run, pictures: int, engine: str = "auto") -> Engine:
+    """What gives logits (N, C) of squares and, where the run can tell what it does not know, the vectors behind them (N, C + K)."""
+    network = run.backbone.model
+    kind, model = ("network", network) if run.references is None else ("answers", WithVector(network, network))
+    return kept_engine(run.engines[kind], model, run.backbone.preprocessing, pictures, engine)
+
+
+def logits_of(run: Run, forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """What `forward` of `answers_engine` says of (N, size, size, 3) squares, over both directions where the run answers so."""
+    return both_ways(forward, squares, len(run.classes)) if run.config.test_flip else forward(squares)
+
+
+def as_predictions(run: Run, paths: Sequence[str], scores: npt.NDArray[np.float32], bad: Sequence[tuple[str, str]]) -> Predictions:
+    """`logits_of` N pictures -> their Predictions."""
+    classes = len(run.classes)
+    probs = softmax(scores[:, :classes] / run.temperature)
+    return Predictions(tuple(paths), probs, run.classes, _unknown(run, scores[:, classes:]), tuple(bad))
+
+
 def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """(N, K) -> (N,) which look like nothing known; none where the run cannot tell (K = 0)."""
     if run.references is None or not vectors.size:
@@ -75,9 +94,7 @@ def answer_files(
     """The same of these very files, from the one at `begin` on; `kept` of those before could be used."""
     preprocessing = run.backbone.preprocessing
     classes = len(run.classes)
-    network = run.backbone.model
-    kind, model = ("network", network) if run.references is None else ("answers", WithVector(network, network))
-    forward = kept_engine(run.engines[kind], model, preprocessing, len(paths), engine)
+    forward = answers_engine(run, len(paths), engine)
 
     def square_or_reason(path: Path) -> npt.NDArray[np.uint8] | str:
         try:
@@ -93,7 +110,7 @@ def answer_files(
         reasons = [(path, square if isinstance(square, str) else None) for path, square in batch]
         if not good or (bad and not skip_bad):  # then the list is all that will be said
             return reasons, np.empty((0, classes), dtype=np.float32)
-        return reasons, both_ways(forward, np.stack(good), classes) if run.config.test_flip else forward(np.stack(good))
+        return reasons, logits_of(run, forward, np.stack(good))
 
     with progress("predicting", len(paths) - begin) as advance:
         left = paths[begin:]
@@ -112,12 +129,6 @@ def answer_files(
             kept += len(names)
             if skip_bad or not bad:
                 scores = np.concatenate(answers) if answers else np.empty((0, classes), dtype=np.float32)
-                yield Predictions(
-                    paths=tuple(names),
-                    probs=softmax(scores[:, :classes] / run.temperature),
-                    classes=run.classes,
-                    unknown=_unknown(run, scores[:, classes:]),
-                    bad=tuple(bad[before:]),
-                )
+                yield as_predictions(run, names, scores, bad[before:])
     if bad and (not skip_bad or not kept):
         raise refuse_bad(bad, len(paths), kept)

@@ -1,0 +1,338 @@
+"""The same work here and on Ray: equal answers, nothing lost and nothing doubled when a worker dies, resumed by shard."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
+from PIL import Image
+
+from seewhy import cli, jobs
+from seewhy.engines import Engine
+from seewhy.errors import ConfigError, ImageError, OutputError
+from seewhy.jobs import Request, choose_batch, measured_batch
+from seewhy.on_ray import engine_named, shares
+from seewhy.run import Run
+from seewhy.scale import Outcome, answer_sources, bad_place, columns_of, outcomes_here
+from seewhy.sources import Source, find_sources
+
+SHARDS, EACH = 12, 1000  # pictures for Ray
+OPTIONS: dict[str, Any] = {"top_k": 3, "least": None}
+COLUMNS = columns_of("predict", OPTIONS, 6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return saved_cheap_run(tmp_path_factory.mktemp("saved") / "run", size=32)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12,000 pictures, three of them spoiled."""
+    folder, contents = tmp_path_factory.mktemp("shards") / "pictures", jpegs(250)
+    for shard in range(SHARDS):
+        rows = contents * (EACH // len(contents))
+        if shard % 4 == 1:
+            rows[77] = b"no picture"
+        write_parquet(folder / f"{shard:02d}.parquet", rows, shard * EACH)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of 60 and 40 pictures, of which one is spoiled, and 20 plain files."""
+    folder, contents = tmp_path_factory.mktemp("few"), jpegs(60)
+    write_tar(folder / "shards" / "a.tar", [*contents[:59], b"spoiled"])
+    write_parquet(folder / "shards" / "b.parquet", contents[:40])
+    (folder / "plain").mkdir()
+    for n, data in enumerate(contents[:20]):
+        (folder / "plain" / f"{n:02d}.jpg").write_bytes(data)
+    return folder
+
+
+def request_for(run: Run) -> Request:
+    return Request("predict", str(run.path), OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def local_answers(run: Run, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("local") / "answers.parquet"
+    assert answer_sources(request_for(run), COLUMNS, find_sources([shards]), str(out), outcomes_here) == (SHARDS * EACH - 3, 3)
+    return pq.read_table(out).to_pandas()
+
+
+# ---------------------------------------------------------------- the batch size
+
+
+def test_batch_size_is_the_smallest_that_is_as_fast() -> None:
+    assert choose_batch([(1, 10.0), (2, 18.0), (4, 30.0), (8, 31.0), (16, 29.0)]) == 4
+    assert choose_batch([(1, 10.0), (2, 9.0), (4, 30.0), (8, 40.0)]) == 8
+    assert choose_batch([(1, 10.0)]) == 1
+    assert choose_batch([(1, 100.0), (2, 103.0), (4, 104.0), (8, 109.0)]) == 8  # small gains that add up
+
+
+def test_batch_size_is_measured_until_memory_is_out() -> None:
+    def forward(squares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if len(squares) > 16:
+            raise MemoryError
+        time.sleep(0.005)  # whatever the batch
+        return np.zeros((len(squares), 2), dtype=np.float32)
+
+    engine, size = measured_batch(Engine(forward, 1, None), 8)
+    assert size == engine.batch == 16
+
+
+def test_shares_of_a_cluster() -> None:
+    assert shares({"CPU": 2.0}, 0, 100) == (2, 1, 0)
+    assert shares({"CPU": 16.0}, 4, 100) == (4, 4, 0)
+    assert shares({"CPU": 16.0, "GPU": 2.0}, 0, 100) == (2, 8, 1)
+    assert shares({"CPU": 16.0}, 0, 3) == (3, 5, 0)
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def test_answers_are_those_of_predict(run: Run, few: Path, tmp_path: Path) -> None:
+    inputs = [few / "plain", few / "shards"]
+    out = str(tmp_path / "answers.parquet")
+    assert answer_sources(request_for(run), COLUMNS, find_sources(inputs), out, outcomes_here) == (119, 1)
+    found, wanted = pq.read_table(out).to_pandas(), run.predict(inputs, skip_bad=True).table(3)
+    assert list(found.columns) == list(wanted.columns) == COLUMNS
+    assert found["path"].tolist() == wanted["path"].tolist()
+    assert found["class_1"].tolist() == wanted["class_1"].tolist()
+    np.testing.assert_allclose(found["prob_1"], wanted["prob_1"], atol=1e-6)
+    (bad,) = pq.read_table(bad_place(out)).to_pylist()
+    assert bad == {"path": str(few / "shards" / "a.tar" / "b" / "00059.jpg"), "reason": "not an image"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.bad.parquet", "answers.parquet"]
+
+
+def test_exported_file_answers_alike(demo_run: Run, demo_onnx: Path, few: Path, tmp_path: Path) -> None:
+    tables = []
+    for asked in (demo_run.path, demo_onnx):
+        out = str(tmp_path / f"{asked.stem}.parquet")
+        answer_sources(Request("predict", str(asked), OPTIONS), COLUMNS, find_sources([few / "plain"]), out, outcomes_here)
+        tables.append(pq.read_table(out).to_pandas())
+    assert tables[0]["class_1"].tolist() == tables[1]["class_1"].tolist()
+    np.testing.assert_allclose(tables[0]["prob_1"], tables[1]["prob_1"], atol=1e-4)
+
+
+def test_goes_on_after_the_shards_that_are_done(run: Run, few: Path, tmp_path: Path) -> None:
+    sources, out = find_sources([few / "plain", few / "shards"]), str(tmp_path / "answers.csv")
+
+    def stopped(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        for number, outcome in enumerate(outcomes_here(request, left)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield outcome
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_sources(request_for(run), COLUMNS, sources, out, stopped)
+    assert not Path(out).exists()
+    asked: list[Source] = []
+
+    def watched(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        asked.extend(left)
+        return outcomes_here(request, left)
+
+    assert answer_sources(request_for(run), COLUMNS, sources, out, watched) == (119, 1)
+    assert asked == sources[2:]
+    assert len(Path(out).read_text().splitlines()) == 120
+    assert not (tmp_path / ".answers.csv.parts").exists()
+
+
+def test_pieces_that_come_twice_are_kept_once(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a source whose worker died half-way gives: its first pieces again, then all of them."""
+    monkeypatch.setattr(jobs, "MOST_ROWS", 32)
+    sources, out = find_sources([few / "shards"]), str(tmp_path / "answers.parquet")
+
+    def again(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        outcomes = list(outcomes_here(request, left))
+        assert len(outcomes) == 4  # 60 and 40 pictures, 32 at most in a piece
+        yield from (outcomes[0], outcomes[2], outcomes[0], outcomes[1], outcomes[2], outcomes[3])
+
+    assert answer_sources(request_for(run), COLUMNS, sources, out, again) == (99, 1)
+    assert len(set(pq.read_table(out).column("path").to_pylist())) == 99
+
+
+def test_a_folder_of_parts_takes_new_shards_and_no_other_request(run: Run, few: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/answers/"
+    sources = find_sources([few / "shards"])
+    assert answer_sources(request_for(run), COLUMNS, sources[:1], out, outcomes_here) == (59, 1)
+    asked: list[Source] = []
+
+    def watched(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        asked.extend(left)
+        return outcomes_here(request, left)
+
+    assert answer_sources(request_for(run), COLUMNS, sources, out, watched) == (99, 1)
+    assert asked == sources[1:]
+    assert len(pq.read_table(out)) == 99  # a dataset that any reader of parquet knows
+    other = replace(request_for(run), options={"top_k": 1, "least": None})
+    with pytest.raises(OutputError, match="holds answers to another request"):
+        answer_sources(other, COLUMNS, sources, out, outcomes_here)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(OutputError, match="holds other files"):
+        answer_sources(request_for(run), COLUMNS, sources, f"{tmp_path}/mine/", outcomes_here)
+
+
+def test_from_address_to_address(run: Run, few: Path) -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/scale-in/a.tar", (few / "shards" / "a.tar").read_bytes())
+    sources = find_sources(["memory://scale-in/*.tar"])
+    assert answer_sources(request_for(run), COLUMNS, sources, "memory://scale-out/answers", outcomes_here) == (59, 1)
+    names = sorted(Path(name).name for name in system.ls("/scale-out/answers", detail=False))
+    assert names[:2] == ["_bad.parquet", "_seewhy.json"]
+    table = pq.read_table(io.BytesIO(system.cat(f"/scale-out/answers/{names[2]}")))
+    assert table.column("path")[0].as_py() == "memory://scale-in/a.tar/a/00000.jpg"
+
+
+def test_only_bad_pictures_give_no_table(run: Run, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [b"x", b"y"])
+    with pytest.raises(ImageError, match=r"none of 2 pictures can be used; the reasons stand in .*answers.bad.parquet"):
+        answer_sources(request_for(run), COLUMNS, find_sources([shard]), str(tmp_path / "answers.parquet"), outcomes_here)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "answers.bad.parquet"]
+
+
+def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "maps.parquet"
+    command = ["explain", str(run.path), str(few / "plain"), "--engine", "local", "--out", str(out), "--json"]
+    assert cli.run_guarded(lambda: cli.call(command)) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "pictures": 20, "left_out": 0, "bad": None}
+    rows, wanted = pq.read_table(out).to_pylist(), run.explain([few / "plain"])
+    for n, row in enumerate(rows):
+        found = np.asarray(Image.open(io.BytesIO(row["heatmap"]))) / 255
+        np.testing.assert_allclose(found, wanted.maps[n], atol=0.003)
+        assert row["class"] == wanted.classes[wanted.targets[n]]
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_features_leave_nothing_for_train_to_compute(
+    make_folder: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from seewhy import features, images
+    from seewhy.batches import training_data
+    from seewhy.config import make_config
+    from seewhy.grouping import group_pictures
+    from seewhy.images import open_images
+    from seewhy.split import split_images
+
+    data = make_folder({"cat": 12, "dog": 12})
+    options = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--json"]
+    assert cli.run_guarded(lambda: cli.call(["features", str(data), *options])) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first == {"pictures": 24, "left_out": 0, "computed": 24 * 2 + 24}  # two views, and the embedder's own size
+    assert cli.run_guarded(lambda: cli.call(["features", str(data), *options])) == 0
+    assert json.loads(capsys.readouterr().out)["computed"] == 0
+
+    def refused(*given: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(features, "_compute", refused)
+    monkeypatch.setattr(images, "check_file", refused)
+    found = open_images(str(data))
+    assert group_pictures(found) is not None
+    config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
+    training_data(found, split_images(found, "ratio", 0), *jobs.frozen_part(config, 2), config)  # all that `train` extracts
+    assert cli.run_guarded(lambda: cli.call(["audit", str(data), "--engine", "local", "--out", str(tmp_path / "audit"), "--json"])) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 24
+    assert cli.run_guarded(lambda: cli.call(["features", str(data), "--unfreeze", "all"])) == 2
+    assert "nothing to keep" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- on Ray
+
+
+def test_without_ray_or_with_a_wrong_engine_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="use local or ray"):
+        engine_named("spark")
+    with pytest.raises(ConfigError, match="are for --engine ray"):
+        engine_named("local", "auto")
+    monkeypatch.setattr("seewhy.on_ray.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'seewhy\[ray\]'"):
+        engine_named("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two workers of this machine, for all tests."""
+    ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'seewhy[ray]'")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=50, object_store_memory=200_000_000)
+    yield
+    ray.shutdown()
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of this test's cluster that answer."""
+    ours = psutil.Process().children(recursive=True)
+    return [process for process in ours if process.is_running() and "Answerer" in " ".join(process.cmdline())]
+
+
+def test_a_killed_worker_costs_nothing(cluster: None, run: Run, shards: Path, local_answers: Any, tmp_path: Path) -> None:
+    """12,000 pictures on two workers, one of which is killed when the first shard is done: the local engine's table all the same."""
+    killed: list[int] = []
+    on_ray = engine_named("ray", workers=2)
+
+    def disturbed(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        for outcome in on_ray(request, left):
+            if not killed:
+                victim = workers()[0]
+                killed.append(victim.pid)
+                victim.send_signal(signal.SIGKILL)
+            yield outcome
+
+    out = str(tmp_path / "answers.parquet")
+    assert answer_sources(request_for(run), COLUMNS, find_sources([shards]), out, disturbed) == (SHARDS * EACH - 3, 3)
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    found = pq.read_table(out).to_pandas()
+    assert found["path"].tolist() == local_answers["path"].tolist()
+    assert found["path"].is_unique
+    assert found["class_1"].tolist() == local_answers["class_1"].tolist()
+    np.testing.assert_allclose(found["prob_1"], local_answers["prob_1"], atol=1e-6)
+    reasons = pq.read_table(bad_place(out)).to_pylist()
+    assert reasons == [{"path": f"{shards}/{shard:02d}.parquet/000077.jpg", "reason": "not an image"} for shard in (1, 5, 9)]
+
+
+def test_what_workers_refuse_is_told_in_its_own_words(cluster: None, few: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "run"
+    damaged.mkdir()
+    (damaged / "run.json").write_text("{}")
+    with pytest.raises(jobs.RunError, match=r"run\.json: damaged"):
+        list(engine_named("ray", workers=1)(Request("predict", str(damaged), OPTIONS), find_sources([few / "plain"])))
+
+
+def test_a_stopped_request_goes_on_on_ray(cluster: None, run: Run, few: Path, tmp_path: Path) -> None:
+    sources, out = find_sources([few / "plain", few / "shards"]), str(tmp_path / "answers.parquet")
+    on_ray = engine_named("ray", workers=1)
+
+    def stopped(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        yield next(iter(on_ray(request, left)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_sources(request_for(run), COLUMNS, sources, out, stopped)
+    asked: list[Source] = []
+
+    def watched(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+        asked.extend(left)
+        return on_ray(request, left)
+
+    assert answer_sources(request_for(run), COLUMNS, sources, out, watched) == (119, 1)
+    assert len(asked) == 2
