@@ -66,7 +66,8 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _reaching(place: str, kind: type[DataError] | type[OutputError] = DataError) -> Iterator[None]:
-    """What file systems raise -> one line."""
+    """What file systems raise -> one line, without the address's options, which may hold what nobody else should read."""
+    place = place.partition("?")[0] if is_address(place) else place
     try:
         yield
     except FileNotFoundError as error:
