@@ -1,0 +1,139 @@
+"""How much of the local engine's rate does Ray keep on the same cores, and does memory stay when the pictures get ten times as many?
+
+    python benchmarks/scale.py --data-root DIR [--pictures 10000] [--rounds 3]     pictures of Caltech-101, into results.json
+    python benchmarks/scale.py --quick                                             demo pictures, one JSON line
+
+Pictures of 64 pixels in tar shards of 1,000 (made as benchmarks/growth.py makes them), asked about by `seewhy predict RUN SHARDS` with
+`--engine local` and `--engine ray` (two workers), in turn, into one parquet file; efficientnet_lite0 at 64 pixels. Then both once with ten
+times as many. Rate: by what the larger number takes longer than the smaller, so that starting is not in it; the whole command stands beside it.
+Memory: anonymous pages of the command and everything it started, the most at a time. The figures stand in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import growth
+import psutil
+from common import record, seewhy
+
+SIDE = 64
+ENGINES = ("local", "ray")
+
+
+def measure_all(arguments: list[str]) -> dict[str, float]:
+    """Wall seconds of a command, and the most anonymous memory in GB that it and its descendants had at a time (seen 5 times a second)."""
+    began = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    most, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.2):
+            try:
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            except psutil.Error:
+                return
+            most = max(most, sum(_anonymous_kib(member.pid) for member in family))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    status = process.wait()
+    ended.set()
+    watcher.join()
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} ended with status {status}")
+    return {"seconds": time.perf_counter() - began, "own_gb": most / 2**20}
+
+
+def _anonymous_kib(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def same_table(a: Path, b: Path) -> bool:
+    """Whether both hold the same pictures in the same order with the same classes, and probabilities within 1e-6."""
+    import numpy as np
+    import pandas as pd
+
+    left, right = pd.read_parquet(a), pd.read_parquet(b)
+    return left[["path", "class_1"]].equals(right[["path", "class_1"]]) and bool(np.allclose(left["prob_1"], right["prob_1"], atol=1e-6))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="demo pictures, one round")
+    arguments = parser.parse_args()
+    from seewhy.cli import train_from_arguments
+    from seewhy.images import open_images
+
+    data = "scenes" if arguments.quick else "caltech101"
+    count, rounds = (480, 1) if arguments.quick else (arguments.pictures, arguments.rounds)
+    growth.SHARD = 1000
+    with tempfile.TemporaryDirectory() as place:
+        root = ["--data-root", arguments.data_root] if arguments.data_root else []
+        options = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--views", "1", "--group-by", "exact", "--set", f"size={SIDE}"]
+        run = train_from_arguments([data, *root, *options, "--out", f"{place}/run"])
+        images = open_images(data, arguments.data_root)
+        shards = {size: Path(place, str(size)) for size in (count, 10 * count)}
+        for size, folder in shards.items():
+            growth.pack_pictures(images, size, folder, SIDE)
+
+        def ask(engine: str, size: int) -> dict[str, float]:
+            out = Path(place, f"{engine}-{size}.parquet")
+            out.unlink(missing_ok=True)
+            workers = ["--ray-workers", "2"] if engine == "ray" else []
+            return measure_all(seewhy("predict", str(run.path), str(shards[size]), "--engine", engine, *workers, "--out", str(out)))
+
+        small: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+        for _ in range(rounds):
+            for engine in ENGINES:
+                small[engine].append(ask(engine, count))
+        large = {engine: ask(engine, 10 * count) for engine in ENGINES}
+        same = all(same_table(Path(place, f"local-{size}.parquet"), Path(place, f"ray-{size}.parquet")) for size in shards)
+    rows, rates = [], []
+    for engine in ENGINES:
+        seconds = statistics.median(row["seconds"] for row in small[engine])
+        memory = statistics.median(row["own_gb"] for row in small[engine])
+        rates.append(9 * count / (large[engine]["seconds"] - seconds))
+        rows.append(
+            {
+                "engine": engine,
+                f"whole command s, {count:,}": round(seconds, 1),
+                f"whole command s, {10 * count:,}": round(large[engine]["seconds"], 1),
+                "pictures/s after the start": round(rates[-1]),
+                f"memory GB, {count:,}": round(memory, 2),
+                f"memory GB, {10 * count:,}": round(large[engine]["own_gb"], 2),
+                "memory, ten times as many": f"{large[engine]['own_gb'] / memory - 1:+.0%}",
+            }
+        )
+    share = rates[1] / rates[0]
+    if not arguments.quick:
+        notes = [
+            f"Pictures of Caltech-101 at {SIDE} pixels in tar shards of 1,000, efficientnet_lite0; {rounds} rounds A B A B of the smaller "
+            f"number, medians; the larger once each. Two Ray workers with a core each, of {os.cpu_count()}. Ray keeps {share:.0%} of the local "
+            f"engine's rate. Both tables are {'the same' if same else 'NOT the same'} (classes equal, probabilities within 1e-6).",
+            "Memory: anonymous pages of the command and all it started (Ray's own processes: scheduler, object store, workers).",
+        ]
+        command = f"python benchmarks/scale.py --pictures {count} --rounds {rounds}"
+        raw = {"small": small, "large": large, "same": same}
+        record("scale", "Answers shard by shard, here and on Ray", {"rows": rows, "raw": raw, "notes": notes, "command": command})
+    print(json.dumps({"name": "scale", "share": share, "same": same, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
