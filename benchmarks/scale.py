@@ -5,8 +5,8 @@
 
 Pictures of 64 pixels in tar shards of 1,000 (made as benchmarks/growth.py makes them), asked about by `seewhy predict RUN SHARDS` with
 `--engine local` and `--engine ray` (two workers), in turn, into one parquet file; efficientnet_lite0 at 64 pixels. Then both once with ten
-times as many. Rate: by what the larger number takes longer than the smaller, so that starting is not in it; the whole command stands beside it.
-Memory: anonymous pages of the command and everything it started, the most at a time. The figures stand in RESULTS.md.
+times as many. Rate: by what the larger number takes longer than the smaller, so that starting is not in it; the whole command stands
+beside it. Memory: anonymous pages of the command and everything it started, the most at a time. The figures stand in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def main() -> None:
     if not arguments.quick:
         notes = [
             f"Pictures of Caltech-101 at {SIDE} pixels in tar shards of 1,000, efficientnet_lite0; {rounds} rounds A B A B of the smaller "
-            f"number, medians; the larger once each. Two Ray workers with a core each, of {os.cpu_count()}. Ray keeps {share:.0%} of the local "
-            f"engine's rate. Both tables are {'the same' if same else 'NOT the same'} (classes equal, probabilities within 1e-6).",
+            f"number, medians; the larger once each. Two Ray workers with a core each, of {os.cpu_count()}.",
+            f"Ray keeps {share:.0%} of the local engine's rate. Both tables are {'the same' if same else 'NOT the same'} (classes equal, "
+            "probabilities within 1e-6).",
             "Memory: anonymous pages of the command and all it started (Ray's own processes: scheduler, object store, workers).",
         ]
         command = f"python benchmarks/scale.py --pictures {count} --rounds {rounds}"
