@@ -156,6 +156,7 @@ def test_goes_on_after_the_shards_that_are_done(run: Run, few: Path, tmp_path: P
 def test_pieces_that_come_twice_are_kept_once(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a source whose worker died half-way gives: its first pieces again, then all of them."""
     monkeypatch.setattr(jobs, "MOST_ROWS", 32)
+    monkeypatch.setattr(jobs, "BATCHES", (8,))  # pieces are whole batches, whose size would be found by the clock
     sources, out = find_sources([few / "shards"]), str(tmp_path / "answers.parquet")
 
     def again(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:

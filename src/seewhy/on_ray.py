@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from seewhy import errors
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
-from seewhy.jobs import Request, Work, asked_files, make_work
+from seewhy.jobs import Piece, Request, Work, asked_files, make_work
 from seewhy.progress import LOG
 from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
 from seewhy.sources import Source
@@ -54,10 +54,10 @@ class Answerer:
         for number, packed in zip(batch["number"], batch["source"], strict=True):
             try:
                 work = self.work = self.work or self._made()
-                for outcome in outcomes_of(work, int(number), pickle.loads(packed)):
-                    yield {"outcome": [pickle.dumps(outcome)], "error": [""], "text": [""]}
+                for outcome in outcomes_of(work, int(number), _source(packed)):
+                    yield {**_packed(outcome), "error": [""], "text": [""]}
             except SeewhyError as error:
-                yield {"outcome": [b""], "error": [type(error).__name__], "text": [str(error)]}
+                yield {"facts": [""], "rows": [b""], "error": [type(error).__name__], "text": [str(error)]}
 
     def _made(self) -> Work:
         import ray
@@ -72,6 +72,30 @@ class Answerer:
                 Path(folder, name).write_bytes(data)
             asked = folder if "run.json" in content else str(Path(folder, next(iter(content))))
             return make_work(replace(self.request, asked=asked), self.cores)
+
+
+def _source(text: str) -> Source:
+    facts = json.loads(text)
+    return Source(**{**facts, "places": tuple(facts["places"])})
+
+
+def _packed(outcome: Outcome) -> dict[str, list[Any]]:
+    """A row of Ray Data: what it is as JSON, and its own rows in Arrow's format."""
+    import pyarrow as pa
+
+    table, sink = pa.table(outcome.piece.columns), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    facts = [outcome.source, outcome.number, outcome.last, outcome.piece.bad]
+    return {"facts": [json.dumps(facts)], "rows": [sink.getvalue().to_pybytes()]}
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    import pyarrow as pa
+
+    source, number, last, bad = json.loads(row["facts"])
+    columns = pa.ipc.open_stream(row["rows"]).read_all().to_pydict()
+    return Outcome(source, number, last, Piece(columns, [(name, reason) for name, reason in bad]))
 
 
 @contextmanager
@@ -180,7 +204,7 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
         LOG.info(f"{count} workers on Ray, {cores} {'core' if cores == 1 else 'cores'} each")
         asked = Path(request.asked)
         files = ray.put({file.name: file.read_bytes() for file in asked_files(asked)}) if request.asked else None
-        items = [{"number": number, "source": pickle.dumps(source)} for number, source in enumerate(sources)]
+        items = [{"number": number, "source": json.dumps(asdict(source))} for number, source in enumerate(sources)]
         data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
             Answerer,
             fn_constructor_args=(request, files, cores),
@@ -194,7 +218,7 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
             for row in data.iter_rows():
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["text"])
-                yield pickle.loads(row["outcome"])
+                yield _outcome(row)
         except ray.exceptions.RayError as error:
             cause = next((each for each in _causes(error) if isinstance(each, SeewhyError)), None)
             raise cause or RunError(f"the Ray cluster gave up ({_short(error)}); the same command goes on after what is done") from error
