@@ -122,4 +122,7 @@ if __name__ == "__main__":
     from seewhy.cli import stop_on_signals
 
     stop_on_signals()
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    for each in (signal.SIGINT, signal.SIGTERM):  # what comes now ends this process without a word
+        signal.signal(each, signal.SIG_DFL)
+    sys.exit(status)
