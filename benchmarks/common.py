@@ -57,7 +57,7 @@ def measure(arguments: list[str], environment: dict[str, str] | None = None) -> 
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
-            own_kib = max(own_kib, _anonymous_kib(process.pid))
+            own_kib = max(own_kib, anonymous_kib(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - began
         output.seek(0)
@@ -73,7 +73,7 @@ def measure(arguments: list[str], environment: dict[str, str] | None = None) -> 
     }
 
 
-def _anonymous_kib(pid: int) -> int:
+def anonymous_kib(pid: int) -> int:
     """RssAnon of a process on Linux; 0 elsewhere, or when it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

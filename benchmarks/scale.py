@@ -23,7 +23,7 @@ from pathlib import Path
 
 import growth
 import psutil
-from common import record, seewhy
+from common import anonymous_kib, record, seewhy
 
 SIDE = 64
 ENGINES = ("local", "ray")
@@ -42,7 +42,7 @@ def measure_all(arguments: list[str]) -> dict[str, float]:
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             except psutil.Error:
                 return
-            most = max(most, sum(_anonymous_kib(member.pid) for member in family))
+            most = max(most, sum(anonymous_kib(member.pid) for member in family))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -52,14 +52,6 @@ def measure_all(arguments: list[str]) -> dict[str, float]:
     if status:
         raise SystemExit(f"{' '.join(arguments)} ended with status {status}")
     return {"seconds": time.perf_counter() - began, "own_gb": most / 2**20}
-
-
-def _anonymous_kib(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
 def same_table(a: Path, b: Path) -> bool:

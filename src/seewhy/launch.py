@@ -9,6 +9,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,7 @@ def launch(
     if nodes > 1 and (rendezvous is None or out is None):
         raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")
     target = choose_places(config.resolved(), out, resume).target
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happened is said in one line, below
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // devices)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _threads(max(1, len(_cores()) // devices)):
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(dump_config(config)), encoding="utf-8")
         command = ["-m", "seewhy.launch", str(file), str(target), *(["--resume"] if resume else [])]
@@ -60,6 +60,31 @@ def launch(
         except SignalException as error:
             raise KeyboardInterrupt from error
     return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The launcher's own log lines are left out: what happened is said in one line at the end."""
+    log = logging.getLogger("torch.distributed.elastic")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes that are started meanwhile compute in so many threads, unless the user has said another number."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _cores() -> set[int]:
