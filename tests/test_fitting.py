@@ -21,7 +21,7 @@ from seewhy.config import TrainConfig, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError
 from seewhy.features import Features, extract_features
-from seewhy.fitting import Fit, StandardisedLinear, cosine_with_warmup, fit
+from seewhy.fitting import Fit, FitModule, StandardisedLinear, cosine_with_warmup, fit
 from seewhy.images import ImageSet, open_images
 from seewhy.split import Split, split_images
 
@@ -216,6 +216,20 @@ def test_resumed_fit_ends_with_the_same_weights(
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_an_epoch_counts_each_picture_once(setup: Callable[[int], Setup], weighted: bool) -> None:
+    _, _, backbone, cut = setup(0)
+    config = make_config(data="x", backbone=backbone.name, label_smoothing=0.0).resolved()
+    weights = torch.tensor([1.0, 2.0, 5.0]) if weighted else None
+    module = FitModule(backbone, cut, config, 3, weights, 1).eval()
+    features = torch.randn(7, module.tail.linear.in_features, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2])
+    for batch in (slice(0, 5), slice(5, 7)):  # the short last batch weighs less
+        module.validation_step((features[batch], labels[batch]), 0)
+    expected = torch.nn.functional.cross_entropy(module(features)[0], labels, weight=weights)
+    torch.testing.assert_close(module.metrics["val_loss"].compute(), expected.detach())
+
+
 def test_random_state_of_the_caller_is_left_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -270,7 +284,7 @@ def test_averaged_weights_are_the_moving_average_of_the_steps(
     steps: list[torch.Tensor] = []
     original = fitting.ProgressCallback.on_train_batch_end
 
-    def look(self: fitting.ProgressCallback, trainer: object, module: fitting.FitModule, *rest: object, **kwargs: object) -> None:
+    def look(self: fitting.ProgressCallback, trainer: object, module: FitModule, *rest: object, **kwargs: object) -> None:
         steps.append(module.backbone.model.get_submodule("fc").weight.detach().clone())
         original(self, trainer, module, *rest, **kwargs)
 

@@ -13,8 +13,7 @@ from seewhy.errors import OutputError
 from seewhy.figures import leak_figure
 from seewhy.labels import DOUBTFUL
 from seewhy.pages import data_url, render_page, thumbnail_url
-from seewhy.run import write_json
-from seewhy.writing import csv_text
+from seewhy.writing import csv_text, write_json
 
 EACH = 8  # examples of a gallery of pairs
 SHOWN = 24  # doubtful labels shown

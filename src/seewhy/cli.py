@@ -74,23 +74,26 @@ def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
         _repeat(config, repeats, out, resume, as_json)
         return None
     from seewhy import world
-    from seewhy.workflow import train_run
 
-    if several and not world.started_together():
+    run: Run | None = None
+    if several and not world.started_together():  # without what trains: the processes that do are under way the sooner
         from seewhy.launch import launch
-        from seewhy.run import load
+        from seewhy.manifest import read_manifest
 
-        run = load(launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"]))
+        path = launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"])
+        manifest = read_manifest(path)
     else:
+        from seewhy.workflow import train_run
+
         run = train_run(config, out, resume)
         if not world.leading():
             return run
+        path, manifest = run.path, run.manifest
     if as_json:
-        print_json(
-            {"run": str(run.path), "report": str(run.path / "report.html"), "seconds": run.manifest["seconds"], "metrics": run.metrics}
-        )
+        told = {"seconds": manifest["seconds"], "metrics": manifest["metrics"]}
+        print_json({"run": str(path), "report": str(path / "report.html"), **told})
     else:
-        typer.echo(f"run     {run.path}\nreport  {run.path / 'report.html'}")
+        typer.echo(f"run     {path}\nreport  {path / 'report.html'}")
     return run
 
 

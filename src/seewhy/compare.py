@@ -18,10 +18,10 @@ from seewhy.evaluate import HEADLINE, Evaluation
 from seewhy.images import open_images
 from seewhy.metrics import Comparison, compare_paired
 from seewhy.progress import LOG
-from seewhy.run import Run, write_json
+from seewhy.run import Run
 from seewhy.split import read_split
 from seewhy.workflow import evaluate_part, train_run
-from seewhy.writing import csv_text
+from seewhy.writing import csv_text, write_json
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
@@ -12,7 +13,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +38,7 @@ from seewhy.cutting import Cut, parameter_stages
 from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
+from seewhy.norms import whole_batch_norm
 from seewhy.progress import progress
 from seewhy.tracking import make_loggers
 
@@ -90,11 +93,13 @@ class FitModule(LightningModule):
         self.steps_an_epoch = steps_an_epoch
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.mixer = _make_mixer(config.mix, classes)
+        several = world.size() > 1  # torchmetrics asks PyTorch, which does not know of one that works apart
         self.metrics: dict[str, Metric] = {}
         for part in ("train", "val"):
             self.metrics |= {
-                f"{part}_loss": MeanMetric(nan_strategy="disable"),
-                f"{part}_accuracy": MulticlassAccuracy(classes, average="micro"),
+                # Not "disable", which forgets the weights (torchmetrics 1.9): what is no number ends the fit as infinity.
+                f"{part}_loss": MeanMetric(nan_strategy=math.inf, sync_on_compute=several),
+                f"{part}_accuracy": MulticlassAccuracy(classes, average="micro", sync_on_compute=several),
             }
         self._metrics = nn.ModuleList(self.metrics.values())  # so that they move to the device with the module
 
@@ -118,28 +123,33 @@ class FitModule(LightningModule):
         return logits, targets
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, targets = self(batch[0], batch[1])
+        # What is compiled keeps to statistics of its share: a compiled graph is not interrupted for others.
+        with nullcontext() if self.config.compile else whole_batch_norm():
+            logits, targets = self(batch[0], batch[1])
         loss = self._loss(logits, targets)
-        self._count("train", loss, logits, batch[1])
+        self._count("train", loss, logits, targets, batch[1])
         return loss if world.size() == 1 else loss * self._share_of_batch(targets)
 
     def _share_of_batch(self, targets: Tensor) -> float:
         """What makes the mean of all processes' gradients that of the whole batch, though their shares of it may differ by a picture."""
-        weighted = self.class_weights is not None and targets.ndim == 1
-        mine = float(self.class_weights[targets].sum()) if weighted and self.class_weights is not None else float(len(targets))
+        mine = self._weight(targets)
         return mine * world.size() / world.total(mine)
+
+    def _weight(self, targets: Tensor) -> float:
+        """What the mean loss of these targets counts for in that of more: their number, or the sum of their classes' weights."""
+        return float(len(targets) if self.class_weights is None or targets.ndim > 1 else self.class_weights[targets].sum())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, _ = self(batch[0])
-        self._count("val", self._loss(logits, batch[1]), logits, batch[1])
+        self._count("val", self._loss(logits, batch[1]), logits, batch[1], batch[1])
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         # Validation uses the very loss that is minimised: judged by plain cross-entropy, a fit with label
         # smoothing looks worse with every epoch that makes it better, and stops after the third.
         return F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=self.config.label_smoothing or 0.0)
 
-    def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.metrics[f"{part}_loss"].update(loss.detach(), weight=len(labels))
+    def _count(self, part: str, loss: Tensor, logits: Tensor, targets: Tensor, labels: Tensor) -> None:
+        self.metrics[f"{part}_loss"].update(loss.detach(), weight=self._weight(targets))
         self.metrics[f"{part}_accuracy"].update(logits.detach(), labels)
 
     def on_validation_epoch_end(self) -> None:
@@ -281,8 +291,32 @@ def fit(
 
     config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
     there is resumed from. The caller's random state is left as it was.
+    Of several processes all train, each on its share of every batch; but a classifier on stored vectors is trained by the leader for all
+    of them, since its steps take less time than telling each other of them would.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
+    arguments = (backbone, cut, train_data, val_data, train_labels, classes, config, folder)
+    if world.size() == 1 or not (isinstance(train_data, CachedViews) and isinstance(cut.tail, nn.Linear)):
+        return _fit(*arguments)
+    told = ""
+    if world.leads():
+        with world.apart():
+            told = json.dumps(asdict(_fit(*arguments)))
+    found = json.loads(world.text_of_leader(told))
+    world.share_weights(list(cut.tail.eval().state_dict().values()))
+    return Fit(**{**found, "history": tuple(found["history"])})
+
+
+def _fit(
+    backbone: Backbone,
+    cut: Cut,
+    train_data: CachedViews | PictureViews,
+    val_data: CachedViews | PictureViews,
+    train_labels: npt.NDArray[np.int64],
+    classes: int,
+    config: TrainConfig,
+    folder: Path,
+) -> Fit:
     if config.compile and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))

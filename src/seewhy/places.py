@@ -14,8 +14,7 @@ from filelock import Timeout
 from seewhy.config import TrainConfig, dump_config
 from seewhy.errors import OutputError, RunError, SeewhyError
 from seewhy.images import DATASETS
-from seewhy.run import remove_tree, write_json
-from seewhy.writing import claim, whole_file
+from seewhy.writing import claim, remove_tree, whole_file, write_json
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import platform
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,11 +21,10 @@ from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError
-from seewhy.jsonable import finite
 from seewhy.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import References
-from seewhy.writing import to_disk
+from seewhy.writing import remove_tree, to_disk, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,10 +205,6 @@ def save_references(references: References, folder: Path) -> None:
     (folder / "unknowns.safetensors").write_bytes(save(state))
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Manifest last, then one rename: the folder at `target` is whole from its first moment, even after a power cut.
 
@@ -285,11 +278,6 @@ def clean_up(folder: Path) -> None:
     for name in ("config.json", "search.json"):  # run.json holds them
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
-
-
-def remove_tree(path: Path) -> None:
-    """Deletes a folder of ours; missing is fine."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def hardware() -> dict[str, Any]:

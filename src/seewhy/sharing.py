@@ -19,8 +19,8 @@ from filelock import Timeout
 from seewhy.backbones import read_weights
 from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError
 from seewhy.manifest import MOST_BYTES, read_manifest
-from seewhy.run import Run, load, remove_tree, write_json
-from seewhy.writing import claim, to_disk
+from seewhy.run import Run, load
+from seewhy.writing import claim, remove_tree, to_disk, write_json
 
 GB = 10**9
 # What is shared of a run, and the most bytes that are taken of each. Not: what it has told whom (log.txt, tensorboard/, mlflow.json) and

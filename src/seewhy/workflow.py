@@ -30,11 +30,11 @@ from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
 from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, remove_tree, save_references, save_weights, write_json
+from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.tracking import check_tracker, tell_of_run, tracked
 from seewhy.unknowns import REFERENCES, References, sample_references
-from seewhy.writing import harmless, harmless_path, whole_file
+from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
@@ -279,7 +279,8 @@ def _write_run(
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
         run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
-        write_report(run, fitted.history, evaluations["test"], work)
+        with world.apart():  # the others have nothing left to do
+            write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         seconds["report"] = time.perf_counter() - mark
         seconds["total"] = time.perf_counter() - began

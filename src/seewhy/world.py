@@ -16,11 +16,14 @@ WAIT = timedelta(days=2)  # for each other; a process that died is told of by wh
 
 S = TypeVar("S", bound=Any)  # what can be cut: a list, an array
 
+_apart = False  # whether this process works by itself for a while
+
 
 def _group() -> Any:
     """torch.distributed where processes have joined; None in a process of its own, where torch need not even be there."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed if distributed is not None and distributed.is_available() and distributed.is_initialized() else None
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined and not _apart else None
 
 
 def size() -> int:
@@ -114,9 +117,35 @@ def total(value: float) -> float:
         return value
     import torch
 
-    summed = torch.tensor(value, dtype=torch.float64)
-    group.all_reduce(summed)
-    return float(summed)
+    return float(summed(torch.tensor(value, dtype=torch.float64)))
+
+
+def summed(values: Any) -> Any:
+    """A tensor's sum over all processes, place by place, as a new one."""
+    group = _group()
+    whole = values.clone()
+    if group is not None:
+        group.all_reduce(whole)
+    return whole
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """One process works as if there were no others, who wait, and computes on the cores of all of them that are on this machine."""
+    global _apart
+    if size() == 1:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * local_size())
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- joining

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from seewhy.errors import OutputError
+from seewhy.jsonable import finite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +79,16 @@ def _remove_left_overs(path: Path) -> None:
             int(name.rpartition("-")[2])  # ours end with a process number
             if time.time() - left_over.stat().st_mtime > LEFT_OVER_S:
                 left_over.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """For people to read, too; what JSON cannot hold (nan, NumPy's numbers) as `jsonable.finite` has it."""
+    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder of ours; missing is fine."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def to_disk(path: Path) -> None:
