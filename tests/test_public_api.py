@@ -85,6 +85,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "embedding",
         "grouping",
         "batches",
+        "norms",
         "callbacks",
         "fitting",
         "unknowns",
