@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from seewhy.backbones import Backbone, create_backbone
+from seewhy.checking import check_file
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.decoding import read_image
@@ -25,7 +26,7 @@ from seewhy.errors import DataError
 from seewhy.features import EVAL_VIEW, feature_shape, render_view
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
-from seewhy.images import check_file, list_data
+from seewhy.images import list_data
 from seewhy.shards import shard_of
 from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order

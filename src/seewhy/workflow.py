@@ -240,8 +240,7 @@ def _write_run(
         save_weights(backbone, work)
         if strange:
             save_references(strange[0], work)
-        record = split.record(images)
-        write_json(work / "split.json", record)
+        split.write(work / "split.json", images)
         write_json(work / "metrics.json", metrics)
         _write_history(work / "history.csv", fitted)
         for part, evaluation in evaluations.items():
@@ -263,7 +262,7 @@ def _write_run(
             },
             "split": {
                 "protocol": split.protocol,
-                "hash": record["hash"],
+                "hash": split.hash(images),
                 **{part: len(split.part(part)) for part in PARTS},
                 **_grouping(images, split),
                 "leaked_test_pictures": leaked,
