@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,10 +121,11 @@ def group_numbers(n: int, pairs: Pairs) -> npt.NDArray[np.int64]:
     return first[places].astype(np.int64)
 
 
-def chain(entries: npt.NDArray[Any]) -> Pairs:
+def chain(entries: npt.ArrayLike) -> Pairs:
     """(P, 2) neighbours in each set of equal entries: what joins them as a group."""
-    order = np.argsort(entries, kind="stable")
-    ordered = entries[order]
+    known = np.asarray(entries)
+    order = np.argsort(known, kind="stable")
+    ordered = known[order]
     same = np.flatnonzero(ordered[1:] == ordered[:-1])
     return np.stack([order[same], order[same + 1]], axis=1)
 
