@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import io
 import pickle
+import sys
+import tarfile
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seewhy import checking
+from seewhy.checking import Checked
 from seewhy.columns import Choices, Column, Hashes, Paths, Texts, TextsBuilder, below
+from seewhy.images import open_images
+from seewhy.split import split_images
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
 COLUMNS: dict[str, tuple[Any, Any]] = {
@@ -102,3 +111,53 @@ def test_codes_are_as_small_as_will_do(count: int, kind: type) -> None:
     found = Choices.of(values)
     assert found.codes.dtype == kind
     assert found[-1] == values[-1]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def write_pictures(folder: Path, count: int, shards: bool) -> Path:
+    """`count` files of 32 bytes, which nobody decodes, in 10 classes."""
+    folder.mkdir(parents=True)
+    for c in range(10):
+        numbers = range(c, count, 10)
+        if shards:
+            with tarfile.open(folder / f"{c}.tar", "w") as tar:
+                for n in numbers:
+                    entry = tarfile.TarInfo(f"class_{c}/picture_{n:08d}.jpg")
+                    entry.size = 32
+                    tar.addfile(entry, io.BytesIO(n.to_bytes(32, "big")))
+        else:
+            (folder / f"class_{c}").mkdir()
+            for n in numbers:
+                (folder / f"class_{c}" / f"picture_{n:08d}.jpg").write_bytes(n.to_bytes(32, "big"))
+    return folder
+
+
+def checked_unseen(data: bytes) -> Checked:
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Checked(sha256, 64, 48, "", sha256[:16])
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["folders", "shards"])
+def test_a_picture_costs_few_bytes_until_it_is_split(shards: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 5,500 pictures take more than 1,500, at the peak and for good. As tuples of Path and str: 1,900 and 870 bytes."""
+    monkeypatch.setattr(checking, "check_bytes", checked_unseen)
+    monkeypatch.setattr(sys, "intern", str)  # pathlib fills Python's table of names, which grows by megabytes now and then
+    peaks, kept = [], []
+    for count in (1500, 5500):
+        place = str(write_pictures(tmp_path / str(count), count, shards))
+        gc.collect()
+        tracemalloc.start()
+        images = open_images(place)
+        split = split_images(images)
+        gc.collect()
+        size, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        kept.append(size)
+        peaks.append(peak)
+        assert len(split.train) == count * 7 // 10
+        assert images.paths[-1].name == f"picture_{count - 1:08d}.jpg"
+    each, at_peak = ((after - before) / 4000 for before, after in (kept, peaks))
+    assert 100 < each < (190 if shards else 130)
+    assert at_peak < (250 if shards else 190)

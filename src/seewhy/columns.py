@@ -55,10 +55,10 @@ class Column(Sequence[T]):
 
 
 class Texts(Column[str]):
-    """N texts that begin alike. prefix: how. text: what follows, one behind the other, encoded. ends: (N,) int64 bytes, where each ends."""
+    """N texts that begin alike. prefix: how. text: what follows, one behind the other, encoded. ends: (N,) bytes, where each ends."""
 
-    def __init__(self, prefix: str, text: bytes, ends: npt.NDArray[np.int64]) -> None:
-        self.prefix, self.text, self.ends = prefix, text, ends
+    def __init__(self, prefix: str, text: bytes, ends: Positions) -> None:
+        self.prefix, self.text, self.ends = prefix, text, ends.astype(np.min_scalar_type(len(text)), copy=False)
 
     @staticmethod
     def of(texts: Iterable[str], prefix: str = "") -> Texts:
@@ -77,8 +77,8 @@ class Texts(Column[str]):
         return self.text[self.ends.item(i - 1) if i else 0 : self.ends.item(i)]
 
     def take(self, positions: Positions) -> Texts:
-        lengths = np.diff(self.ends, prepend=0)[positions]
-        return Texts(self.prefix, b"".join(self._own(i) for i in positions.tolist()), np.cumsum(lengths))
+        own = [self._own(i) for i in positions.tolist()]
+        return Texts(self.prefix, b"".join(own), np.cumsum([len(text) for text in own], dtype=np.int64))
 
 
 class TextsBuilder:
@@ -94,7 +94,7 @@ class TextsBuilder:
         self.ends.append(len(self.text))
 
     def done(self) -> Texts:
-        return Texts(self.prefix, bytes(self.text), np.array(self.ends, dtype=np.int64))
+        return Texts(self.prefix, bytes(self.text), np.frombuffer(self.ends, dtype=np.int64))
 
 
 class Paths(Column[Path]):
@@ -202,4 +202,4 @@ class ChoicesBuilder(Generic[T]):
         self.codes.extend(itertools.repeat(self.table.setdefault(value, len(self.table)), count))
 
     def done(self) -> Choices[T]:
-        return Choices(np.array(self.codes, dtype=np.int32), tuple(self.table))
+        return Choices(np.frombuffer(self.codes, dtype=np.int32), tuple(self.table))
