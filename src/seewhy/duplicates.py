@@ -149,7 +149,8 @@ def _banded(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
         starts = np.append(0, ends[:-1])
         for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
             members = np.sort(order[start:end])
-            found.append(members[_near(len(members), _alike(hashes[members], most))])
+            if len(near := _near(len(members), _alike(hashes[members], most))):  # of millions most bands agree by chance alone
+                found.append(members[near])
     return np.unique(np.concatenate(found), axis=0)
 
 

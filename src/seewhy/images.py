@@ -79,7 +79,7 @@ class Listing:
     paths: Paths
     class_names: Choices[str]  # one a path
     parts: Choices[str]  # one a path, '' where not divided
-    masks: Sequence[Path | None]  # one a path
+    masks: Choices[Path | None]  # one a path
 
 
 def open_images(data: str, data_root: str | None = None, skip_bad: bool = False, workers: int = 2) -> ImageSet:
@@ -99,8 +99,8 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     paths, class_names, parts, masks = listing.paths, listing.class_names, listing.parts, listing.masks
     if bad:
         keep = np.flatnonzero(checked.reasons == 0)
-        paths, class_names, parts, checked = paths.take(keep), class_names.take(keep), parts.take(keep), checked.take(keep)
-        masks = [masks[i] for i in keep.tolist()]
+        paths, class_names, parts, masks = paths.take(keep), class_names.take(keep), parts.take(keep), masks.take(keep)
+        checked = checked.take(keep)
     classes = tuple(sorted(class_names.used))
     emptied = sorted(set(listing.class_names.used) - set(classes))
     if emptied:
@@ -283,8 +283,8 @@ def list_scenes(data_root: str | None) -> Listing:
 
     root = draw_scenes(cache_dir() / "scenes")
     listing = list_folder(root / "pictures")
-    masks: list[Path | None] = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
-    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, masks)
+    masks = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
+    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, Choices[Path | None].of(masks))
 
 
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
