@@ -34,9 +34,7 @@ from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
 
 SAMPLE = 64  # pictures that are looked at
-PICTURE_BYTES = (
-    500  # of memory that a picture takes on its own: path, hash, split, answers (400 of 101 classes, 20,000 to 80,000 in shards)
-)
+PICTURE_BYTES = 500  # of memory that a picture takes on its own: path, hash, split, answers (measured: 400, of 101 classes)
 COPIES = 6  # of the weights: themselves, their gradients, AdamW's two moments, the average over the steps, the exported network
 START_S = 12.0  # what does not grow with the pictures: imports, making the networks ready for ONNX Runtime
 REPORT_S = 6.0  # figures and report, likewise
