@@ -169,7 +169,7 @@ def largest(kind: str, place: Path) -> None:
 
 
 def check_one(place: Path) -> dict[str, Any]:
-    from seewhy.images import check_file
+    from seewhy.checking import check_file
 
     began, before = time.perf_counter(), resident_gb("VmRSS")
     found = check_file(place)

@@ -39,7 +39,8 @@ def without_classes(images: Any, names: set[str]) -> tuple[Any, Any]:
 
 def background(data_root: str | None) -> Any:
     """BACKGROUND_Google as an ImageSet of one class."""
-    from seewhy.images import ImageSet, check_files, list_caltech101, list_pictures
+    from seewhy.checking import check_files
+    from seewhy.images import ImageSet, list_caltech101, list_pictures
 
     folder = list_caltech101(data_root).root / "BACKGROUND_Google"
     paths = list_pictures(folder)

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from seewhy import decoding
+from seewhy.checking import check_file
 from seewhy.decoding import decode
 from seewhy.errors import DataError
-from seewhy.images import check_file, list_pictures
+from seewhy.images import list_pictures
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "L", "1"])

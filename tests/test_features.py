@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from cheap_run import normalised
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -24,6 +26,7 @@ from seewhy.engines import Engine
 from seewhy.errors import OutputError
 from seewhy.features import FeatureStore, extract_features, render_view, row_key
 from seewhy.images import ImageSet, open_images
+from seewhy.store import as_keys
 from seewhy.transforms import Preprocessing, view_of
 
 TINY = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
@@ -283,3 +286,19 @@ def test_reading_a_mapped_store_does_not_fill_memory(tmp_path: Path) -> None:
         taken = features.take_rows(store, np.arange(start, start + 8))
         assert taken[:, 0].tolist() == list(range(start, start + 8))
     assert resident_mb() - before < 60
+
+
+@given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 3), st.sets(st.integers(0, 6)))
+def test_jobs_name_each_missing_view_of_each_content_once(contents: list[int], views: int, known: set[int]) -> None:
+    """Pictures at odd places, of which some have the same content; the contents in `known` have all their views but the last."""
+    keys = [row_key(str(content), view) for content in contents for view in range(views)]
+    missing = np.array([content not in known or view == views - 1 for content in contents for view in range(views)], dtype=bool)
+    todo = features._firsts(as_keys(keys), missing)
+    jobs = list(features._jobs(100 + np.arange(len(contents)), todo, views))
+    expected = [
+        (100 + n, [view for view in range(views) if missing[n * views + view]])
+        for n, content in enumerate(contents)
+        if contents.index(content) == n and missing[n * views : (n + 1) * views].any()
+    ]
+    assert jobs == expected
+    assert len(todo) == sum(len(each) for _, each in expected)

@@ -23,10 +23,11 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import caltech
 
-from seewhy import images as images_module
+from seewhy import checking
+from seewhy.checking import Checked, check_file, check_files
 from seewhy.decoding import decode, read_image
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.images import Checked, check_file, check_files, conflicting_duplicates, list_caltech101, open_images
+from seewhy.images import conflicting_duplicates, list_caltech101, open_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -277,7 +278,7 @@ def test_unchanged_files_are_not_read_again(cache: Path, make_folder: Callable[.
     def fail(path: Path) -> Checked:
         raise AssertionError(f"{path} read again")
 
-    monkeypatch.setattr(images_module, "check_file", fail)
+    monkeypatch.setattr(checking, "check_file", fail)
     assert check_files(paths) == first
     assert check_files(paths[::-1]) == first[::-1]
 
@@ -289,7 +290,7 @@ def test_changed_files_are_read_again(cache: Path, make_folder: Callable[..., Pa
     stat = paths[2].stat()
     os.utime(paths[2], ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     seen = []
-    monkeypatch.setattr(images_module, "check_file", lambda path: seen.append(path) or check_file(path))
+    monkeypatch.setattr(checking, "check_file", lambda path: seen.append(path) or check_file(path))
     second = check_files(paths, workers=1)
     assert seen == [paths[1], paths[2]]
     assert (second[0], second[2]) == (first[0], first[2])
@@ -308,7 +309,7 @@ def test_an_unreadable_file_is_looked_at_again(cache: Path, tmp_path: Path, monk
     path = tmp_path / "locked.png"
     path.write_bytes(encoded(two_tone()))
     with monkeypatch.context() as locked:
-        locked.setattr(images_module, "check_file", lambda path: Checked("", 0, 0, "permission denied"))
+        locked.setattr(checking, "check_file", lambda path: Checked("", 0, 0, "permission denied"))
         assert check_files([path])[0].problem == "permission denied"
     assert check_files([path])[0].problem == ""
 

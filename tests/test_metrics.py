@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from seewhy import metrics
+from seewhy.calibration import fit_temperature
+from seewhy.evaluate import Evaluation
 
 # scikit-learn warns where classes are predicted that have no picture; that case is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
@@ -273,3 +277,24 @@ def test_auroc_and_fpr_equal_scikit_learn(seed: int) -> None:
 
 def test_auroc_by_hand() -> None:
     assert metrics.auroc(np.array([0.1, 0.4]), np.array([0.4, 0.9])) == (1 + 1 + 0.5 + 1) / 4
+
+
+@pytest.mark.parametrize("n", [1, 6, 7, 8, 22])
+def test_held_a_few_pictures_at_a_time_numbers_are_the_same_to_the_last_bit(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(n)
+    logits, labels = (8 * rng.normal(size=(n, 101))).astype(np.float32), rng.integers(0, 101, n)
+    evaluation = Evaluation("test", [""] * n, labels, logits, tuple(map(str, range(101))), np.arange(n), 1.3)
+    whole = metrics.softmax(logits / 1.3)
+    truth = np.eye(101)[labels]
+
+    def numbers() -> list[Any]:
+        fresh = replace(evaluation)  # nothing is remembered
+        return [fresh.sure.tolist(), fresh._calibration(), metrics.in_top_k(labels, logits, 5).tolist(), fit_temperature(labels, logits)]
+
+    at_once = numbers()
+    monkeypatch.setattr(metrics, "ROWS", 7)
+    assert numbers() == at_once
+    assert at_once[0] == whole.max(axis=1).tolist()
+    assert at_once[1]["brier_score"] == float(((whole - truth) ** 2).sum(axis=1).mean())
+    scores = (logits / 1.3).astype(np.float64)
+    assert at_once[1]["negative_log_likelihood"] == float(np.mean(scipy.special.logsumexp(scores, axis=1) - scores[truth == 1]))

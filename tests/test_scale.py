@@ -226,7 +226,7 @@ def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, caps
 def test_features_leave_nothing_for_train_to_compute(
     make_folder: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from seewhy import features, images
+    from seewhy import checking, features
     from seewhy.batches import training_data
     from seewhy.config import make_config
     from seewhy.grouping import group_pictures
@@ -245,7 +245,7 @@ def test_features_leave_nothing_for_train_to_compute(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(features, "_compute", refused)
-    monkeypatch.setattr(images, "check_file", refused)
+    monkeypatch.setattr(checking, "check_file", refused)
     found = open_images(str(data))
     assert group_pictures(found) is not None
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()

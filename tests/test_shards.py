@@ -30,12 +30,13 @@ import seewhy
 from seewhy import shard_names, shard_parquet, shard_tar, shards
 from seewhy.audit import audit_images
 from seewhy.batches import PictureViews, make_loader
+from seewhy.checking import check_files
 from seewhy.cli import app
 from seewhy.config import TrainConfig
 from seewhy.decoding import read_bytes
 from seewhy.errors import DataError, ImageError
 from seewhy.grouping import group_pictures
-from seewhy.images import ImageSet, check_files, open_images
+from seewhy.images import ImageSet, open_images
 from seewhy.looks import odd_looks
 from seewhy.parts import request_of
 from seewhy.plan import plan
@@ -241,7 +242,7 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
     rows = rows_of(folder)
     tar = write_tar(tmp_path / "x.tar", [(name, content) for name, content, _ in rows[:2]])
     first = check_files([tar / rows[0][0]])
-    monkeypatch.setattr("seewhy.images.read_bytes", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("seewhy.checking.read_bytes", lambda path: pytest.fail("read again"))
     assert check_files([tar / rows[0][0]]) == first
     monkeypatch.undo()
     monkeypatch.setenv("SEEWHY_CACHE", str(cache))

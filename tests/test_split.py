@@ -284,6 +284,74 @@ def test_binary_and_missing_split_files(tmp_path: Path) -> None:
         read_split(tmp_path, images)
 
 
+@pytest.mark.parametrize("rows", [plain({"a": 12, "ü \u2028": 15}), [*plain({"a": 12, "b": 15}), ("b", "a--1", "")]])
+def test_written_hash_by_hash_it_is_the_record_as_json(tmp_path: Path, rows: list[tuple[str, str, str]]) -> None:
+    images = image_set(rows)
+    groups = np.minimum(np.arange(len(rows)) // 3, 4)
+    for split in (split_images(images), split_images(images, groups=groups), split_images(images, groups=groups % 2)):
+        split.write(tmp_path / "split.json", images)
+        assert (tmp_path / "split.json").read_text() == json.dumps(split.record(images), indent=1, ensure_ascii=False) + "\n"
+
+
+def test_a_hash_that_a_file_names_twice_counts_where_it_stands_last(tmp_path: Path) -> None:
+    images = image_set(plain({"a": 10, "b": 10}))
+    record = split_images(images).record(images)
+    moved = record["train"][0]
+    (tmp_path / "split.json").write_text(json.dumps({**record, "test": [*record["test"], moved]}))
+    found = read_split(tmp_path, images)
+    assert moved in hashes_of(found, images)["test"]
+    assert len(found.train) == len(record["train"]) - 1
+
+
+# ---------------------------------------------------------------- the same draws for ever
+
+
+def dealt_by_lists(images: ImageSet, seed: int, groups: np.ndarray) -> dict[str, list[int]]:
+    """How a ratio of 70, 10 and 20% was dealt from the beginning, with lists; no class is torn, no part given."""
+    members: dict[int, list[int]] = {}
+    for i in sorted(range(len(images)), key=lambda i: images.hashes[i]):
+        members.setdefault(int(groups[i]), []).append(i)
+    by_class: list[list[list[int]]] = [[] for _ in images.classes]
+    for group in members.values():
+        by_class[int(np.bincount(images.labels[group]).argmax())].append(sorted(group))
+    rng = np.random.default_rng(seed)
+    for class_groups in by_class:
+        rng.shuffle(class_groups)
+    assigned: dict[str, list[int]] = {name: [] for name in PARTS}
+    for queue in by_class:
+        n = sum(map(len, queue))
+        left = {"test": max(1, round(n * 0.2)), "val": max(1, round(n * 0.1))}
+        left["train"] = n - left["test"] - left["val"]
+        for part in left:
+            fitting = [place for place, group in enumerate(queue) if len(group) <= left[part]]
+            group = queue.pop(fitting[0] if fitting else min(range(len(queue)), key=lambda place: len(queue[place])))
+            assigned[part] += group
+            left[part] -= len(group)
+        for group in queue:
+            part = next((part for part in left if left[part] >= len(group)), "train")
+            assigned[part] += group
+            left[part] -= len(group)
+    return {name: sorted(indices) for name, indices in assigned.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(6, 40), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1), width=st.integers(1, 4))
+def test_arrays_are_dealt_as_lists_were(sizes: list[int], seed: int, width: int) -> None:
+    images = image_set(plain({f"c{n}": size for n, size in enumerate(sizes)}))
+    groups = np.random.default_rng(seed).integers(0, max(1, len(images) // width), len(images))
+    split = split_images(images, seed=seed, groups=groups)
+    assert {name: split.part(name).tolist() for name in PARTS} == dealt_by_lists(images, seed, split.groups)
+
+
+def test_the_split_of_a_seed_is_the_one_it_always_was() -> None:
+    """Runs are compared and repeated by it."""
+    images = image_set([*plain({"a": 40, "b": 25}), ("b", "a--1", ""), ("a", "b--3", "")])
+    groups = np.arange(67) // 2
+    assert split_images(images).hash(images) == "b3cc5d94dac1f0b314c8bb8ef9cfb673fd1c1950ef4f8ecd2e9a4c10a51bbec6"
+    assert split_images(images, seed=7, groups=groups).hash(images) == "46d3bfab74b0c410fc7f8acc8f45945b9a7098afdb40a6ea8a8430ecdb696694"
+    assert images.content_hash == "a3ec80cdfa1a76a6af84d1aa08b6eee299b39782487efb9270c32836f5691009"
+
+
 # ---------------------------------------------------------------- any data
 
 

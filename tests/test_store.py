@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from seewhy import store as stores
 from seewhy.features import row_key
@@ -162,3 +165,17 @@ def test_vectors_are_kept_as_asked(tmp_path: Path, kept: str, bytes_each: int) -
     taken = take_rows(store.open_rows(), np.array([0]))
     assert taken.dtype == np.float32
     np.testing.assert_array_equal(taken, [[np.float32(stored_dtype((2,), kept)(1 / 3)), 1.0]])
+
+
+@given(
+    stored=st.lists(st.integers(0, 30), max_size=20, unique=True),
+    asked=st.lists(st.integers(0, 30), max_size=40),
+    at_once=st.integers(1, 5),
+)
+def test_equal_keys_find_the_same_row(stored: list[int], asked: list[int], at_once: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "KEYS_AT_ONCE", at_once)
+        store = FeatureStore(Path(folder), (2,))
+        if stored:
+            store.append(iter([batch(*stored)]))
+        assert store.find(wanted(*asked)).tolist() == [stored.index(n) if n in stored else -1 for n in asked]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis
 from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
@@ -11,7 +13,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from seewhy import unknowns
 from seewhy.metrics import auroc
-from seewhy.unknowns import SCORES, Known
+from seewhy.unknowns import SCORES, Known, in_rows
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,12 @@ def test_strangers_score_higher(known: Known, name: str) -> None:
     inside = score(known.vectors[chosen[400:]], known.logits[chosen[400:]])
     outside = score(strange, 0.01 * strange[:, :5])
     assert auroc(inside, outside) > 0.95
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=8), st.lists(st.integers(1, 9), max_size=8))
+def test_rows_are_cut_anew_wherever_blocks_end(sizes: list[int], counts: list[int]) -> None:
+    rows = np.arange(2 * sum(sizes)).reshape(-1, 2)
+    blocks = np.split(rows, np.cumsum(sizes)[:-1])
+    found = list(in_rows(iter([block for block in blocks if len(block)] or [rows]), counts))
+    expected = [block for block in np.split(rows, np.cumsum(counts))[: len(counts)] if len(block)]
+    assert [block.tolist() for block in found] == [block.tolist() for block in expected]

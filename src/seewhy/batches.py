@@ -49,9 +49,10 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = (torch.randperm(self.n, generator=generator) + self.epoch * self.n).tolist()
+        order = torch.randperm(self.n, generator=generator)
         for start in range(0, self.count * self.batch_size, self.batch_size):
-            yield order[start : start + self.batch_size][self.rank :: self.size]
+            batch = order[start : start + self.batch_size] + self.epoch * self.n
+            yield batch[self.rank :: self.size].tolist()
 
 
 class CachedViews(Dataset[Batch]):
@@ -130,7 +131,7 @@ def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int 
     if seed is not None:
         batches = EpochBatches(len(dataset), batch_size, seed, world.rank(), world.size())
     else:
-        mine = world.share(list(range(len(dataset))))
+        mine = world.share(range(len(dataset)))
         batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 
-from seewhy.metrics import Floats, Labels, negative_log_likelihood
+from seewhy.metrics import Floats, Labels, by_rows, surprise
 
 Sure = npt.NDArray[np.float64]  # (N,) confidence, 0..1: the largest probability of each picture
 Right = npt.NDArray[np.bool_]  # (N,) whether the class that has it is the true one
@@ -52,9 +52,15 @@ def expected_calibration_error(sure: Sure, right: Right, bins: int = BINS) -> fl
 
 def brier_score(labels: Labels, probs: Floats) -> float:
     """Mean over the pictures of the squared distance between probabilities and the true class's one; 0..2, lower is better (Brier 1950)."""
-    truth = np.zeros(probs.shape)
-    truth[np.arange(len(labels)), labels] = 1
-    return float(((np.asarray(probs, dtype=np.float64) - truth) ** 2).sum(axis=1).mean())
+    return float(by_rows(lambda rows: squared_distances(labels[rows], probs[rows]), len(labels)).mean())
+
+
+def squared_distances(labels: Labels, probs: Floats) -> npt.NDArray[np.float64]:
+    """(N,) squared distance between each picture's probabilities and the true class's one."""
+    misses = np.array(probs, dtype=np.float64)
+    misses[np.arange(len(labels)), labels] -= 1
+    squares: npt.NDArray[np.float64] = (misses**2).sum(axis=1)
+    return squares
 
 
 def fit_temperature(labels: Labels, logits: Floats) -> float:
@@ -62,11 +68,15 @@ def fit_temperature(labels: Labels, logits: Floats) -> float:
 
     Answers stay the same. Where all of them are right, no T is best but the smallest: then 1, the probabilities as they are.
     """
-    scores = np.asarray(logits, dtype=np.float64)
-    if bool((scores.argmax(axis=1) == labels).all()):
+    if bool((np.asarray(logits).argmax(axis=1) == labels).all()):
         return 1.0
+
+    def loss(log_t: float) -> float:
+        scaled = by_rows(lambda rows: surprise(labels[rows], np.asarray(logits[rows], dtype=np.float64) / math.exp(log_t)), len(labels))
+        return float(np.mean(scaled))
+
     found = minimize_scalar(
-        lambda log_t: negative_log_likelihood(labels, scores / math.exp(log_t)),
+        loss,
         bounds=(math.log(LEAST), math.log(MOST)),
         method="bounded",
         options={"xatol": 1e-6},

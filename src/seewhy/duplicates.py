@@ -11,6 +11,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from seewhy.columns import Hashes
 from seewhy.images import ImageSet
 
 # How near is a near-duplicate? `seewhy audit` shows pairs at each limit.
@@ -45,7 +46,7 @@ class NearPairs:
 
 def exact_pairs(images: ImageSet) -> Pairs:
     """(P, 2) neighbours in each set of files with equal bytes; a chain joins all of them."""
-    return np.sort(chain(images.hashes), axis=1)
+    return np.sort(chain(Hashes.of(images.hashes).keys), axis=1)
 
 
 def hash_pairs(phashes: npt.NDArray[np.uint64], most: int = HASH_ALONE) -> Pairs:
@@ -120,11 +121,12 @@ def group_numbers(n: int, pairs: Pairs) -> npt.NDArray[np.int64]:
     return first[places].astype(np.int64)
 
 
-def chain(numbers: npt.ArrayLike) -> Pairs:
+def chain(entries: npt.ArrayLike) -> Pairs:
     """(P, 2) neighbours in each set of equal entries: what joins them as a group."""
-    _, places = np.unique(np.asarray(numbers), return_inverse=True)
-    order = np.argsort(places, kind="stable")
-    same = np.flatnonzero(np.diff(places[order]) == 0)
+    known = np.asarray(entries)
+    order = np.argsort(known, kind="stable")
+    ordered = known[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
     return np.stack([order[same], order[same + 1]], axis=1)
 
 
@@ -147,7 +149,8 @@ def _banded(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
         starts = np.append(0, ends[:-1])
         for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
             members = np.sort(order[start:end])
-            found.append(members[_near(len(members), _alike(hashes[members], most))])
+            if len(near := _near(len(members), _alike(hashes[members], most))):  # of millions most bands agree by chance alone
+                found.append(members[near])
     return np.unique(np.concatenate(found), axis=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,13 +14,16 @@ from torch import nn
 
 from seewhy import calibration, metrics, world
 from seewhy.backbones import Backbone
+from seewhy.columns import Paths
 from seewhy.cutting import Cut, with_vector
-from seewhy.features import extract_features
+from seewhy.features import Features, extract_features
 from seewhy.images import ImageSet
 from seewhy.progress import progress
 from seewhy.store import StoredRows, take_rows
 
 TOP = 5
+BATCH = 128  # pictures that the tail answers at a time
+BLOCK = 8  # batches of vectors that are held at a time
 HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
 
 
@@ -27,12 +31,12 @@ HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1") 
 class Evaluation:
     """What a network says of N labelled pictures.
 
-    part: 'train', 'val', 'test' or 'all'. logits: (N, C), unnormalised. labels: (N,) true classes.
+    part: 'train', 'val', 'test' or 'all'. paths: N texts, made when asked for. logits: (N, C), unnormalised. labels: (N,) true classes.
     groups: (N,) a number a group of pictures that show the same. temperature: what divides the logits before the softmax.
     """
 
     part: str
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
     classes: tuple[str, ...]
@@ -41,8 +45,11 @@ class Evaluation:
 
     @cached_property
     def probs(self) -> npt.NDArray[np.float64]:
-        """(N, C) calibrated probabilities: softmax(logits / temperature)."""
-        return metrics.softmax(self.logits / self.temperature)
+        """(N, C) calibrated probabilities: softmax(logits / temperature). Of many pictures and classes they are large: 8 bytes each."""
+        return self._probs_of(slice(None))
+
+    def _probs_of(self, rows: slice) -> npt.NDArray[np.float64]:
+        return metrics.softmax(self.logits[rows] / self.temperature)
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:
@@ -50,11 +57,10 @@ class Evaluation:
         best: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
         return best
 
-    @property
+    @cached_property
     def sure(self) -> npt.NDArray[np.float64]:
         """(N,) probability of the predicted class."""
-        largest: npt.NDArray[np.float64] = self.probs.max(axis=1)
-        return largest
+        return metrics.by_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -109,10 +115,13 @@ class Evaluation:
 
     def _calibration(self) -> dict[str, Any]:
         """How far the probabilities can be believed, and what answering only the surest pictures brings."""
-        plain = metrics.softmax(self.logits).max(axis=1)
+        labels, n = self.labels, len(self.labels)
+        plain = metrics.by_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
+        nats = metrics.by_rows(lambda rows: metrics.surprise(labels[rows], self.logits[rows] / self.temperature), n)
+        distances = metrics.by_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
         return {
-            "negative_log_likelihood": metrics.negative_log_likelihood(self.labels, self.logits / self.temperature),
-            "brier_score": calibration.brier_score(self.labels, self.probs),
+            "negative_log_likelihood": float(nats.mean()),
+            "brier_score": float(distances.mean()),
             "expected_calibration_error": calibration.expected_calibration_error(self.sure, self.right),
             "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.right),
             "area_under_risk_coverage": calibration.risk_coverage(self.sure, self.right).area,
@@ -146,10 +155,13 @@ def evaluate_network(
     mine = world.share(indices)
     asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
     features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
-    logits = np.mean([tail_logits(halves.tail, features.store, features.rows[:, view]) for view in range(views)], axis=0)
+    logits = tail_logits(halves.tail, features.store, features.rows[:, 0])
+    if flip:
+        logits += tail_logits(halves.tail, features.store, features.rows[:, 1])
+        logits /= views
     return Evaluation(
         part=part,
-        paths=tuple(str(images.paths[i]) for i in indices),
+        paths=Paths.of(images.paths).texts.take(indices),
         labels=images.labels[indices],
         logits=world.gathered(logits[: len(mine)], len(indices)),
         classes=images.classes,
@@ -167,8 +179,11 @@ def classifier_vectors(
     workers: int = 2,
     keep: bool = True,
     kept: str = "auto",
-) -> npt.NDArray[np.float32] | None:
-    """(N, K) what the classifier reads of the pictures at `indices` (evaluation view); None where the network has no such vector."""
+) -> Iterator[npt.NDArray[np.float32]] | None:
+    """(B, K) what the classifier reads of the pictures at `indices` (evaluation view), block after block, (N, K) in all, for every process.
+
+    None where the network has no such vector.
+    """
     trained_whole = cut.trunk is None
     tail = with_vector(backbone, backbone.model if trained_whole else cut.tail)
     if tail is None:
@@ -177,20 +192,32 @@ def classifier_vectors(
     mine = world.share(indices)
     asked = mine if len(mine) else indices[:1]
     features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
-    vectors = tail_logits(halves.tail, features.store, features.rows[:, 0])[: len(mine), len(images.classes) :]
-    return world.gathered(vectors, len(indices))
+    return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
+
+
+def _vector_blocks(tail: nn.Module, features: Features, n: int, mine: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
+    """n: pictures of all processes. mine: those of this one, whose features they are; of few pictures some processes have none."""
+    each = BLOCK * BATCH  # rows of a process
+    for start in range(0, n, each * world.size()):
+        begin = start // world.size()
+        rows = features.rows[begin : begin + each, 0] if begin < mine else features.rows[:1, 0]
+        vectors = tail_logits(tail, features.store, rows)[: max(mine - begin, 0), classes:]
+        yield world.gathered(vectors, min(n - start, each * world.size()))
 
 
 @torch.inference_mode()
 def tail_logits(
-    tail: nn.Module, store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64], batch: int = 128
+    tail: nn.Module, store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64], batch: int = BATCH
 ) -> npt.NDArray[np.float32]:
     """(N, C) logits of stored features; `tail` runs in eval mode."""
     tail.eval()
-    parts = []
+    found = np.empty((0, 0), dtype=np.float32)
     with progress("evaluating", len(rows)) as advance:
         for start in range(0, len(rows), batch):
             features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
-            parts.append(tail(features).float().numpy())
+            logits = tail(features).float().numpy()
+            if not start:
+                found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
+            found[start : start + batch] = logits
             advance(len(features))
-    return np.concatenate(parts)
+    return found

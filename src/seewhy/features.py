@@ -6,7 +6,7 @@ import errno
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet
 from seewhy.progress import progress
-from seewhy.store import FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
+from seewhy.store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
 
@@ -89,18 +89,18 @@ def extract_features(
     assert cut.trunk is not None
     engine = settled_engine(engine, len(images))
     shape = feature_shape(cut.trunk, preprocessing)
-    wanted = as_keys([row_key(images.hashes[i], v) for i in indices for v in range(views)])
+    keys = (row_key(images.hashes[i], v) for i in indices for v in range(views))
+    wanted = np.fromiter(keys, dtype=KEY, count=len(indices) * views)
 
-    def compute(missing: npt.NDArray[np.bool_], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
+    def compute(todo: npt.NDArray[np.int64], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
         assert cut.trunk is not None
-        jobs = _jobs(indices, wanted, missing, views)
-        mine = jobs if every else world.share(jobs)
-        return _compute(images, mine, cut.trunk, preprocessing, engine, workers, kept)
+        mine = todo if every else todo[np.isin(todo // views, world.share(np.unique(todo // views)))]
+        return _compute(images, _jobs(indices, mine, views), len(mine), cut.trunk, preprocessing, engine, workers, kept)
 
     if not keep:
         unique, place = np.unique(wanted, return_inverse=True)
         store = np.empty((len(unique), *shape), dtype=stored_dtype(shape, kept))
-        for names, features in compute(np.ones(len(wanted), dtype=bool), True):
+        for names, features in compute(_firsts(wanted, np.ones(len(wanted), dtype=bool)), True):
             store[np.searchsorted(unique, as_keys(names))] = features
         return Features(store, place.reshape(-1, views), len(unique))
     folder = cache_dir() / "features" / store_name(cut, preprocessing, engine, kept)
@@ -114,12 +114,12 @@ def extract_features(
         with feature_store.lock() if alone or world.leads() else nullcontext():
             if not alone:
                 world.wait()  # the leader holds the lock for all
-            missing = feature_store.find(wanted) < 0  # another training may have written some meanwhile
+            todo = _firsts(wanted, feature_store.find(wanted) < 0)  # another training may have written some meanwhile
             if not alone:
                 world.wait()  # all have looked before anybody writes
-            if missing.any():
+            if len(todo):
                 number, writers = (0, 1) if alone else (world.rank(), world.size())
-                feature_store.append(compute(missing, alone), number, writers)
+                feature_store.append(compute(todo, alone), number, writers)
             if not alone:
                 world.wait()
         rows = feature_store.find(wanted)
@@ -127,7 +127,7 @@ def extract_features(
             raise OutputError(
                 f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"
             )
-        return Features(feature_store.open_rows(), rows.reshape(-1, views), len(np.unique(wanted[missing])))
+        return Features(feature_store.open_rows(), rows.reshape(-1, views), len(todo))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(
@@ -135,19 +135,18 @@ def extract_features(
         ) from error
 
 
-def _jobs(
-    indices: npt.NDArray[np.int64], wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_], views: int
-) -> list[tuple[int, list[int]]]:
-    """(picture, its missing views) of each picture that lacks some; what occurs twice is computed once.
+def _firsts(wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Ascending places of the keys that no file has, each where it occurs first: what occurs twice is computed once."""
+    order = np.argsort(wanted, kind="stable")
+    ordered = wanted[order]
+    first = order[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+    return np.sort(first[missing[first]])
 
-    wanted, missing: (N * views,) the keys of the pictures at `indices`, view after view, and which of them no file has.
-    """
-    places = np.flatnonzero(missing)
-    first = places[np.unique(wanted[places], return_index=True)[1]]
-    todo: dict[int, list[int]] = {}
-    for place in np.sort(first):
-        todo.setdefault(int(place) // views, []).append(int(place) % views)
-    return [(int(indices[n]), numbers) for n, numbers in todo.items()]
+
+def _jobs(indices: npt.NDArray[np.int64], todo: npt.NDArray[np.int64], views: int) -> Iterator[tuple[int, list[int]]]:
+    """(picture, its missing views) of each picture that lacks some. todo: places in the pictures at `indices`, view after view."""
+    for n, places in itertools.groupby(todo, key=lambda place: int(place) // views):
+        yield int(indices[n]), [int(place) % views for place in places]
 
 
 @torch.inference_mode()
@@ -160,15 +159,15 @@ def feature_shape(trunk: nn.Module, preprocessing: Preprocessing) -> tuple[int, 
 
 def _compute(
     images: ImageSet,
-    jobs: list[tuple[int, list[int]]],
+    jobs: Iterable[tuple[int, list[int]]],
+    count: int,
     trunk: nn.Module,
     preprocessing: Preprocessing,
     engine: str,
     workers: int,
     kept: str,
 ) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
-    """Batches of (keys, features) of the missing views, each picture read once for all of its views."""
-    count = sum(len(todo) for _, todo in jobs)
+    """Batches of (keys, features) of the missing views, `count` in all, each picture read once for all of its views."""
     if not count:
         return
     run = make_engine(trunk, preprocessing, count, engine)

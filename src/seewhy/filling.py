@@ -13,13 +13,14 @@ import numpy as np
 
 from seewhy import __version__
 from seewhy.cache import cache_dir
+from seewhy.checking import Checked, record_checked
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.embedding import EMBEDDER
 from seewhy.engines import settled_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import feature_shape, row_key, store_name
 from seewhy.grouping import MANY
-from seewhy.images import Checked, list_data, record_checked
+from seewhy.images import list_data
 from seewhy.jobs import Piece, Request, frozen_part
 from seewhy.progress import LOG, progress
 from seewhy.scale import Engine, Outcome, Store

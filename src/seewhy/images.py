@@ -6,46 +6,20 @@ import difflib
 import hashlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from seewhy import world
 from seewhy.cache import cache_dir
-from seewhy.decoding import decode, read_bytes, upright_size
-from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.progress import LOG, progress
+from seewhy.checking import check_files
+from seewhy.columns import Choices, ChoicesBuilder, Hashes, Paths, TextsBuilder, below
+from seewhy.errors import DataError, ImageError
 from seewhy.shard_names import PART_NAMES, PICTURES
-from seewhy.shards import SOUGHT, find_shards, is_shard, members, stamp
-
-RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
-RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
-COLUMNS = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"  # of the record
-GREY_SPREAD = 8  # of 255, between the channels of a grey picture
-
-
-@dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
-class Checked:
-    """What looking at one file said.
-
-    sha256: of its bytes. width, height: in pixels. problem: why it is unusable, '' if it is not.
-    phash: its perceptual hash, 64 bits as 16 hexadecimal digits. grey: whether it has no colours.
-    """
-
-    sha256: str
-    width: int
-    height: int
-    problem: str
-    phash: str = ""
-    grey: bool = False
+from seewhy.shards import SOUGHT, find_shards, is_shard, members
 
 
 @dataclass(frozen=True)
@@ -57,19 +31,21 @@ class ImageSet:
     parts: N names ('train', 'val', 'test') where the dataset comes divided, else ''.
     masks: N files with the object's mask (white on black), or None where there is none.
     bad: (path, reason) of pictures left out.
+
+    paths, hashes, parts and masks are sequences that make their values when asked (`columns.py`), or any others, tuples for one.
     """
 
     name: str
     root: Path
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
-    hashes: tuple[str, ...]
+    hashes: Sequence[str]
     phashes: npt.NDArray[np.uint64]
     sizes: npt.NDArray[np.int64]
     grey: npt.NDArray[np.bool_]
-    parts: tuple[str, ...]
-    masks: tuple[Path | None, ...]
+    parts: Sequence[str]
+    masks: Sequence[Path | None]
     bad: tuple[tuple[str, str], ...] = field(default=())
 
     def __len__(self) -> int:
@@ -78,105 +54,20 @@ class ImageSet:
     @property
     def content_hash(self) -> str:
         """sha256 over the sorted (picture, class) pairs: equal for equal data, wherever it lies."""
-        lines = sorted(f"{h} {self.classes[label]}" for h, label in zip(self.hashes, self.labels, strict=True))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        names = np.unique(np.array(self.classes), return_inverse=True)[1][self.labels]  # numbers in the order of the names
+        order = np.argsort(names, kind="stable")
+        hashes = Hashes.of(self.hashes)
+        order = order[np.argsort(hashes.keys[order], kind="stable")]
+        return digest_of_lines(f"{hashes[i]} {self.classes[self.labels[i]]}" for i in order)
 
 
-# ---------------------------------------------------------------- files
-
-
-def check_file(path: Path) -> Checked:
-    """Read, hash and fully decode one file."""
-    try:
-        data = read_bytes(path)
-    except OSError as error:
-        return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
-    return check_bytes(data)
-
-
-def check_bytes(data: bytes) -> Checked:
-    """Hash and fully decode the content of one file."""
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        image = decode(data)
-    except ValueError as error:
-        return Checked(sha256, 0, 0, str(error))
-    import imagehash  # brings SciPy, which answering with an ONNX file does without
-
-    small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    width, height = upright_size(data)
-    return Checked(sha256, width, height, "", str(imagehash.phash(small)), is_grey(small))
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether red, green and blue agree up to what JPEG leaves between them, at 99 of 100 places."""
-    values = np.asarray(image.convert("RGB"), dtype=np.int16)
-    return bool(np.mean(np.ptp(values, axis=2) <= GREY_SPREAD) >= 0.99)
-
-
-def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
-    """Checked for each file, in order; files seen before (same path, size and time) are not read again."""
-    file = cache_dir() / RECORD
-    try:
-        try:
-            return _check_files(paths, workers, file)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # the place: read-only, full, locked
-                raise
-            LOG.info(f"{file} is damaged ({error}); it is made anew, and all pictures are looked at again")
-            file.unlink()
-            return _check_files(paths, workers, file)
-    except (sqlite3.Error, OSError) as error:
-        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
-
-
-def record_checked(paths: Sequence[Path], checked: Sequence[Checked]) -> None:
-    """Keeps what was found elsewhere of these files, so that `check_files` need not look at them. Raises OutputError."""
-    file = cache_dir() / RECORD
-    rows = [(_stat_key(path), *astuple(each)) for path, each in zip(paths, checked, strict=True) if each.sha256]
-    try:
-        with closing(sqlite3.connect(file, timeout=60)) as record, record:
-            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
-            record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-    except (sqlite3.Error, OSError) as error:
-        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
-
-
-def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checked]:
-    stats = [_stat_key(path) for path in paths]
-    with closing(sqlite3.connect(file, timeout=60)) as record:
-        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
-        known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, stats)}
-        todo = [i for i, key in enumerate(stats) if key not in known]
-        with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
-            for start in range(0, len(todo), RECORDED_AT_ONCE):
-                rows = []
-                chunk = todo[start : start + RECORDED_AT_ONCE]
-                for i, checked in zip(chunk, pool.map(lambda i: check_file(paths[i]), chunk), strict=True):
-                    known[stats[i]] = checked
-                    advance(1)
-                    if checked.sha256:  # an unreadable file may become readable without changing
-                        rows.append((stats[i], *astuple(checked)))
-                with record:
-                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-    return [known[key] for key in stats]
-
-
-def _stat_key(path: Path) -> str:
-    try:
-        return stamp(path)
-    except OSError:
-        return str(path.absolute())
-
-
-def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
-    for start in range(0, len(keys), 500):
-        chunk = keys[start : start + 500]
-        marks = ",".join("?" * len(chunk))
-        yield from record.execute(f"SELECT * FROM checked WHERE key IN ({marks})", chunk)
-
-
-# ---------------------------------------------------------------- datasets
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """sha256 of the lines, '\\n' between them."""
+    found, between = hashlib.sha256(), ""
+    for line in lines:
+        found.update((between + line).encode())
+        between = "\n"
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -185,10 +76,10 @@ class Listing:
 
     name: str
     root: Path
-    paths: list[Path]
-    class_names: list[str]  # one a path
-    parts: list[str]  # one a path, '' where not divided
-    masks: list[Path | None]  # one a path
+    paths: Paths
+    class_names: Choices[str]  # one a path
+    parts: Choices[str]  # one a path, '' where not divided
+    masks: Choices[Path | None]  # one a path
 
 
 def open_images(data: str, data_root: str | None = None, skip_bad: bool = False, workers: int = 2) -> ImageSet:
@@ -202,27 +93,31 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
         check_files(world.share(listing.paths), workers)
         world.wait()
     checked = check_files(listing.paths, workers)
-    bad = tuple((str(path), c.problem) for path, c in zip(listing.paths, checked, strict=True) if c.problem)
+    bad = tuple((str(listing.paths[i]), checked[i].problem) for i in np.flatnonzero(checked.reasons).tolist())
     if bad and not skip_bad:
         raise ImageError(_bad_message(bad, len(listing.paths)), bad=bad)
-    keep = [i for i, c in enumerate(checked) if not c.problem]
-    classes = tuple(sorted({listing.class_names[i] for i in keep}))
-    emptied = sorted(set(listing.class_names) - set(classes))
+    paths, class_names, parts, masks = listing.paths, listing.class_names, listing.parts, listing.masks
+    if bad:
+        keep = np.flatnonzero(checked.reasons == 0)
+        paths, class_names, parts, masks = paths.take(keep), class_names.take(keep), parts.take(keep), masks.take(keep)
+        checked = checked.take(keep)
+    classes = tuple(sorted(class_names.used))
+    emptied = sorted(set(listing.class_names.used) - set(classes))
     if emptied:
         raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable picture; add some or remove its folder")
     index = {name: number for number, name in enumerate(classes)}
     return ImageSet(
         name=listing.name,
         root=listing.root,
-        paths=tuple(listing.paths[i] for i in keep),
-        labels=np.array([index[listing.class_names[i]] for i in keep], dtype=np.int64),
+        paths=paths,
+        labels=np.array([index.get(name, -1) for name in class_names.table], dtype=np.int64)[class_names.codes],
         classes=classes,
-        hashes=tuple(checked[i].sha256 for i in keep),
-        phashes=np.array([int(checked[i].phash, 16) for i in keep], dtype=np.uint64),
-        sizes=np.array([(checked[i].width, checked[i].height) for i in keep], dtype=np.int64),
-        grey=np.array([bool(checked[i].grey) for i in keep]),
-        parts=tuple(listing.parts[i] for i in keep),
-        masks=tuple(listing.masks[i] for i in keep),
+        hashes=Hashes(checked.digests),
+        phashes=checked.phashes,
+        sizes=checked.sizes,
+        grey=checked.grey,
+        parts=parts,
+        masks=masks,
         bad=bad,
     )
 
@@ -236,22 +131,35 @@ def _bad_message(bad: Sequence[tuple[str, str]], total: int) -> str:
 
 def list_pictures(folder: Path) -> list[Path]:
     """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
-    found = []
+    return [Path(text) for text in _pictures_in(folder)]
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """The same as text, sorted as paths are: level by level."""
+    found: list[str] = []
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in PICTURES]
-    return check_names(sorted(found))
+        pictures = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in PICTURES)
+        found += (os.path.join(directory, name) for name in pictures)
+    found.sort(key=lambda text: os.path.normcase(text).replace(os.sep, "\0"))  # which comes before all that a name may hold
+    for text in found:
+        _check_name(text)
+    return found
 
 
 def check_names(paths: list[Path]) -> list[Path]:
     """The paths; DataError where one is not UTF-8, since no table, record or page could name it."""
     for path in paths:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            shown = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            raise DataError(f"{shown}: the name is not UTF-8; rename it (convmv does whole folders)") from None
+        _check_name(str(path))
     return paths
+
+
+def _check_name(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        raise DataError(f"{shown}: the name is not UTF-8; rename it (convmv does whole folders)") from None
 
 
 def list_folder(root: Path) -> Listing:
@@ -268,47 +176,49 @@ def list_folder(root: Path) -> Listing:
         raise DataError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
     divided = "train" in {f.name for f in folders} and all(f.name in PART_NAMES for f in folders)
     part_folders = {folder: PART_NAMES[folder.name] for folder in folders} if divided else {root: ""}
-    paths: list[Path] = []
-    class_names: list[str] = []
-    parts: list[str] = []
+    paths, class_names, parts = TextsBuilder(below(root)), ChoicesBuilder[str](), ChoicesBuilder[str]()
     for part_folder, part in part_folders.items():
         for class_folder in _subfolders(part_folder):
-            pictures = list_pictures(class_folder)
+            pictures = _pictures_in(class_folder)
             if not pictures:
                 raise DataError(f"{class_folder}: no pictures in this class folder; add some or remove it")
-            paths += pictures
-            class_names += [class_folder.name] * len(pictures)
-            parts += [part] * len(pictures)
-    _check_classes(root, class_names)
-    return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
+            for picture in pictures:
+                paths.add(picture)
+            class_names.add(class_folder.name, len(pictures))
+            parts.add(part, len(pictures))
+    return _listing(root, paths, class_names, parts)
 
 
 def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
     """The pictures of shards, each with the part that it belongs to ('' where not divided); every picture needs a label."""
     if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_pictures(path)), None)):
         raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of pictures ({mixed.name}); keep them apart")
-    paths: list[Path] = []
-    class_names: list[str] = []
-    parts: list[str] = []
+    paths, class_names, parts = TextsBuilder(below(root)), ChoicesBuilder[str](), ChoicesBuilder[str]()
     for shard, part in shards:
         for member in members(shard):
             if member.label is None:
                 raise DataError(f"{shard}: {member.name} has no label; looked for {SOUGHT[shard.suffix.lower()]}")
-            paths.append(shard / member.name)
-            class_names.append(member.label)
-            parts.append(part)
-    if not paths:
+            paths.add(str(shard / member.name))
+            class_names.add(member.label)
+            parts.add(part)
+    if not paths.ends:
         raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else 'its shards'}")
-    _check_classes(root, class_names)
-    return Listing(root.resolve().name, root, paths, class_names, parts, [None] * len(paths))
+    return _listing(root, paths, class_names, parts)
+
+
+def _listing(root: Path, paths: TextsBuilder, class_names: ChoicesBuilder[str], parts: ChoicesBuilder[str]) -> Listing:
+    _check_classes(root, sorted(class_names.table))
+    return Listing(
+        root.resolve().name, root, Paths(paths.done()), class_names.done(), parts.done(), Choices[Path | None].same(None, len(paths.ends))
+    )
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _check_classes(root: Path, class_names: Sequence[str]) -> None:
-    names = sorted(set(class_names))
+def _check_classes(root: Path, names: Sequence[str]) -> None:
+    """names: sorted."""
     if not names:
         raise DataError(f"{root}: no class folders with pictures inside; expected {root}/CLASS/picture.jpg")
     if len(names) == 1:
@@ -338,8 +248,9 @@ def list_caltech101(data_root: str | None) -> Listing:
         ) from error
     pictures = Path(dataset.root) / "101_ObjectCategories"
     paths = [pictures / dataset.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(dataset.y, dataset.index, strict=True)]
-    class_names = [dataset.categories[y] for y in dataset.y]
-    return Listing("caltech101", pictures, paths, class_names, [""] * len(paths), [None] * len(paths))
+    class_names = Choices.of([dataset.categories[y] for y in dataset.y])
+    nothing = Choices[Path | None].same(None, len(paths))
+    return Listing("caltech101", pictures, Paths.of(paths, pictures), class_names, Choices.same("", len(paths)), nothing)
 
 
 def download_caltech101(root: Path) -> None:
@@ -372,8 +283,8 @@ def list_scenes(data_root: str | None) -> Listing:
 
     root = draw_scenes(cache_dir() / "scenes")
     listing = list_folder(root / "pictures")
-    masks: list[Path | None] = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
-    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, masks)
+    masks = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
+    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, Choices[Path | None].of(masks))
 
 
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
@@ -389,9 +300,12 @@ def list_data(data: str, data_root: str | None = None) -> Listing:
 
 def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:
     """(hash, paths) of pictures that occur with the same content under different classes."""
+    keys = Hashes.of(images.hashes).keys
+    order = np.argsort(keys)
+    twins = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
     members: dict[str, list[int]] = {}
-    for i, sha256 in enumerate(images.hashes):
-        members.setdefault(sha256, []).append(i)
+    for i in np.union1d(order[twins], order[twins + 1]).tolist():
+        members.setdefault(images.hashes[i], []).append(i)
     return [
         (sha256, tuple(str(images.paths[i]) for i in indices))
         for sha256, indices in members.items()

@@ -19,6 +19,7 @@ from PIL import Image
 from seewhy.attribution import FeatureMaps, maps_of_features
 from seewhy.backbones import Backbone, create_backbone
 from seewhy.cam import scale_to_one
+from seewhy.checking import Checked, check_bytes
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.decoding import decode
@@ -26,7 +27,6 @@ from seewhy.engines import MANY, Engine, kept_engine, make_engine, steady
 from seewhy.errors import RunError
 from seewhy.explain import class_index, maps_both_ways
 from seewhy.features import EVAL_VIEW, feature_shape, render_view, rounded
-from seewhy.images import Checked, check_bytes
 from seewhy.metrics import softmax
 from seewhy.predict import answers_engine, as_predictions, logits_of
 from seewhy.predictions import Columns, Predictions

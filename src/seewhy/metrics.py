@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,14 @@ from scipy.stats import binomtest, bootstrap, rankdata
 
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
+
+
+ROWS = 4096  # pictures whose (C,) numbers are held in float64 at a time
+
+
+def by_rows(work: Callable[[slice], npt.NDArray[Any]], n: int) -> npt.NDArray[Any]:
+    """(N,) values of N pictures, from what `work` gives of a slice of them: what it needs meanwhile is held of ROWS pictures alone."""
+    return np.concatenate([work(slice(start, start + ROWS)) for start in range(0, max(n, 1), ROWS)])
 
 
 def softmax(logits: Floats) -> npt.NDArray[np.float64]:
@@ -25,8 +34,14 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 def negative_log_likelihood(labels: Labels, logits: Floats) -> float:
     """Mean of -log softmax(logits)[label], in nats; at least 0 (scikit-learn's `log_loss`)."""
+    return float(np.mean(by_rows(lambda rows: surprise(labels[rows], logits[rows]), len(labels))))
+
+
+def surprise(labels: Labels, logits: Floats) -> npt.NDArray[np.float64]:
+    """(N,) -log softmax(logits)[label] of each picture, in nats."""
     scores = np.asarray(logits, dtype=np.float64)
-    return float(np.mean(logsumexp(scores, axis=1) - scores[np.arange(len(labels)), labels]))
+    nats: npt.NDArray[np.float64] = logsumexp(scores, axis=1) - scores[np.arange(len(labels)), labels]
+    return nats
 
 
 def accuracy(labels: Labels, predicted: Labels) -> float:
@@ -36,9 +51,13 @@ def accuracy(labels: Labels, predicted: Labels) -> float:
 
 def in_top_k(labels: Labels, probs: Floats, k: int) -> npt.NDArray[np.bool_]:
     """(N,) whether the true class is among the k most probable; of equal ones the later class comes first (scikit-learn's order)."""
-    best = np.argsort(probs, axis=1, kind="stable")[:, -k:]
-    among: npt.NDArray[np.bool_] = (best == labels[:, None]).any(axis=1)
-    return among
+
+    def among(rows: slice) -> npt.NDArray[np.bool_]:
+        best = np.argsort(probs[rows], axis=1, kind="stable")[:, -k:]
+        found: npt.NDArray[np.bool_] = (best == labels[rows, None]).any(axis=1)
+        return found
+
+    return by_rows(among, len(labels))
 
 
 def top_k_accuracy(labels: Labels, probs: Floats, k: int) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from seewhy.backbones import Backbone, create_backbone
+from seewhy.checking import check_file
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.decoding import read_image
@@ -25,7 +26,7 @@ from seewhy.errors import DataError
 from seewhy.features import EVAL_VIEW, feature_shape, render_view
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
-from seewhy.images import check_file, list_data
+from seewhy.images import list_data
 from seewhy.shards import shard_of
 from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
@@ -33,7 +34,7 @@ from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
 
 SAMPLE = 64  # pictures that are looked at
-PICTURE_BYTES = 1500  # of memory that a picture takes on its own: paths, hashes, split (benchmarks/growth.py: 1.06 to 1.19 GB for 90,000)
+PICTURE_BYTES = 500  # of memory that a picture takes on its own: path, hash, split, answers (measured: 400, of 101 classes)
 COPIES = 6  # of the weights: themselves, their gradients, AdamW's two moments, the average over the steps, the exported network
 START_S = 12.0  # what does not grow with the pictures: imports, making the networks ready for ONNX Runtime
 REPORT_S = 6.0  # figures and report, likewise

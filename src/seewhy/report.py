@@ -23,6 +23,7 @@ from seewhy.figures import (
     training_curves,
 )
 from seewhy.labels import DOUBTFUL, doubt_labels
+from seewhy.metrics import softmax
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
 from seewhy.scoring import sanity_check, score_methods, wide
@@ -52,7 +53,7 @@ def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation
 
 def pick_examples(test: Evaluation) -> dict[str, list[int]]:
     """Test pictures worth a look, by kind: right and surest (one a class), wrong and surest, and least sure of the others."""
-    sure = test.probs.max(axis=1)
+    sure = test.sure
     right = test.labels == test.predicted
     surest = [int(n) for n in np.argsort(-sure, kind="stable")]
     best: list[int] = []
@@ -93,7 +94,7 @@ def _trust(run: Run, test: Evaluation) -> dict[str, Any]:
 
 def _caption(test: Evaluation, n: int) -> str:
     true, predicted = test.classes[test.labels[n]], test.classes[test.predicted[n]]
-    said = f"{predicted} {test.probs[n].max():.0%}"
+    said = f"{predicted} {test.sure[n]:.0%}"
     return said if true == predicted else f"{said} (is {true})"
 
 
@@ -129,8 +130,9 @@ def _facts(
 
 def _doubts(test: Evaluation) -> list[dict[str, Any]]:
     """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
-    logits = test.logits.astype(np.float64) / test.temperature
-    found = doubt_labels(test.labels, logits)  # log-odds are differences of logits
+    wrong = np.flatnonzero(~test.right)
+    logits = test.logits[wrong].astype(np.float64) / test.temperature
+    found = doubt_labels(test.labels[wrong], logits)  # log-odds are differences of logits
     kept = np.flatnonzero(found.log_odds < DOUBTFUL)
     return [
         {
@@ -139,7 +141,7 @@ def _doubts(test: Evaluation) -> list[dict[str, Any]]:
             "suggested": test.classes[found.suggested[place]],
             "odds": float(np.exp(min(-found.log_odds[place], 20))),
         }
-        for place, n in ((int(place), int(found.order[place])) for place in kept)
+        for place, n in ((int(place), int(wrong[found.order[place]])) for place in kept)
     ]
 
 
@@ -205,7 +207,7 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
         true, predicted = divmod(int(place), wrong.shape[0])
         members = np.flatnonzero((test.labels == true) & (test.predicted == predicted))
         pair = {"true": test.classes[true], "predicted": test.classes[predicted], "count": int(wrong[true, predicted])}
-        found.append({**pair, "paths": [test.paths[n] for n in members]})
+        found.append({**pair, "paths": [test.paths[n] for n in members.tolist()]})
     return found
 
 
@@ -222,8 +224,8 @@ def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Expl
         ],
         "true": test.classes[test.labels[n]],
         "predicted": test.classes[test.predicted[n]],
-        "prob": float(test.probs[n].max()),
+        "prob": float(test.sure[n]),
         "other": test.classes[other_class(test, n)],
-        "other_prob": float(test.probs[n, other_class(test, n)]),
+        "other_prob": float(softmax(test.logits[[n]] / test.temperature)[0, other_class(test, n)]),
         "file": "/".join(Path(test.paths[n]).parts[-2:]),
     }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from seewhy.columns import Choices, Column, Positions, Texts
 from seewhy.errors import one_line
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -17,7 +23,7 @@ PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val
 LABELS = ("label", "labels", "class", "cls", "target")  # what a class is called, the first that is there
 
 
-@dataclass(frozen=True, slots=True)  # slots: there are as many as pictures
+@dataclass(frozen=True, slots=True)
 class Member:
     """A picture in a shard. name: with its folders, unique in the shard. label: its class, None where the shard tells none."""
 
@@ -25,19 +31,46 @@ class Member:
     label: str | None
 
 
+class Members(Column[Member]):
+    """The pictures of a shard, in its order."""
+
+    def __init__(self, names: Texts, labels: Choices[str | None]) -> None:
+        self.names, self.labels = names, labels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def at(self, i: int) -> Member:
+        return Member(self.names.at(i), self.labels.at(i))
+
+    def take(self, positions: Positions) -> Members:
+        return Members(self.names.take(positions), self.labels.take(positions))
+
+
 @dataclass(frozen=True)
 class Index:
     """What is in a shard, and where.
 
-    rows: name -> number of its member. tar: offset and size of each member, one after the other.
-    parquet: the column of pictures, and the first row of each row group.
+    tar: offset and size of each member, one after the other. parquet: the column of pictures, and the first row of each row group.
     """
 
-    members: list[Member]
-    rows: dict[str, int]
+    members: Members
     places: array[int] = field(default_factory=lambda: array("q"))
     column: str = ""
     firsts: tuple[int, ...] = ()
+
+    @cached_property
+    def _by_name(self) -> npt.NDArray[np.uint32]:
+        """(N,) members in the order of their names."""
+        names = self.members.names
+        return np.array(sorted(range(len(names)), key=names.at), dtype=np.uint32)
+
+    def row(self, name: str) -> int | None:
+        """The number of the member of this name, None where there is none."""
+        names, order = self.members.names, self._by_name
+        place = bisect.bisect_left(order, name, key=lambda row: names.at(int(row)))
+        found = int(order[place]) if place < len(order) else -1
+        return found if found >= 0 and names.at(found) == name else None
 
 
 def refuse_large(size: int) -> None:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from seewhy.columns import Choices, Texts
 from seewhy.errors import DataError, one_line
-from seewhy.shard_names import LABELS, PICTURES, Index, Member, plain_label, plain_name, refuse_large, why_not
+from seewhy.shard_names import LABELS, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
 
 MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
 GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
@@ -128,11 +129,11 @@ def _names(parquet: Any, column: str) -> list[str]:
     return [f"{row:06d}.jpg" for row in range(parquet.metadata.num_rows)]
 
 
-def _described(parquet: Any, shown: str) -> tuple[str, list[Member]]:
+def _described(parquet: Any, shown: str) -> tuple[str, Members]:
     """The column of pictures, and the members; no picture's bytes are read."""
     with _damage(shown):
         column = _picture_column(parquet.schema_arrow, shown)
-        return column, [Member(name, label) for name, label in zip(_names(parquet, column), _labels(parquet), strict=True)]
+        return column, Members(Texts.of(_names(parquet, column)), Choices.of(_labels(parquet)))
 
 
 def index_parquet(file: BinaryIO, shown: str) -> Index:
@@ -146,7 +147,7 @@ def index_parquet(file: BinaryIO, shown: str) -> Index:
                     f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows"
                 )
         firsts = tuple(itertools.accumulate(_group_rows(parquet), initial=0))[:-1]
-    return Index(found, {member.name: row for row, member in enumerate(found)}, column=column, firsts=firsts)
+    return Index(found, column=column, firsts=firsts)
 
 
 def read_row(file: BinaryIO, shown: str, key: Key, index: Index, row: int) -> bytes:

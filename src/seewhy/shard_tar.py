@@ -6,13 +6,15 @@ import errno
 import io
 import json
 import tarfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+from seewhy.columns import ChoicesBuilder, TextsBuilder
 from seewhy.errors import DataError
-from seewhy.shard_names import LABELS, MAX_BYTES, PICTURES, Index, Member, plain_label, plain_name, refuse_large, why_not
+from seewhy.shard_names import LABELS, MAX_BYTES, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
 
 MAX_HEADER = 16_000_000  # bytes of a header, a .cls or a .json; larger ones are made to exhaust memory
 
@@ -149,13 +151,13 @@ def _json_label(data: bytes) -> str | None:
 
 
 def index_tar(file: BinaryIO, shown: str) -> Index:
-    index = Index([], {})
+    names, labels, places = TextsBuilder(), ChoicesBuilder[str | None](), array("q")
     for pictures, label in _groups(_Forward(file, seekable=True), shown, with_pictures=False):
         for entry in pictures:
-            index.rows[entry.name] = len(index.members)
-            index.members.append(Member(entry.name, label))
-            index.places.extend((entry.offset, entry.size))
-    return index
+            names.add(entry.name)
+            labels.add(label)
+            places.extend((entry.offset, entry.size))
+    return Index(Members(names.done(), labels.done()), places)
 
 
 def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:

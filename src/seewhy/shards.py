@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from seewhy.errors import DataError
-from seewhy.shard_names import LABELS, PART_NAMES, Index
+from seewhy.shard_names import LABELS, PART_NAMES, Index, Members
 from seewhy.shard_names import Member as Member  # of the interface
 from seewhy.shard_parquet import Key, index_parquet, read_row, stream_parquet
 from seewhy.shard_tar import index_tar, read_entry, stream_tar
@@ -96,7 +96,7 @@ def _part_of(shard: Path) -> str:
     return PART_NAMES.get(word[0], "") if word else ""
 
 
-def members(shard: Path) -> list[Member]:
+def members(shard: Path) -> Members:
     """The pictures of a shard, in its order. Raises DataError where it cannot be read as one."""
     try:
         with shard.open("rb") as file:
@@ -109,7 +109,7 @@ def read_member(shard: Path, name: str) -> bytes:
     """A picture's bytes; OSError where there is no such picture, it cannot be read, or is too large for one."""
     with shard.open("rb", buffering=0) as file:  # opened for each picture: no handle is shared by processes
         key, index = _index(shard, file)
-        row = index.rows.get(name)
+        row = index.row(name)
         if row is None:
             raise FileNotFoundError(errno.ENOENT, "no such picture in the shard")
         if not index.column:

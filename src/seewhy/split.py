@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.columns import Choices, Hashes
 from seewhy.duplicates import chain, exact_pairs, group_numbers
 from seewhy.errors import SplitError
-from seewhy.images import ImageSet
+from seewhy.images import ImageSet, digest_of_lines
 
 PARTS = ("train", "val", "test")
+TRAIN = PARTS.index("train")
+NOWHERE = len(PARTS)  # the part of a picture to which none is given
 CALTECH30_TRAIN = 30  # pictures a class of the protocol; 3 of them are kept for validation
 CALTECH30_VAL = 3
 
@@ -52,22 +54,60 @@ class Split:
             "protocol": self.protocol,
             "seed": self.seed,
             "hash": self.hash(images),
-            "groups": self._groups_by_hash(images),
+            "groups": [list(group) for group in self._groups_by_hash(images)],
             "torn": list(self.torn),
-            **{name: sorted(images.hashes[i] for i in self.part(name)) for name in PARTS},
+            **{name: list(self._hashes(images, name)) for name in PARTS},
         }
 
-    def _groups_by_hash(self, images: ImageSet) -> list[list[str]]:
-        """The groups of more than one picture content, each sorted."""
-        members: dict[int, set[str]] = {}
-        for group, sha256 in zip(self.groups.tolist(), images.hashes, strict=True):
-            members.setdefault(group, set()).add(sha256)
-        return sorted(sorted(hashes) for hashes in members.values() if len(hashes) > 1)
+    def write(self, file: Path, images: ImageSet) -> None:
+        """`record` as `split.json`, a hash at a time, so that memory does not hold all of them."""
+        fields: dict[str, Iterable[str]] = {
+            "protocol": [json.dumps(self.protocol)],
+            "seed": [json.dumps(self.seed)],
+            "hash": [json.dumps(self.hash(images))],
+            "groups": _json_list(("".join(_json_list(map(json.dumps, group), 2)) for group in self._groups_by_hash(images)), 1),
+            "torn": _json_list((json.dumps(name, ensure_ascii=False) for name in self.torn), 1),
+            **{name: _json_list(map(json.dumps, self._hashes(images, name)), 1) for name in PARTS},
+        }
+        with file.open("w", encoding="utf-8") as out:
+            for n, (name, value) in enumerate(fields.items()):
+                out.write(f'{"," if n else "{"}\n "{name}": ')
+                out.writelines(value)
+            out.write("\n}\n")
+
+    def _hashes(self, images: ImageSet, name: str) -> Hashes:
+        """Those of a part's pictures, sorted."""
+        hashes = Hashes.of(images.hashes).take(self.part(name))
+        return hashes.take(np.argsort(hashes.keys))
+
+    def _groups_by_hash(self, images: ImageSet) -> Iterator[Hashes]:
+        """The groups of more than one picture content, each sorted, in the order of their first hashes."""
+        _, numbers, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)
+        several = np.flatnonzero(sizes[numbers] > 1)
+        hashes, numbers = Hashes.of(images.hashes).take(several), numbers[several]
+        order = np.argsort(hashes.keys)
+        order = order[np.argsort(numbers[order], kind="stable")]
+        hashes, numbers = hashes.take(order), numbers[order]
+        new = np.append(True, (numbers[1:] != numbers[:-1]) | (hashes.keys[1:] != hashes.keys[:-1]))[: len(order)]
+        hashes, numbers = hashes.take(np.flatnonzero(new)), numbers[new]
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        ends = np.append(begins[1:], len(numbers))[: len(begins)]
+        for group in np.argsort(hashes.keys[begins]):
+            if ends[group] - begins[group] > 1:
+                yield hashes[begins[group] : ends[group]]
 
     def hash(self, images: ImageSet) -> str:
         """sha256 over which picture is in which part."""
-        lines = sorted(f"{name} {images.hashes[i]}" for name in PARTS for i in self.part(name))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return digest_of_lines(f"{name} {sha256}" for name in sorted(PARTS) for sha256 in self._hashes(images, name))
+
+
+def _json_list(items: Iterable[str], depth: int) -> Iterator[str]:
+    """Pieces of the list of these items, as json.dumps writes it with indent=1."""
+    before = "["
+    for item in items:
+        yield f"{before}\n{' ' * (depth + 1)}{item}"
+        before = ","
+    yield "[]" if before == "[" else f"\n{' ' * depth}]"
 
 
 def leaked_pictures(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -97,50 +137,122 @@ def split_images(
     Raises SplitError where a class has too few different pictures.
     """
     rng = np.random.default_rng(seed)
-    given = {part for part in images.parts if part}
-    exact = group_numbers(len(images), exact_pairs(images))
-    joined = exact
+    parts = _given_parts(images)
+    given = {PARTS[part] for part in np.unique(parts).tolist() if part < NOWHERE}
+    twins = exact_pairs(images)
+    exact = joined = group_numbers(len(images), twins)
     if groups is not None:
         if given:  # what the folders divide stays divided; `leaked_pictures` counts what that lets through
-            groups = groups * len(PARTS) + np.array([PARTS.index(part) for part in images.parts])
-        joined = group_numbers(len(images), np.concatenate([exact_pairs(images), chain(groups)]))
-    joined, torn = _torn_apart(images, joined, exact, given)
+            groups = groups * len(PARTS) + parts
+        joined = group_numbers(len(images), np.concatenate([twins, chain(groups)]))
+    joined, torn = _torn_apart(images, joined, exact, parts if given else None)
     if torn and not tear:
         raise SplitError(
             f"class {torn[0]!r} has too few groups, or one with over half of its pictures, to keep groups in one part each; "
             "add pictures of other groups, merge classes, or use --group-by duplicates or exact"
         )
-    assigned: dict[str, list[int]] = {name: [] for name in PARTS}
-    for label, class_groups in enumerate(_groups_by_class(images, joined, rng)):
+    dealt = _order_groups(images, joined)
+    where = np.empty(len(dealt), dtype=np.uint8)  # the part of each group, by its place in PARTS
+    for label, own in enumerate(dealt.shuffled(rng)):
         name = images.classes[label]
         if given:
-            wanted = _divide_given(images, name, class_groups, given, val_fraction, test_fraction, assigned)
+            wanted = _divide_given(images, parts, name, dealt, own, given, val_fraction, test_fraction, where)
         elif protocol == "caltech30":
-            wanted = {"val": CALTECH30_VAL, "train": CALTECH30_TRAIN - CALTECH30_VAL, "test": _size(class_groups) - CALTECH30_TRAIN}
+            wanted = {"val": CALTECH30_VAL, "train": CALTECH30_TRAIN - CALTECH30_VAL, "test": dealt.count(own) - CALTECH30_TRAIN}
         else:
-            wanted = _ratio_sizes(_size(class_groups), val_fraction, test_fraction)
-        pool = [g for g in class_groups if images.parts[g[0]] == "train"] if given else class_groups
-        _check_enough(name, pool, wanted, protocol if not given else "folders")
-        _deal(pool, wanted, assigned)
-    train, val, test = (np.array(sorted(assigned[name]), dtype=np.int64) for name in PARTS)
+            wanted = _ratio_sizes(dealt.count(own), val_fraction, test_fraction)
+        pool = own[where[own] == TRAIN] if given else own
+        _check_enough(name, len(pool), wanted, protocol if not given else "folders")
+        where[pool] = _deal(dealt.sizes[pool], wanted)
+    found = np.empty(len(images), dtype=np.uint8)
+    found[dealt.members] = np.repeat(where, dealt.sizes)
+    train, val, test = (np.flatnonzero(found == part) for part in range(len(PARTS)))
     return Split("folders" if given else protocol, seed, train, val, test, joined, torn)
 
 
+def _given_parts(images: ImageSet) -> npt.NDArray[np.uint8]:
+    """(N,) the part in which each picture lies, as its place in PARTS, else NOWHERE."""
+    parts = Choices.of(images.parts)
+    found: npt.NDArray[np.uint8] = np.array([PARTS.index(part) if part else NOWHERE for part in parts.table], dtype=np.uint8)[parts.codes]
+    return found
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """G groups of N pictures, each with the class it is dealt with: the commonest among its pictures.
+
+    In the order of their first picture by content, so that neither paths nor file order decide.
+    members: (N,) pictures, group after group, ascending in each. begins, sizes: (G,) where they lie in `members`. labels: (G,).
+    """
+
+    members: npt.NDArray[np.int64]
+    begins: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def of(self, group: int) -> npt.NDArray[np.int64]:
+        """Its pictures, ascending."""
+        return self.members[self.begins[group] :][: self.sizes[group]]
+
+    def first_of(self, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The smallest picture of each."""
+        found: npt.NDArray[np.int64] = self.members[self.begins[groups]]
+        return found
+
+    def by_class(self) -> list[npt.NDArray[np.int64]]:
+        """The groups of each class."""
+        order = np.argsort(self.labels, kind="stable")
+        return np.split(order, np.searchsorted(self.labels[order], np.arange(1, self.classes)))
+
+    def shuffled(self, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+        """The same in an order that `rng` draws."""
+        found = self.by_class()
+        for groups in found:
+            rng.shuffle(groups)
+        return found
+
+    def count(self, groups: npt.NDArray[np.int64]) -> int:
+        """Of their pictures."""
+        return int(self.sizes[groups].sum())
+
+
+def _order_groups(images: ImageSet, joined: npt.NDArray[np.int64]) -> _Groups:
+    """joined: (N,) the smallest picture of each one's group."""
+    rank = np.empty(len(images), dtype=np.int64)
+    rank[np.argsort(Hashes.of(images.hashes).keys, kind="stable")] = np.arange(len(images))
+    first = np.full(len(images), len(images))
+    np.minimum.at(first, joined, rank)
+    first = first[joined]
+    members = np.argsort(first, kind="stable")
+    begins = np.flatnonzero(np.diff(first[members], prepend=-1))
+    sizes = np.diff(begins, append=len(members))
+    labels = images.labels[members[begins]]
+    for group in np.flatnonzero(sizes > 1):
+        labels[group] = np.bincount(images.labels[members[begins[group] :][: sizes[group]]]).argmax()
+    return _Groups(members, begins, sizes, labels, len(images.classes))
+
+
 def _torn_apart(
-    images: ImageSet, joined: npt.NDArray[np.int64], exact: npt.NDArray[np.int64], given: set[str]
+    images: ImageSet, joined: npt.NDArray[np.int64], exact: npt.NDArray[np.int64], given: npt.NDArray[np.uint8] | None
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Groups, but only exact duplicates where a class has too few to deal one to each part, or one that holds over half of it."""
-    parts = 1 + sum(part not in given for part in ("val", "test")) if given else len(PARTS)
+    parts = len(PARTS) if given is None else 1 + sum(not np.any(given == PARTS.index(part)) for part in ("val", "test"))
     torn: set[int] = set()
     while True:
-        dealt = _groups_by_class(images, joined, None)
-        pools = [[g for g in groups if not given or images.parts[g[0]] == "train"] for groups in dealt]
+        dealt = _order_groups(images, joined)
+        pools = dealt.by_class()
+        if given is not None:
+            pools = [groups[given[dealt.first_of(groups)] == TRAIN] for groups in pools]
         more = {
             label
             for label, pool in enumerate(pools)
             if label not in torn
             # A class whose pictures all lie in groups of other classes is starved by them.
-            and (len(pool) < parts or (max(map(len, pool)) > 1 and 2 * max(map(len, pool)) > _size(pool)))
+            and (len(pool) < parts or (dealt.sizes[pool].max() > 1 and 2 * dealt.sizes[pool].max() > dealt.count(pool)))
             and np.any(np.isin(joined, joined[images.labels == label]) & (joined != exact))
         }
         if not more:
@@ -151,24 +263,6 @@ def _torn_apart(
         joined = np.where(loose, exact, joined)
 
 
-def _size(groups: Sequence[list[int]]) -> int:
-    return sum(len(group) for group in groups)
-
-
-def _groups_by_class(images: ImageSet, joined: npt.NDArray[np.int64], rng: np.random.Generator | None) -> list[list[list[int]]]:
-    """For each class its groups, shuffled by `rng`. A group of several classes is dealt with the commonest of them."""
-    members: dict[int, list[int]] = {}
-    for i in sorted(range(len(images)), key=lambda i: images.hashes[i]):  # by content, so that neither paths nor file order decide
-        members.setdefault(int(joined[i]), []).append(i)
-    groups: list[list[list[int]]] = [[] for _ in images.classes]
-    for group in members.values():
-        groups[int(np.bincount(images.labels[group]).argmax())].append(sorted(group))
-    if rng is not None:
-        for class_groups in groups:
-            rng.shuffle(class_groups)
-    return groups
-
-
 def _ratio_sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
     test = max(1, round(n * test_fraction))
     val = max(1, round(n * val_fraction))
@@ -177,37 +271,36 @@ def _ratio_sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str,
 
 def _divide_given(
     images: ImageSet,
+    parts: npt.NDArray[np.uint8],
     name: str,
-    class_groups: list[list[int]],
+    dealt: _Groups,
+    own: npt.NDArray[np.int64],
     given: set[str],
     val_fraction: float,
     test_fraction: float,
-    assigned: dict[str, list[int]],
+    where: npt.NDArray[np.uint8],
 ) -> dict[str, int]:
-    """Takes over the given val and test; how many of the train folder go where is returned."""
-    for group in class_groups:
-        found = {images.parts[i] for i in group}
+    """Takes over the given parts of a class's groups (into `where`); how many of the train folder go where is returned."""
+    for group in own[dealt.sizes[own] > 1].tolist():
+        found = {PARTS[part] for part in parts[dealt.of(group)].tolist()}
         if len(found) > 1:
-            where = ", ".join(str(images.paths[i]) for i in group[:3])
-            raise SplitError(f"the same picture lies in {' and '.join(sorted(found))} ({where}); remove all but one")
-        if found != {"train"}:
-            assigned[found.pop()] += group
-    missing = sorted(given - {images.parts[group[0]] for group in class_groups})
+            shown = ", ".join(str(images.paths[i]) for i in dealt.of(group)[:3])
+            raise SplitError(f"the same picture lies in {' and '.join(sorted(found))} ({shown}); remove all but one")
+    where[own] = parts[dealt.first_of(own)]
+    missing = sorted(part for part in given if not np.any(where[own] == PARTS.index(part)))
     if missing:
         raise SplitError(f"class {name!r} has no picture in the {missing[0]} folder; add some, or remove the class from the others")
-    n = _size([g for g in class_groups if images.parts[g[0]] == "train"])
-    wanted = _ratio_sizes(n, val_fraction, test_fraction)
+    wanted = _ratio_sizes(dealt.count(own[where[own] == TRAIN]), val_fraction, test_fraction)
     for part in ("val", "test"):
         if part in given:
             wanted["train"] += wanted.pop(part)
     return wanted
 
 
-def _check_enough(name: str, groups: Sequence[list[int]], wanted: dict[str, int], protocol: str) -> None:
-    """At least one picture in each part, counting duplicates once."""
-    if len(groups) >= len(wanted) and min(wanted.values()) >= 1:
+def _check_enough(name: str, n: int, wanted: dict[str, int], protocol: str) -> None:
+    """At least one picture in each part, counting duplicates once. n: groups."""
+    if n >= len(wanted) and min(wanted.values()) >= 1:
         return
-    n = len(groups)
     noun = "picture" if n == 1 else "different pictures"
     if protocol == "caltech30":
         raise SplitError(f"class {name!r} has {n} {noun}; caltech30 needs at least {CALTECH30_TRAIN + 1}: use --protocol ratio")
@@ -217,24 +310,28 @@ def _check_enough(name: str, groups: Sequence[list[int]], wanted: dict[str, int]
     )
 
 
-def _deal(groups: Sequence[list[int]], wanted: dict[str, int], assigned: dict[str, list[int]]) -> None:
-    """Whole groups to the first part that has room for them (test, val, train); train takes what is over.
+def _deal(sizes: npt.NDArray[np.int64], wanted: dict[str, int]) -> npt.NDArray[np.uint8]:
+    """(G,) pictures of each group -> (G,) its part, as a place in PARTS.
 
+    Whole groups to the first part that has room for them (test, val, train); train takes what is over.
     In the order they come, large or small, so that each part has its share of either; but every part gets a group before any gets
     a second one, and the smallest ones serve for that.
     """
     order = sorted(wanted, key=lambda part: PARTS.index(part), reverse=True)  # test, val, train
     left = dict(wanted)
-    queue = list(groups)
+    dealt = np.zeros(len(sizes), dtype=np.uint8)
+    queue = np.arange(len(sizes))
     for part in order:
-        fitting = [n for n, group in enumerate(queue) if len(group) <= left[part]]
-        group = queue.pop(fitting[0] if fitting else min(range(len(queue)), key=lambda n: len(queue[n])))
-        assigned[part] += group
-        left[part] -= len(group)
-    for group in queue:
-        part = next((p for p in order if left[p] >= len(group)), order[-1])
-        assigned[part] += group
-        left[part] -= len(group)
+        fitting = np.flatnonzero(sizes[queue] <= left[part])
+        place = fitting[0] if len(fitting) else sizes[queue].argmin()
+        dealt[queue[place]] = PARTS.index(part)
+        left[part] -= int(sizes[queue[place]])
+        queue = np.delete(queue, place)
+    for group, size in zip(queue, sizes[queue].tolist(), strict=True):
+        part = next((p for p in order if left[p] >= size), order[-1])
+        dealt[group] = PARTS.index(part)
+        left[part] -= size
+    return dealt
 
 
 def read_split(path: Path, images: ImageSet) -> Split:
@@ -245,24 +342,40 @@ def read_split(path: Path, images: ImageSet) -> Split:
     file = path / "split.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        part_of = {sha256: name for name in PARTS for sha256 in record[name]}
+        members = [Hashes.of(record[name]).digests for name in PARTS]
         protocol, seed = str(record["protocol"]), int(record["seed"])
         torn = tuple(str(name) for name in record.get("torn", []))
-        group_of = {sha256: number for number, group in enumerate(record.get("groups", [])) for sha256 in group}
+        grouped = Hashes.of([sha256 for group in record.get("groups", []) for sha256 in group])
+        group_of = np.repeat(np.arange(len(record.get("groups", []))), [len(group) for group in record.get("groups", [])])
     except FileNotFoundError as error:
         raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SplitError(f"{file}: not a split ({error}); pass a run folder or a split.json") from error
-    unknown = [i for i, sha256 in enumerate(images.hashes) if sha256 not in part_of]
-    if unknown:
+    del record
+    place = _last_equal(Hashes(np.concatenate(members)), images)
+    unknown = np.flatnonzero(place < 0)
+    if len(unknown):
         raise SplitError(
             f"{file}: {len(unknown)} of {len(images)} pictures are not in this split, {images.paths[unknown[0]]} for one; "
             "use the data it was made for, or leave out --split-from"
         )
-    indices = {name: [i for i, sha256 in enumerate(images.hashes) if part_of[sha256] == name] for name in PARTS}
-    for name, members in indices.items():
-        if not members:
+    part = np.repeat(np.arange(len(PARTS)), [len(digests) for digests in members])[place]
+    train, val, test = indices = [np.flatnonzero(part == number) for number in range(len(PARTS))]
+    for name, found in zip(PARTS, indices, strict=True):
+        if not len(found):
             raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
-    train, val, test = (np.array(indices[name], dtype=np.int64) for name in PARTS)
-    names = [group_of.get(sha256, sha256) for sha256 in images.hashes]
-    return Split(protocol, seed, train, val, test, group_numbers(len(images), chain([str(name) for name in names])), torn)
+    place = _last_equal(grouped, images)
+    inside = np.flatnonzero(place >= 0)
+    pairs = np.concatenate([exact_pairs(images), inside[chain(group_of[place[inside]])]])
+    return Split(protocol, seed, train, val, test, group_numbers(len(images), pairs), torn)
+
+
+def _last_equal(known: Hashes, images: ImageSet) -> npt.NDArray[np.int64]:
+    """(N,) where each picture's hash is in `known`, the last time if there are several; -1 where it is not."""
+    wanted = Hashes.of(images.hashes).keys
+    if not len(known):
+        return np.full(len(wanted), -1)
+    order = np.argsort(known.keys, kind="stable")
+    ordered = known.keys[order]
+    place = np.maximum(np.searchsorted(ordered, wanted, side="right") - 1, 0)
+    return np.where(ordered[place] == wanted, order[place], -1)

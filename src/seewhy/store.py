@@ -21,7 +21,7 @@ from seewhy.progress import LOG
 SYNC_S = 2.0  # of computing is the most that a kill or a power cut takes away
 FILE_BYTES = 4 << 30  # of rows, from which on a writer begins its next file
 KEY = np.dtype("S32")  # sha256
-KEYS_AT_ONCE = 1 << 20  # that are compared at a time, so that memory does not grow with the store
+KEYS_AT_ONCE = 1 << 16  # that are compared at a time, so that memory does not grow with the store
 FILE_BITS = 40  # a row's number is that of its file, above these bits, and its place in it
 
 
@@ -99,19 +99,25 @@ class FeatureStore:
 
     def find(self, wanted: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
         """(N,) keys -> (N,) numbers of their rows, -1 for those that are not completely written."""
-        unique, place = np.unique(wanted, return_inverse=True)
-        rows = np.full(len(unique), -1, dtype=np.int64)
-        for number in self._numbers() if len(unique) else []:
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        rows = np.full(len(ordered), -1, dtype=np.int64)  # of the first of equal keys
+        for number in self._numbers() if len(ordered) else []:
             left = self._complete(number)
             with self._pair(number)[1].open("rb") as file:
                 begin = 0
                 while left > 0 and len(data := file.read(min(left, KEYS_AT_ONCE) * KEY.itemsize)):
                     stored = np.frombuffer(data, dtype=KEY)
-                    where = np.minimum(np.searchsorted(unique, stored), len(unique) - 1)
-                    hits = np.flatnonzero(unique[where] == stored)
+                    where = np.minimum(np.searchsorted(ordered, stored), len(ordered) - 1)
+                    hits = np.flatnonzero(ordered[where] == stored)
                     rows[where[hits]] = (number << FILE_BITS) + begin + hits
                     begin, left = begin + len(stored), left - len(stored)
-        return rows[place]
+        same = np.append(False, ordered[1:] == ordered[:-1])[: len(ordered)]
+        del ordered
+        first = np.maximum.accumulate(np.where(same, 0, np.arange(len(rows))))
+        found = np.empty_like(rows)
+        found[order] = rows[first]
+        return found
 
     def keys(self) -> dict[bytes, int]:
         """Key -> number of its row, for everything that is completely written."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +133,17 @@ class References:
             alike = _unit(vectors[start : start + ROWS] - self.centre).astype(np.float32) @ directions
             found[start : start + ROWS] = 1 - np.partition(alike, -nearest, axis=1)[:, -nearest]
         return found
+
+
+def in_rows(blocks: Iterator[Array], counts: Iterable[int]) -> Iterator[Array]:
+    """(B, K) blocks of any sizes, one after another -> the same rows in blocks of these sizes; where there are fewer, in fewer blocks."""
+    left = next(blocks)
+    for count in counts:
+        while len(left) < count and len(more := next(blocks, left[:0])):
+            left = np.concatenate([left, more])
+        if len(left):
+            yield left[:count]
+        left = left[count:]
 
 
 def sample_references(vectors: Array, seed: int = 0) -> References:

@@ -33,7 +33,7 @@ from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.tracking import check_tracker, tell_of_run, tracked
-from seewhy.unknowns import REFERENCES, References, sample_references
+from seewhy.unknowns import REFERENCES, ROWS, References, in_rows, sample_references
 from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
@@ -240,8 +240,7 @@ def _write_run(
         save_weights(backbone, work)
         if strange:
             save_references(strange[0], work)
-        record = split.record(images)
-        write_json(work / "split.json", record)
+        split.write(work / "split.json", images)
         write_json(work / "metrics.json", metrics)
         _write_history(work / "history.csv", fitted)
         for part, evaluation in evaluations.items():
@@ -263,7 +262,7 @@ def _write_run(
             },
             "split": {
                 "protocol": split.protocol,
-                "hash": record["hash"],
+                "hash": split.hash(images),
                 **{part: len(split.part(part)) for part in PARTS},
                 **_grouping(images, split),
                 "leaked_test_pictures": leaked,
@@ -314,8 +313,9 @@ def _unknowns(
     vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
     if vectors is None:
         return None
-    references = sample_references(vectors[: len(drawn)])
-    val, test = np.split(references.strangeness(vectors[len(drawn) :]), [len(split.val)])
+    blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
+    references = sample_references(next(blocks))
+    val, test = np.split(np.concatenate([references.strangeness(block) for block in blocks]), [len(split.val)])
     threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
     flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
     return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
@@ -324,12 +324,12 @@ def _unknowns(
 def _grouping(images: ImageSet, split: Split) -> dict[str, int]:
     """How many pictures belong to groups, in how many, how large the largest is, and how many groups have several labels."""
     sizes = np.bincount(split.groups)
-    members = np.unique(np.stack([split.groups, images.labels], axis=1), axis=0)  # each label of each group once
+    labelled = np.unique(split.groups * len(images.classes) + images.labels)  # each label of each group once
     return {
         "grouped_pictures": int(sizes[sizes > 1].sum()),
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
-        "groups_across_labels": int((np.bincount(members[:, 0]) > 1).sum()),
+        "groups_across_labels": int((np.bincount(labelled // len(images.classes)) > 1).sum()),
     }
 
 
@@ -348,7 +348,7 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
             answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
-            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.probs[n, best]))])
+            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.sure[n]))])
 
 
 # ---------------------------------------------------------------- later

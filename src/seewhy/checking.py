@@ -1,0 +1,196 @@
+"""Picture files -> what looking at each of them said: hashed and decoded once, and kept in a record (a sqlite file in the cache)."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from array import array
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from seewhy.cache import cache_dir
+from seewhy.columns import Column, Positions
+from seewhy.decoding import decode, read_bytes, upright_size
+from seewhy.errors import OutputError
+from seewhy.progress import LOG, progress
+from seewhy.shards import stamp
+
+RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
+RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
+COLUMNS = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"  # of the record
+ASKED_AT_ONCE = 500  # pictures, of the record
+GREY_SPREAD = 8  # of 255, between the channels of a grey picture
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What looking at one file said.
+
+    sha256: of its bytes. width, height: in pixels. problem: why it is unusable, '' if it is not.
+    phash: its perceptual hash, 64 bits as 16 hexadecimal digits. grey: whether it has no colours.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    problem: str
+    phash: str = ""
+    grey: bool = False
+
+
+class CheckedFiles(Column[Checked]):
+    """Checked of N files, as arrays.
+
+    digests: (N, 32) uint8 sha256, zeros where a file could not be read. sizes: (N, 2) int64. phashes: (N,) uint64. grey: (N,).
+    reasons: (N,) number of the problem, 0 where there is none. problems: reason -> its number.
+    """
+
+    def __init__(
+        self,
+        digests: npt.NDArray[np.uint8],
+        sizes: npt.NDArray[np.int64],
+        phashes: npt.NDArray[np.uint64],
+        grey: npt.NDArray[np.bool_],
+        reasons: npt.NDArray[np.int32],
+        problems: dict[str, int],
+    ) -> None:
+        self.digests, self.sizes, self.phashes, self.grey = digests, sizes, phashes, grey
+        self.reasons, self.problems = reasons, problems
+
+    @staticmethod
+    def unseen(count: int) -> CheckedFiles:
+        """To be filled."""
+        sizes, phashes = np.zeros((count, 2), dtype=np.int64), np.zeros(count, dtype=np.uint64)
+        digests, grey = np.zeros((count, 32), dtype=np.uint8), np.zeros(count, dtype=bool)
+        return CheckedFiles(digests, sizes, phashes, grey, np.zeros(count, dtype=np.int32), {"": 0})
+
+    def put(self, i: int, checked: Checked) -> None:
+        self.digests[i] = np.frombuffer(bytes.fromhex(checked.sha256) or bytes(32), dtype=np.uint8)
+        self.sizes[i] = checked.width, checked.height
+        self.phashes[i] = int(checked.phash or "0", 16)
+        self.grey[i] = checked.grey
+        self.reasons[i] = self.problems.setdefault(checked.problem, len(self.problems))
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def at(self, i: int) -> Checked:
+        digest, problem = bytes(self.digests[i]), list(self.problems)[self.reasons[i]]
+        sha256 = digest.hex() if any(digest) else ""
+        width, height = self.sizes[i].tolist()
+        return Checked(sha256, width, height, problem, "" if problem else f"{int(self.phashes[i]):016x}", bool(self.grey[i]))
+
+    def take(self, positions: Positions) -> CheckedFiles:
+        return CheckedFiles(
+            self.digests[positions],
+            self.sizes[positions],
+            self.phashes[positions],
+            self.grey[positions],
+            self.reasons[positions],
+            self.problems,
+        )
+
+
+def check_file(path: Path) -> Checked:
+    """Read, hash and fully decode one file."""
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        return Checked("", 0, 0, (error.strerror or "cannot be read").lower())
+    return check_bytes(data)
+
+
+def check_bytes(data: bytes) -> Checked:
+    """Hash and fully decode the content of one file."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        image = decode(data)
+    except ValueError as error:
+        return Checked(sha256, 0, 0, str(error))
+    import imagehash  # brings SciPy, which answering with an ONNX file does without
+
+    small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    width, height = upright_size(data)
+    return Checked(sha256, width, height, "", str(imagehash.phash(small)), is_grey(small))
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether red, green and blue agree up to what JPEG leaves between them, at 99 of 100 places."""
+    values = np.asarray(image.convert("RGB"), dtype=np.int16)
+    return bool(np.mean(np.ptp(values, axis=2) <= GREY_SPREAD) >= 0.99)
+
+
+def check_files(paths: Sequence[Path], workers: int = 2) -> CheckedFiles:
+    """Checked for each file, in order; files seen before (same path, size and time) are not read again."""
+    file = cache_dir() / RECORD
+    try:
+        try:
+            return _check_files(paths, workers, file)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # the place: read-only, full, locked
+                raise
+            LOG.info(f"{file} is damaged ({error}); it is made anew, and all pictures are looked at again")
+            file.unlink()
+            return _check_files(paths, workers, file)
+    except (sqlite3.Error, OSError) as error:
+        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
+
+
+def record_checked(paths: Sequence[Path], checked: Sequence[Checked]) -> None:
+    """Keeps what was found elsewhere of these files, so that `check_files` need not look at them. Raises OutputError."""
+    file = cache_dir() / RECORD
+    rows = [(_stat_key(path), *astuple(each)) for path, each in zip(paths, checked, strict=True) if each.sha256]
+    try:
+        with closing(sqlite3.connect(file, timeout=60)) as record, record:
+            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
+            record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    except (sqlite3.Error, OSError) as error:
+        raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
+
+
+def _check_files(paths: Sequence[Path], workers: int, file: Path) -> CheckedFiles:
+    found = CheckedFiles.unseen(len(paths))
+    todo = array("q")
+    with closing(sqlite3.connect(file, timeout=60)) as record:
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
+        for start in range(0, len(paths), ASKED_AT_ONCE):
+            keys = [_stat_key(path) for path in paths[start : start + ASKED_AT_ONCE]]
+            known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, keys)}
+            for i, key in enumerate(keys, start):
+                if key in known:
+                    found.put(i, known[key])
+                else:
+                    todo.append(i)
+        with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
+            for start in range(0, len(todo), RECORDED_AT_ONCE):
+                rows = []
+                chunk = todo[start : start + RECORDED_AT_ONCE]
+                keys = [_stat_key(paths[i]) for i in chunk]
+                for i, key, checked in zip(chunk, keys, pool.map(lambda i: check_file(paths[i]), chunk), strict=True):
+                    found.put(i, checked)
+                    advance(1)
+                    if checked.sha256:  # an unreadable file may become readable without changing
+                        rows.append((key, *astuple(checked)))
+                with record:
+                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    return found
+
+
+def _stat_key(path: Path) -> str:
+    try:
+        return stamp(path)
+    except OSError:
+        return str(path.absolute())
+
+
+def _known_rows(record: sqlite3.Connection, keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
+    marks = ",".join("?" * len(keys))
+    return record.execute(f"SELECT * FROM checked WHERE key IN ({marks})", keys)
