@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 from PIL import Image
+from threadpoolctl import threadpool_info
 
 from seewhy import cli, jobs
 from seewhy.engines import Engine
@@ -103,6 +104,22 @@ def test_shares_of_a_cluster() -> None:
 
 
 # ---------------------------------------------------------------- in this process
+
+
+def test_lanes_share_the_cores_that_numpy_multiplies_on() -> None:
+    """Two lanes whose products are made by all cores each wait for each other: that took as long as the network."""
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    def answer(names: list[str], ready: list[Any]) -> dict[str, list[Any]]:
+        seen.append(threads())
+        return {"path": names}
+
+    before, seen = threads(), list[set[int]]()
+    assert len(list(jobs._answered([("a", b"x")], len, answer, 2, 2, 8))) == 1
+    assert seen == [{1}]
+    assert threads() == before
 
 
 def test_answers_are_those_of_predict(run: Run, few: Path, tmp_path: Path) -> None:
