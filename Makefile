@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
 
-test: $(VENV)/.installed-dev $(VENV)/.mlflow
+test: $(VENV)/.installed-dev $(VENV)/.mlflow $(VENV)/.moto
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
@@ -48,6 +48,12 @@ $(VENV)/.mlflow: tests/mlflow-server.txt | $(VENV)/.installed-dev
 	rm -rf $(VENV)/mlflow
 	$(BIN)/python -m venv $(VENV)/mlflow && $(VENV)/mlflow/bin/python -m pip install --quiet -r tests/mlflow-server.txt && touch $@ \
 		|| { rm -rf $(VENV)/mlflow; echo "no MLflow server: its test will skip"; }
+
+# The same for an S3 server.
+$(VENV)/.moto: tests/s3-server.txt | $(VENV)/.installed-dev
+	rm -rf $(VENV)/moto
+	$(BIN)/python -m venv $(VENV)/moto && $(VENV)/moto/bin/python -m pip install --quiet -r tests/s3-server.txt && touch $@ \
+		|| { rm -rf $(VENV)/moto; echo "no S3 server: its tests will skip"; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 from PIL import Image
+from threadpoolctl import threadpool_info
 
 from seewhy import cli, jobs
 from seewhy.engines import Engine
@@ -103,6 +104,22 @@ def test_shares_of_a_cluster() -> None:
 
 
 # ---------------------------------------------------------------- in this process
+
+
+def test_lanes_share_the_cores_that_numpy_multiplies_on() -> None:
+    """Two lanes whose products are made by all cores each wait for each other: that took as long as the network."""
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    def answer(names: list[str], ready: list[Any]) -> dict[str, list[Any]]:
+        seen.append(threads())
+        return {"path": names}
+
+    before, seen = threads(), list[set[int]]()
+    assert len(list(jobs._answered([("a", b"x")], len, answer, 2, 2, 8))) == 1
+    assert seen == [{1}]
+    assert threads() == before
 
 
 def test_answers_are_those_of_predict(run: Run, few: Path, tmp_path: Path) -> None:
@@ -309,6 +326,74 @@ def test_a_killed_worker_costs_nothing(cluster: None, run: Run, shards: Path, lo
     np.testing.assert_allclose(found["prob_1"], local_answers["prob_1"], atol=1e-6)
     reasons = pq.read_table(bad_place(out)).to_pylist()
     assert reasons == [{"path": f"{shards}/{shard:02d}.parquet/000077.jpg", "reason": "not an image"} for shard in (1, 5, 9)]
+
+
+def answered(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What a command says with --json."""
+    assert cli.run_guarded(lambda: cli.call([*command, "--json"])) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_heatmaps_on_ray_are_the_local_ones(cluster: None, run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = []
+    for engine in ("local", "ray"):
+        out = str(tmp_path / f"{engine}.parquet")
+        command = ["explain", str(run.path), str(few / "plain"), str(few / "shards"), "--engine", engine, "--out", out]
+        told = answered(command, capsys)
+        assert (told["pictures"], told["left_out"]) == (119, 1)
+        assert pq.read_table(told["bad"]).to_pylist() == [{"path": f"{few}/shards/a.tar/b/00059.jpg", "reason": "not an image"}]
+        tables.append(pq.read_table(out).to_pandas())
+    here, there = tables
+    for name in ("path", "class", "predicted"):
+        assert here[name].tolist() == there[name].tolist()
+    np.testing.assert_allclose(here["prob"], there["prob"], atol=1e-6)
+    for pair in zip(here["heatmap"], there["heatmap"], strict=True):
+        grey = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in pair]
+        assert np.abs(grey[0] - grey[1]).max() <= 1
+
+
+def test_features_and_audit_on_ray_are_the_local_ones(
+    cluster: None, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `features --engine ray`, `train` computes nothing; `audit --engine ray` writes the tables of `audit`."""
+    from seewhy import features, images
+    from seewhy.batches import training_data
+    from seewhy.config import make_config
+    from seewhy.split import split_images
+
+    data = tmp_path / "data"  # a spoiled picture, and one that stands in both files
+    contents = jpegs(60)
+    write_tar(data / "a.tar", [*contents[:29], b"spoiled"])
+    write_tar(data / "b.tar", contents[28:])
+    plain, on_ray, folders = (
+        ["audit", str(data), "--skip-bad", "--seeds", "1"],
+        ["--engine", "ray"],
+        [tmp_path / "here", tmp_path / "there"],
+    )
+    monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache-here"))
+    told = [answered([*plain, "--out", str(folders[0])], capsys)]
+    monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache-there"))
+    recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--group-by", "exact", "--set", "size=64"]
+    filled = {"pictures": 62, "left_out": 1, "computed": 60 * 2}  # two views of each content
+    assert answered(["features", str(data), *on_ray, *recipe], capsys) == filled
+    assert answered(["features", str(data), *on_ray, *recipe], capsys) == {**filled, "computed": 0}
+
+    def refused(*given: Any) -> Any:
+        raise AssertionError("computed in this process")
+
+    monkeypatch.setattr(features, "_compute", refused)
+    monkeypatch.setattr(images, "check_file", refused)
+    found = images.open_images(str(data), skip_bad=True)
+    config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
+    training_data(found, split_images(found, "ratio", 0), *jobs.frozen_part(config, 2), config)  # all that `train` extracts
+    told.append(answered([*plain, *on_ray, "--out", str(folders[1])], capsys))
+    assert {**told[0], "audit": ""} == {**told[1], "audit": ""}
+    assert told[0]["pairs"]["exact"] == 1
+    tables = sorted(file.name for file in folders[0].glob("*.csv"))
+    assert tables
+    for name in tables:
+        assert (folders[1] / name).read_text() == (folders[0] / name).read_text(), name
 
 
 def test_what_workers_refuse_is_told_in_its_own_words(cluster: None, few: Path, tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_every_dependency_is_pinned_and_has_a_lower_bound() -> None:
 
 
 def test_no_address_in_what_is_installed() -> None:
-    for name in ("constraints.txt", "requirements.txt", "requirements-runtime.txt", "pyproject.toml", "tests/mlflow-server.txt"):
+    servers = ("tests/mlflow-server.txt", "tests/s3-server.txt")
+    for name in ("constraints.txt", "requirements.txt", "requirements-runtime.txt", "pyproject.toml", *servers):
         assert not re.search(r"(https?|file)://|--(extra-)?index-url|--find-links", (REPOSITORY / name).read_text()), name
 
 

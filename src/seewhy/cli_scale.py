@@ -40,6 +40,7 @@ def scaled_predict(
     least = loaded.threshold_for(precision) if precision is not None else least
     options = {"top_k": top_k, "least": least}
     columns = columns_of("predict", options, len(loaded.classes))
+    del loaded  # workers load their own
     _tell(out, *answer_sources(Request("predict", str(run), options), columns, find_sources(pictures), out, asked), as_json)
 
 
@@ -66,6 +67,7 @@ def scaled_explain(
     for name in (target, against):
         if name is not None:
             class_index(name, loaded.classes)
+    del loaded  # workers load their own
     options = {"method": method, "target": target, "against": against}
     request = Request("explain", str(run), options)
     _tell(out, *answer_sources(request, columns_of("explain", options, 0), find_sources(pictures), out, asked), as_json)

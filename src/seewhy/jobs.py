@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from seewhy.attribution import FeatureMaps, maps_of_features
 from seewhy.backbones import Backbone, create_backbone
@@ -145,7 +146,8 @@ def _answered(
         return Piece(columns, [(name, reason) for name, _, reason in batch if reason])
 
     batches = in_batches(in_order(prepared, pictures, cores, ahead=2 * size), size)
-    yield from _gathered(in_order(piece_of, batches, lanes, ahead=lanes))
+    with threadpool_limits(max(1, cores // lanes), "blas"):  # each lane its share of the cores, for NumPy's products too
+        yield from _gathered(in_order(piece_of, batches, lanes, ahead=lanes))
 
 
 def _gathered(small: Iterable[Piece]) -> Iterator[Piece]:

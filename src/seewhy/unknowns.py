@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh
 from scipy.special import logsumexp
-from sklearn.covariance import ledoit_wolf
 
 Array = npt.NDArray[np.floating]
 Score = npt.NDArray[np.float64]
@@ -65,7 +65,7 @@ def relative_mahalanobis(known: Known) -> Measure:
     """The same, less the squared distance to the mean of all pictures under the covariance of all (Ren 2021, arXiv:2106.09022)."""
     near = mahalanobis(known)
     centre = known.vectors.mean(axis=0)
-    covariance, _ = ledoit_wolf(known.vectors.astype(np.float64))
+    covariance = _covariance(known.vectors.astype(np.float64))
     values, axes = eigh(covariance)
     whiten = axes / np.sqrt(values)
 
@@ -126,13 +126,18 @@ class References:
 
         Nearest neighbours of features (Sun 2022, arXiv:2204.06507), with centred features and a sample in place of all pictures.
         """
-        directions = self.directions.astype(np.float32).T
+        directions = self._columns
         nearest = min(NEIGHBOURS, directions.shape[1])
         found = np.empty(len(vectors))
         for start in range(0, len(vectors), ROWS):  # all at once they would take 16 KB a picture
             alike = _unit(vectors[start : start + ROWS] - self.centre).astype(np.float32) @ directions
             found[start : start + ROWS] = 1 - np.partition(alike, -nearest, axis=1)[:, -nearest]
         return found
+
+    @cached_property
+    def _columns(self) -> npt.NDArray[np.float32]:
+        """(K, M) directions as they are multiplied: made once, since that takes as long as a few dozen pictures' network."""
+        return self.directions.astype(np.float32).T
 
 
 def in_rows(blocks: Iterator[Array], counts: Iterable[int]) -> Iterator[Array]:
@@ -165,10 +170,18 @@ def _whitening(known: Known) -> npt.NDArray[np.float64]:
     """(K, K) W with W W^T the inverse of the covariance within classes: distances after `@ W` are Mahalanobis distances."""
     means = class_means(known)
     _, places = np.unique(known.labels, return_inverse=True)
-    covariance, _ = ledoit_wolf(known.vectors - means[places], assume_centered=True)
+    covariance = _covariance(known.vectors - means[places], assume_centered=True)
     values, axes = eigh(covariance)
     whiten: npt.NDArray[np.float64] = axes / np.sqrt(values)
     return whiten
+
+
+def _covariance(vectors: Array, assume_centered: bool = False) -> npt.NDArray[np.float64]:
+    """(N, K) -> (K, K), shrunken."""
+    from sklearn.covariance import ledoit_wolf  # not at the top: answering does without, and it takes 0.5 s and 20 MB of each worker
+
+    covariance: npt.NDArray[np.float64] = ledoit_wolf(vectors, assume_centered=assume_centered)[0]
+    return covariance
 
 
 def nearest_squared(vectors: Array, centres: Array) -> Score:
