@@ -93,16 +93,18 @@ def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypa
 
 
 def test_a_classifier_on_vectors_is_trained_once_for_all(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the leader with all cores: the very numbers of one process, on the features that it had left."""
+    """By the leader with all cores: the numbers of one process, up to what another number of threads rounds, on the features it had left."""
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache"))
     options = {**OPTIONS, "unfreeze": 0, "epochs": 5}
     folder = make_folder(CLASSES)
     a = seewhy.train(folder, out=tmp_path / "a", **options)
     b = seewhy.train(folder, out=tmp_path / "b", devices=2, **options)
-    timeless = [[{**row, "seconds": ""} for row in history(run.path)] for run in (a, b)]
-    assert timeless[0] == timeless[1]
+    for ours_row, theirs_row in zip(history(b.path), history(a.path), strict=True):
+        for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr"):
+            assert float(ours_row[name]) == pytest.approx(float(theirs_row[name]), rel=1e-5), name
     alone, together = (load_file(run.path / "model.safetensors") for run in (a, b))
-    assert all(torch.equal(alone[name], together[name]) for name in alone)
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
     assert b.manifest["hardware"]["processes"] == 2
 
 

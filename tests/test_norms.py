@@ -62,6 +62,7 @@ def _process(rank: int, folder: str) -> None:
         shared.train()(pictures)  # waits for nobody
         assert torch.get_num_threads() == 2  # those of both
     assert torch.get_num_threads() == 1
+    torch.distributed.destroy_process_group()  # its threads must not outlive the process
     Path(folder, f"well-{rank}").touch()
 
 

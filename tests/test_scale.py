@@ -21,7 +21,7 @@ from cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 from PIL import Image
 from threadpoolctl import threadpool_info
 
-from seewhy import cli, jobs
+from seewhy import checking, cli, jobs
 from seewhy.engines import Engine
 from seewhy.errors import ConfigError, ImageError, OutputError
 from seewhy.jobs import Request, choose_batch, measured_batch
@@ -383,7 +383,7 @@ def test_features_and_audit_on_ray_are_the_local_ones(
         raise AssertionError("computed in this process")
 
     monkeypatch.setattr(features, "_compute", refused)
-    monkeypatch.setattr(images, "check_file", refused)
+    monkeypatch.setattr(checking, "check_file", refused)
     found = images.open_images(str(data), skip_bad=True)
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
     training_data(found, split_images(found, "ratio", 0), *jobs.frozen_part(config, 2), config)  # all that `train` extracts

@@ -63,6 +63,7 @@ def _process(number: int, folder: str) -> None:
     world.share_weights(weights)
     assert [float(w.sum()) for w in weights] == [0.0, 0.0]
     world.wait()
+    torch.distributed.destroy_process_group()  # its threads must not outlive the process
     Path(folder, f"well-{number}").touch()
 
 
