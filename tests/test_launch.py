@@ -93,7 +93,7 @@ def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypa
 
 
 def test_a_classifier_on_vectors_is_trained_once_for_all(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the leader with all cores: the numbers of one process, up to what another number of threads rounds, on the features it had left."""
+    """By the leader with all cores: the numbers of one process, up to what another number of threads rounds, on features that it left."""
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache"))
     options = {**OPTIONS, "unfreeze": 0, "epochs": 5}
     folder = make_folder(CLASSES)
