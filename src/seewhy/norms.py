@@ -58,31 +58,42 @@ def normalised(
     The variance is that of Chan et al.'s sums, in float64, so that nothing cancels. Gradients flow to all shares.
     """
     values = input.float()
-    places = [0, *range(2, input.ndim)]
-    var, mean = torch.var_mean(values, places, correction=0)
-    count = torch.full_like(mean, values.numel() // values.shape[1], dtype=torch.float64)
-    mean, var = mean.double(), var.double()
-    total, first, second = _SumOfAll.apply(torch.stack([count, count * mean, count * (var + mean**2)]))
-    mean, var = first / total, second / total - (first / total) ** 2
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            unbiased = var * total / (total - 1).clamp(min=1)
+    ones, zeros = values.new_ones(values.shape[1]), values.new_zeros(values.shape[1])
+    with torch.no_grad():
+        _, mean, deviation = torch.native_batch_norm(values, None, None, None, None, True, 0.0, eps)  # PyTorch's kernels, of the share
+        count = torch.full_like(mean, values.numel() // values.shape[1], dtype=torch.float64)
+        mean, var = mean.double(), deviation.double() ** -2 - eps
+        total, first, second = world.summed(torch.stack([count, count * mean, count * (var + mean**2)]))
+        mean, var = first / total, (second / total - (first / total) ** 2).clamp(min=0)
+        if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_(unbiased.to(running_var), momentum)
-    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = [1, -1] + [1] * (input.ndim - 2)
-    whole: Tensor = torch.addcmul(shift.float().view(shape), values, scale.float().view(shape))
+            running_var.lerp_((var * total / (total - 1).clamp(min=1)).to(running_var), momentum)
+        given = (mean.float(), var.float(), total.float())
+    scale, shift = ones if weight is None else weight.float(), zeros if bias is None else bias.float()
+    whole: Tensor = _Normalised.apply(values, scale, shift, *given, eps)
     return whole.to(input.dtype)
 
 
-class _SumOfAll(torch.autograd.Function):
-    """The sum over all processes; a value's gradient is the sum of what all of them made of it."""
+class _Normalised(torch.autograd.Function):
+    """Values by a mean and a variance that all processes made: PyTorch's kernels for fixed ones, and what flows through these two."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Any:
-        return world.summed(values)
+    def forward(ctx: Any, values: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor, total: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(values, scale, mean, var, total)
+        ctx.eps = eps
+        return F.batch_norm(values, mean, var, scale, shift, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return world.summed(gradient)
+        values, scale, mean, var, total = ctx.saved_tensors
+        direct, of_scale, of_shift = torch.ops.aten.native_batch_norm_backward(
+            gradient,
+            *(values, scale, mean, var, None, None, False, ctx.eps, [True, True, True]),
+        )
+        # Ioffe & Szegedy 2015, arXiv:1502.03167, the gradients of Algorithm 1, with both sums over all processes.
+        all_scale, all_shift = world.summed(torch.stack([of_scale, of_shift])) / total
+        inverse = (var + ctx.eps).rsqrt()
+        slope = scale * inverse * inverse * all_scale
+        offset = scale * inverse * all_shift - slope * mean
+        shape = [1, -1] + [1] * (values.ndim - 2)
+        return direct - torch.addcmul(offset.view(shape), values, slope.view(shape)), of_scale, of_shift, None, None, None, None
