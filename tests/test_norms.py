@@ -11,6 +11,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from seewhy import world
+from seewhy.nearby import able, lay_table
 from seewhy.norms import whole_batch_norm
 
 
@@ -34,8 +35,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return pictures, torch.arange(7) % 3
 
 
-def _process(rank: int, folder: str) -> None:
+def _process(rank: int, folder: str, nearby: bool) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if nearby:
+        world._table = lay_table(rank, 2, world.text_of_leader, lambda well: world.total(float(well)) == 2)
+        assert world._table is not None
     (pictures, labels), shared, alone = batch(), network(), network()
     mine = pictures[rank::2].clone().requires_grad_()
     for _ in range(2):  # running statistics move twice
@@ -62,13 +66,20 @@ def _process(rank: int, folder: str) -> None:
         shared.train()(pictures)  # waits for nobody
         assert torch.get_num_threads() == 2  # those of both
     assert torch.get_num_threads() == 1
+    if nearby:
+        assert world._table is not None
+        turn = world._table.turn
+        assert turn > 10
+        world.total(1.0)
+        assert world._table.turn == turn + 1
     torch.distributed.destroy_process_group()  # its threads must not outlive the process
     Path(folder, f"well-{rank}").touch()
 
 
-def test_shares_are_normalised_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nearby", [False, pytest.param(True, marks=pytest.mark.skipif(not able(), reason="memory is not shared here"))])
+def test_shares_are_normalised_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearby: bool) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    multiprocessing.spawn(_process, (str(tmp_path), nearby), nprocs=2)
     assert sorted(path.name for path in tmp_path.glob("well-*")) == ["well-0", "well-1"]
 
 

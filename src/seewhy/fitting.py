@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -340,7 +341,8 @@ def _fit(
             accelerator="auto",
             devices=world.local_size(),
             num_nodes=world.size() // world.local_size(),
-            strategy="auto" if world.size() == 1 else "ddp",
+            # Buffers are the same everywhere, but for statistics of shares.
+            strategy="auto" if world.size() == 1 else DDPStrategy(broadcast_buffers=config.compile, gradient_as_bucket_view=True),
             use_distributed_sampler=False,  # EpochBatches deals out
             precision=config.precision,
             plugins=[WholeCheckpoints()],

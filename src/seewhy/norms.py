@@ -60,9 +60,9 @@ def normalised(
     values = input.float()
     ones, zeros = values.new_ones(values.shape[1]), values.new_zeros(values.shape[1])
     with torch.no_grad():
-        _, mean, deviation = torch.native_batch_norm(values, None, None, None, None, True, 0.0, eps)  # PyTorch's kernels, of the share
-        count = torch.full_like(mean, values.numel() // values.shape[1], dtype=torch.float64)
-        mean, var = mean.double(), deviation.double() ** -2 - eps
+        mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)  # PyTorch's kernels, of the share
+        mean, var = mean.double(), var.double()
+        count = torch.full_like(mean, values.numel() // values.shape[1])
         total, first, second = world.summed(torch.stack([count, count * mean, count * (var + mean**2)]))
         mean, var = first / total, (second / total - (first / total) ** 2).clamp(min=0)
         if running_mean is not None and running_var is not None:
@@ -96,4 +96,5 @@ class _Normalised(torch.autograd.Function):
         slope = scale * inverse * inverse * all_scale
         offset = scale * inverse * all_shift - slope * mean
         shape = [1, -1] + [1] * (values.ndim - 2)
-        return direct - torch.addcmul(offset.view(shape), values, slope.view(shape)), of_scale, of_shift, None, None, None, None
+        direct.addcmul_(values, slope.view(shape), value=-1).sub_(offset.view(shape))
+        return direct, of_scale, of_shift, None, None, None, None

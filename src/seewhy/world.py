@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from seewhy import nearby
+
 WAIT = timedelta(days=2)  # for each other; a process that died is told of by what started them, long before
 
 S = TypeVar("S", bound=Any)  # what can be cut: a list, an array
 
 _apart = False  # whether this process works by itself for a while
+_table: nearby.Table | None = None  # where all processes are on one machine, what they add small sums up on
 
 
 def _group() -> Any:
@@ -123,6 +126,14 @@ def total(value: float) -> float:
 def summed(values: Any) -> Any:
     """A tensor's sum over all processes, place by place, as a new one."""
     group = _group()
+    if group is not None and _table is not None and values.device.type == "cpu" and values.numel() <= nearby.ROOM:
+        import torch
+
+        try:
+            total = _table.summed(values.double().numpy().ravel())
+        except nearby.Gone as error:
+            raise torch.distributed.DistError(str(error)) from error
+        return torch.from_numpy(total).view(values.shape).to(values.dtype)
     whole = values.clone()
     if group is not None:
         group.all_reduce(whole)
@@ -165,6 +176,7 @@ def started_together() -> bool:
 @contextmanager
 def joined() -> Iterator[None]:
     """Joins the processes that were started with this one, as Lightning reads the environment, and leaves them again."""
+    global _table
     if _group() is not None or not started_together():
         yield
         return
@@ -179,7 +191,10 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(place.local_rank())
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, rank=place.global_rank(), world_size=place.world_size(), timeout=WAIT)
+    if local_size() == size():
+        _table = nearby.lay_table(rank(), size(), text_of_leader, lambda well: total(float(well)) == size())
     yield
+    _table = None
     torch.distributed.destroy_process_group()  # not after an error, when others may not answer any more
 
 

@@ -1,0 +1,107 @@
+"""Sums over shared memory: those of numpy, the same bits for all; a table or none for all; who is left alone says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seewhy import nearby
+from seewhy.nearby import LINE, ROOM, Gone, Table, lay_table, length
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux alone")
+
+
+def tables(folder: Path, size: int) -> list[Table]:
+    file = folder / "table"
+    file.write_bytes(bytes(length(size)))
+    return [Table(file, rank, size) for rank in range(size)]
+
+
+@on_linux
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_have_the_sums_of_all_turns(tmp_path: Path, size: int) -> None:
+    turns = 300
+    random = np.random.default_rng(0)
+    lengths = [*random.integers(1, 50, turns - 1).tolist(), ROOM]
+    given = [[random.normal(size=n) for _ in range(size)] for n in lengths]
+
+    def take_part(table: Table) -> list[np.ndarray]:
+        return [table.summed(numbers[table.rank]) for numbers in given]
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(take_part, tables(tmp_path, size)))
+    for turn, numbers in enumerate(given):
+        np.testing.assert_allclose(found[0][turn], sum(numbers), rtol=1e-12, atol=1e-12)
+        assert all(np.array_equal(found[0][turn], others[turn]) for others in found[1:])
+
+
+@on_linux
+def test_who_waits_for_a_process_that_has_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearby, "CHECK_S", 0.01)
+    ours, _ = tables(tmp_path, 2)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours.pids[1] = ended.pid
+    with pytest.raises(Gone, match="process 1 has ended"):
+        ours.summed(np.ones(3))
+
+
+def test_counters_stand_in_lines_of_their_own(tmp_path: Path) -> None:
+    first, second = tables(tmp_path, 2)
+    first.turn = second.turn = 6
+    first.turns[:] = 6
+    second.turns[1] = 7  # as if the other had laid down already
+    second.places[1, 1, :2] = 5.0, 6.0
+    assert first.summed(np.array([1.0, 2.0])).tolist() == [6.0, 8.0]
+    assert first.pids.tolist() == [os.getpid()] * 2
+    assert first.turns.strides == (LINE,)
+
+
+def here(rank: int, told: list[str], well: bool = True) -> Table | None:
+    def tell(text: str) -> str:
+        if rank == 0:
+            told.append(text)
+        return told[0]
+
+    return lay_table(rank, 2, tell, lambda mine: mine and well)
+
+
+@on_linux
+def test_a_table_leaves_no_file() -> None:
+    told: list[str] = []
+    assert here(0, told) is not None
+    assert told[0]
+    assert not Path(told[0]).exists()
+
+
+@on_linux
+def test_all_have_none_where_one_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    assert here(0, told, well=False) is None
+    assert not Path(told[0]).exists()
+    assert here(1, told) is None  # sees no such file: it is on another machine, or in a container
+    monkeypatch.setattr(nearby.platform, "machine", lambda: "aarch64")
+    told.clear()
+    assert here(0, told) is None
+    assert told == [""]
+
+
+@on_linux
+def test_no_room_in_memory_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def full(number: int, offset: int, size: int) -> None:
+        made.append(os.readlink(f"/proc/self/fd/{number}"))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nearby.os, "posix_fallocate", full)
+    told: list[str] = []
+    assert here(0, told) is None
+    assert told == [""]
+    assert not Path(made[0]).exists()
