@@ -47,6 +47,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "errors",
         "jsonable",
         "writing",
+        "nearby",
         "world",
         "progress",
         "cache",
