@@ -22,6 +22,7 @@ from seewhy import checking
 from seewhy.checking import Checked
 from seewhy.columns import Choices, Column, Hashes, Paths, Texts, TextsBuilder, below
 from seewhy.images import open_images
+from seewhy.predictions import find_pictures
 from seewhy.split import split_images
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -161,3 +162,23 @@ def test_a_picture_costs_few_bytes_until_it_is_split(shards: bool, cache: Path, 
     each, at_peak = ((after - before) / 4000 for before, after in (kept, peaks))
     assert 100 < each < (190 if shards else 130)
     assert at_peak < (250 if shards else 190)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["folders", "shards"])
+def test_a_picture_to_predict_costs_the_bytes_of_its_name(shards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a list of Path: 575 bytes. Shards are listed, too, which takes 44 more for each picture, its name there included."""
+    monkeypatch.setattr(sys, "intern", str)
+    kept = []
+    for count in (1500, 5500):
+        place = write_pictures(tmp_path / str(count), count, shards)
+        gc.collect()
+        tracemalloc.start()
+        paths = find_pictures([place])
+        gc.collect()
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(paths) == count
+    each = (kept[1] - kept[0]) / 4000
+    name = len(str(paths[-1])) + 4  # and where it ends
+    assert each < name + (60 if shards else 10)
+    assert each > name - 8

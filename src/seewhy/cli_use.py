@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,7 +119,7 @@ def predict(
 
 def _answering(
     run: Path, skip_bad: bool, precision: float | None
-) -> tuple[Callable[[list[Path], int, int], Iterator[Predictions]], float | None]:
+) -> tuple[Callable[[Sequence[Path], int, int], Iterator[Predictions]], float | None]:
     """What answers about files from the given one on (with so many answered before), by a run or by an exported file, without torch;
 
     and the threshold for a precision.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from seewhy import world
 from seewhy.cache import cache_dir
 from seewhy.checking import check_files
-from seewhy.columns import Choices, ChoicesBuilder, Hashes, Paths, TextsBuilder, below
+from seewhy.columns import Choices, ChoicesBuilder, Hashes, Paths, Texts, TextsBuilder, below
 from seewhy.errors import DataError, ImageError
 from seewhy.shard_names import PART_NAMES, PICTURES
 from seewhy.shards import SOUGHT, find_shards, is_shard, members
@@ -129,9 +129,9 @@ def _bad_message(bad: Sequence[tuple[str, str]], total: int) -> str:
     return f"{len(bad)} of {total} {noun} cannot be used: {shown}{more}; replace or remove them, or pass --skip-bad"
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_pictures(folder: Path) -> Paths:
     """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
-    return [Path(text) for text in _pictures_in(folder)]
+    return Paths(Texts.of(_pictures_in(folder), below(folder)))
 
 
 def _pictures_in(folder: Path) -> list[str]:
@@ -143,23 +143,18 @@ def _pictures_in(folder: Path) -> list[str]:
         found += (os.path.join(directory, name) for name in pictures)
     found.sort(key=lambda text: os.path.normcase(text).replace(os.sep, "\0"))  # which comes before all that a name may hold
     for text in found:
-        _check_name(text)
+        check_name(text)
     return found
 
 
-def check_names(paths: list[Path]) -> list[Path]:
-    """The paths; DataError where one is not UTF-8, since no table, record or page could name it."""
-    for path in paths:
-        _check_name(str(path))
-    return paths
-
-
-def _check_name(text: str) -> None:
+def check_name(text: str) -> str:
+    """The name; DataError where it is not UTF-8, since no table, record or page could give it."""
     try:
         text.encode()
     except UnicodeEncodeError:
         shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         raise DataError(f"{shown}: the name is not UTF-8; rename it (convmv does whole folders)") from None
+    return text
 
 
 def list_folder(root: Path) -> Listing:

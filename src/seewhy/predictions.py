@@ -6,7 +6,7 @@ import csv
 import glob
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.columns import Paths, Texts
 from seewhy.errors import DataError, ImageError, OutputError
-from seewhy.images import check_names, list_pictures
+from seewhy.images import check_name, list_pictures
 from seewhy.shards import is_shard, members, shard_of, shards_in
 from seewhy.writing import harmless, harmless_path, whole_file
 
@@ -164,33 +165,37 @@ WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], N
 # ---------------------------------------------------------------- pictures to predict
 
 
-def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, in the order given.
+def find_pictures(inputs: Sequence[str | Path]) -> Paths:
+    """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, each once, in the order given.
 
     A folder without pictures gives those of the shards in it.
     """
-    found: list[Path] = []
-    for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            pictures = list_pictures(path) or [picture for shard in shards_in(path) for picture in _pictures_of(shard)]
-            if not pictures:
-                raise DataError(f"{path}: no pictures in this folder")
-            found += pictures
-        elif path.exists() or shard_of(path):
-            found += _pictures_of(path)
-        else:
-            matches = [Path(match) for match in sorted(glob.glob(str(item), recursive=True)) if Path(match).is_file()]
-            if not matches:
-                raise DataError(f"{item}: no such file, folder or pattern")
-            found += itertools.chain(*map(_pictures_of, matches))
+    texts: Iterable[str] = (check_name(str(path)) for item in inputs for path in _pictures_of(item))
+    found = Paths(Texts.of(dict.fromkeys(texts) if len(inputs) > 1 else texts))  # one alone names nothing twice
     if not found:
         raise DataError("no pictures given; name files, folders or patterns")
-    return check_names(list(dict.fromkeys(found)))
+    return found
 
 
-def _pictures_of(path: Path) -> list[Path]:
-    return [path / member.name for member in members(path)] if is_shard(path) else [path]
+def _pictures_of(item: str | Path) -> Iterable[Path]:
+    path = Path(item)
+    if path.is_dir():
+        if pictures := list_pictures(path):
+            return pictures
+        shards = [shard for shard in shards_in(path) if len(members(shard))]
+        if not shards:
+            raise DataError(f"{path}: no pictures in this folder")
+        return itertools.chain(*map(_members_of, shards))
+    if path.exists() or shard_of(path):
+        return _members_of(path)
+    matches = [Path(match) for match in sorted(set(glob.glob(str(item), recursive=True))) if Path(match).is_file()]
+    if not matches:
+        raise DataError(f"{item}: no such file, folder or pattern")
+    return itertools.chain(*map(_members_of, matches))
+
+
+def _members_of(path: Path) -> Iterable[Path]:
+    return (path / member.name for member in members(path)) if is_shard(path) else [path]
 
 
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:

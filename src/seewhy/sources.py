@@ -12,7 +12,7 @@ from pathlib import Path
 
 from seewhy.decoding import read_bytes
 from seewhy.errors import DataError
-from seewhy.images import check_names
+from seewhy.images import check_name
 from seewhy.predictions import BLOCK, find_pictures
 from seewhy.shard_names import MAX_BYTES, PICTURES
 from seewhy.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, shards_in, stream
@@ -100,10 +100,10 @@ def _local(item: str) -> list[Found]:
         return [_found(each) for each in find_pictures([item])]
     import glob
 
-    matches = [Path(match) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
+    matches = [Path(check_name(match)) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
     if not matches:
         raise DataError(f"{item}: no such file, folder or pattern")
-    return [_found(each) for each in check_names(matches)]
+    return [_found(each) for each in matches]
 
 
 def _has_pictures(folder: Path) -> bool:
