@@ -253,7 +253,7 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
 
 def test_plan_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
     pq.write_table(hugging_face(rows_of(folder), sorted(CLASSES)), tmp_path / "all.parquet", row_group_size=2)
-    config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0)
+    config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0, size=64, group_by="exact")
     rates, cost, count = plan(config)
     assert count == 18
     assert rates.check > 0
