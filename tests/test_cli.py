@@ -18,7 +18,6 @@ from PIL import Image
 from seewhy import cli
 from seewhy.config import TrainConfig
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -36,8 +35,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 @pytest.fixture
-def boats(session_cache: Path) -> list[Path]:
-    return sorted((draw_scenes(session_cache / "scenes") / "pictures" / "boat").iterdir())[:6]
+def boats(demo_set: Path) -> list[Path]:
+    return sorted((demo_set / "pictures" / "boat").iterdir())[:6]
 
 
 def assert_one_line(result: tuple[int, str, str], *words: str) -> None:

@@ -18,7 +18,6 @@ from seewhy import fitting, workflow
 from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -210,9 +209,9 @@ def test_whole_network_and_no_cache_run_to_the_end(folder: Path, tmp_path: Path)
     assert run.evaluate().metrics == run.metrics["test"]
 
 
-def test_parts_that_leak_are_kept_and_told_of(make_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
+def test_parts_that_leak_are_kept_and_told_of(demo_set: Path, tmp_path: Path, cache: Path) -> None:
     """Folders train/ and test/ with smaller copies of training pictures in test: trained as given, and said in log, record and report."""
-    source = sorted((draw_scenes(tmp_path / "scenes") / "pictures").iterdir())[:2]
+    source = sorted((demo_set / "pictures").iterdir())[:2]
     for folder in source:
         files = sorted(folder.iterdir())
         for part, chosen in (("train", files[:14]), ("test", files[14:20])):
