@@ -148,3 +148,9 @@ def demo_onnx(demo_run: Run, for_all: Path) -> Path:
 def demo_pictures(demo_set: Path) -> list[Path]:
     """Three pictures of each class of the demo set."""
     return sorted((demo_set / "pictures").rglob("00[0-2].jpg"))
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings whose report nobody looks at: to draw it takes about half of a small training."""
+    monkeypatch.setattr("seewhy.workflow.write_report", lambda run, history, test, folder: None)

@@ -265,6 +265,7 @@ def test_compare_and_robustness_print_tables(call: Call, demo_run: Run, tmp_path
     assert_one_line(call("robustness", demo_run.path, "--corruption", "fog"), "unknown corruption 'fog'")
 
 
+@pytest.mark.usefixtures("without_report")
 def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Path], tmp_path: Path) -> None:
     data = make_folder({"cat": 10, "dog": 10})
     options = ["--backbone", "efficientnet_lite0", "--unfreeze", 0, "--epochs", 1, "--group-by", "exact", "--repeats", 2]

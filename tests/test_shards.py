@@ -134,7 +134,7 @@ def recipe(unfreeze: int) -> dict[str, Any]:
     return {"backbone": "resnet18", "weights": "none", "unfreeze": 1, "epochs": 1, "seed": 3, "size": 64, "group_by": "exact"}
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "without_report")
 @pytest.mark.parametrize("unfreeze", [0, 1])
 def test_weights_from_shards_equal_those_from_a_folder_to_the_last_bit(
     unfreeze: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
