@@ -7,12 +7,14 @@ import os
 if os.environ.get("PYTEST_XDIST_WORKER"):  # two of them share the cores; before torch is imported, and for the commands that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -31,10 +33,17 @@ def data_root() -> Path | None:
 
 @pytest.fixture(autouse=True, scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests, away from the user's; the demo set is drawn into it once."""
+    """One cache for all tests of this process, away from the user's and from those of others: what is in it decides what is computed."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SEEWHY_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def for_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of this session share: what stands in it is made once, by the first that needs it, under a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
 
 
 @pytest.fixture
@@ -93,26 +102,55 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Run:
-    """A run trained once on the demo set, for every test that needs a finished one."""
-    import seewhy
+def demo_set(for_all: Path, session_cache: Path) -> Path:
+    """The demo set in the session's cache, drawn once for all processes."""
+    from seewhy.scenes import draw_scenes
 
-    return seewhy.train("scenes", backbone="efficientnet_lite0", unfreeze=0, out=tmp_path_factory.mktemp("runs") / "demo")
+    with FileLock(for_all / "scenes.lock"):
+        drawn = draw_scenes(for_all / "cache" / "scenes")
+    return Path(shutil.copytree(drawn, session_cache / "scenes", dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="session")
-def demo_onnx(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo run as an exported file."""
+def demo_run(for_all: Path, demo_set: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run trained on the demo set, for every test that needs a finished one; once for all processes, with a copy for each."""
+    import seewhy
+
+    made, cache = for_all / "runs" / "demo", for_all / "cache"
+    with FileLock(for_all / "demo.lock"), pytest.MonkeyPatch.context() as patch:
+        if not made.exists():
+            patch.setenv("SEEWHY_CACHE", str(cache))
+            seewhy.train("scenes", backbone="efficientnet_lite0", unfreeze=0, out=made)
+    for kept in (*cache.glob("features/*"), *cache.glob("engines/*.onnx")):  # what the training has left behind in its cache
+        place = session_cache / kept.relative_to(cache)
+        place.parent.mkdir(exist_ok=True)
+        if kept.is_file():
+            shutil.copy(kept, place)
+        elif not place.exists():
+            shutil.copytree(kept, place)
+    return seewhy.load(shutil.copytree(made, tmp_path_factory.mktemp("runs") / "demo"))
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_run: Run, for_all: Path) -> Path:
+    """The demo run as an exported file, likewise; read only."""
     from seewhy.portable import build_onnx
 
-    path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    path.write_bytes(build_onnx(demo_run).SerializeToString())
+    path = for_all / "exported" / "model.onnx"
+    with FileLock(for_all / "exported.lock"):
+        if not path.exists():
+            path.parent.mkdir()
+            path.write_bytes(build_onnx(demo_run).SerializeToString())
     return path
 
 
 @pytest.fixture
-def demo_pictures(session_cache: Path) -> list[Path]:
+def demo_pictures(demo_set: Path) -> list[Path]:
     """Three pictures of each class of the demo set."""
-    from seewhy.scenes import draw_scenes
+    return sorted((demo_set / "pictures").rglob("00[0-2].jpg"))
 
-    return sorted((draw_scenes(session_cache / "scenes") / "pictures").rglob("00[0-2].jpg"))
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings whose report nobody looks at: to draw it takes about half of a small training."""
+    monkeypatch.setattr("seewhy.workflow.write_report", lambda run, history, test, folder: None)

@@ -15,14 +15,13 @@ from PIL import Image
 from seewhy.audit import Audit, audit_images, measure_leak
 from seewhy.audit_page import save_audit
 from seewhy.images import open_images
-from seewhy.scenes import draw_scenes
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Path:
+def faulty(tmp_path_factory: pytest.TempPathFactory, demo_set: Path) -> Path:
     """Four classes of the demo set, 20 pictures each, with faults put in."""
     root = tmp_path_factory.mktemp("faulty") / "pictures"
-    source = draw_scenes(session_cache / "scenes") / "pictures"
+    source = demo_set / "pictures"
     for name in ("boat", "car", "fish", "tree"):
         (root / name).mkdir(parents=True)
         for path in sorted((source / name).iterdir())[:20]:

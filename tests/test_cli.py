@@ -18,7 +18,6 @@ from PIL import Image
 from seewhy import cli
 from seewhy.config import TrainConfig
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -36,8 +35,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 @pytest.fixture
-def boats(session_cache: Path) -> list[Path]:
-    return sorted((draw_scenes(session_cache / "scenes") / "pictures" / "boat").iterdir())[:6]
+def boats(demo_set: Path) -> list[Path]:
+    return sorted((demo_set / "pictures" / "boat").iterdir())[:6]
 
 
 def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
@@ -266,6 +265,7 @@ def test_compare_and_robustness_print_tables(call: Call, demo_run: Run, tmp_path
     assert_one_line(call("robustness", demo_run.path, "--corruption", "fog"), "unknown corruption 'fog'")
 
 
+@pytest.mark.usefixtures("without_report")
 def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Path], tmp_path: Path) -> None:
     data = make_folder({"cat": 10, "dog": 10})
     options = ["--backbone", "efficientnet_lite0", "--unfreeze", 0, "--epochs", 1, "--group-by", "exact", "--repeats", 2]

@@ -19,6 +19,7 @@ from seewhy.errors import ConfigError, OutputError, RunError
 from seewhy.run import Run
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_against_a_worse_one_and_against_itself(demo_run: Run, tmp_path: Path) -> None:
     worse = seewhy.train(
         "scenes", backbone="efficientnet_lite0", unfreeze=0, epochs=1, lr=1e-5, split_from=str(demo_run.path), out=tmp_path / "worse"
@@ -54,6 +55,7 @@ def test_runs_that_cannot_be_compared(demo_run: Run) -> None:
         compare_runs(demo_run, other)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_repeats_are_other_splits_and_can_be_resumed(make_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
     data = make_folder({"cat": 12, "dog": 12})
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, epochs=2, group_by="exact")

@@ -18,7 +18,6 @@ from PIL import Image
 
 import seewhy
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("Leopards", "accordion", "dollar_bill", "grand_piano", "sunflower", "watch")
@@ -39,14 +38,13 @@ def subset(caltech_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root
 
 
-def test_demo_run_is_right_and_looks_at_the_object(demo_run: Run, session_cache: Path) -> None:
+def test_demo_run_is_right_and_looks_at_the_object(demo_run: Run, demo_set: Path) -> None:
     assert demo_run.metrics["test"]["accuracy"] >= 0.9
-    root = draw_scenes(session_cache / "scenes")
-    pictures = sorted((root / "pictures").rglob("05?.jpg"))
+    pictures = sorted((demo_set / "pictures").rglob("05?.jpg"))
     explanation = demo_run.explain(pictures, "gradcam++")
     inside = []
     for n, path in enumerate(pictures):
-        mask = Image.open((root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png"))
+        mask = Image.open((demo_set / "masks" / path.relative_to(demo_set / "pictures")).with_suffix(".png"))
         small = np.asarray(mask.resize((7, 7), Image.Resampling.BOX)) > 25  # cells that hold a tenth of object
         inside.append(bool(small[np.unravel_index(explanation.maps[n].argmax(), (7, 7))]))
     assert len(inside) == 80

@@ -42,6 +42,7 @@ def test_pages_fit_a_phone(demo_run: Run) -> None:
         assert errors == []
 
 
+@pytest.mark.usefixtures("demo_set")
 def test_audit_page_in_a_browser(tmp_path: Path) -> None:
     save_audit(audit_images(open_images("scenes"), seeds=2), tmp_path)
     with open_page(address_of(tmp_path / "audit.html")) as (page, errors, outside):

@@ -92,6 +92,7 @@ def test_a_plan_beside_the_run(demo_run: Run) -> None:
     assert rates.weight_bytes == pytest.approx((demo_run.path / "model.safetensors").stat().st_size, rel=0.02)
 
 
+@pytest.mark.usefixtures("demo_set")
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.run_guarded(

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import seewhy
 from seewhy.errors import RunError
 from seewhy.run import Run, load
-from seewhy.scenes import draw_scenes
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
 FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors", "log.txt"}
@@ -28,9 +27,8 @@ def copied(demo_run: Run, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(session_cache: Path) -> list[str]:
-    root = draw_scenes(session_cache / "scenes")
-    return [str(path) for path in sorted((root / "pictures").rglob("00[0-3].jpg"))]
+def pictures(demo_set: Path) -> list[str]:
+    return [str(path) for path in sorted((demo_set / "pictures").rglob("00[0-3].jpg"))]
 
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:

@@ -134,7 +134,7 @@ def recipe(unfreeze: int) -> dict[str, Any]:
     return {"backbone": "resnet18", "weights": "none", "unfreeze": 1, "epochs": 1, "seed": 3, "size": 64, "group_by": "exact"}
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "without_report")
 @pytest.mark.parametrize("unfreeze", [0, 1])
 def test_weights_from_shards_equal_those_from_a_folder_to_the_last_bit(
     unfreeze: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,7 +253,7 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
 
 def test_plan_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
     pq.write_table(hugging_face(rows_of(folder), sorted(CLASSES)), tmp_path / "all.parquet", row_group_size=2)
-    config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0)
+    config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0, size=64, group_by="exact")
     rates, cost, count = plan(config)
     assert count == 18
     assert rates.check > 0

@@ -18,7 +18,6 @@ from seewhy import fitting, workflow
 from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
 from seewhy.run import Run
-from seewhy.scenes import draw_scenes
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -33,6 +32,7 @@ def same_weights(one: Run, two: Run) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_default_names_do_not_collide(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = seewhy.train(folder, **SMALL)
@@ -43,6 +43,7 @@ def test_default_names_do_not_collide(folder: Path, tmp_path: Path, monkeypatch:
     assert not same_weights(first, seewhy.train(folder, seed=1, **SMALL))
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_repeats_from_its_own_record(folder: Path, tmp_path: Path) -> None:
     first = seewhy.train(folder, out=tmp_path / "a", views=3, label_smoothing=0.2, **SMALL)
     values = json.loads((tmp_path / "a" / "run.json").read_text())["config"]
@@ -122,6 +123,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(fitting.ProgressCallback, "on_train_batch_end", stop)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_interrupted_then_resumed_is_the_uninterrupted_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**SMALL, "epochs": 3}
     whole = seewhy.train(folder, out=tmp_path / "whole", **options)
@@ -149,6 +151,7 @@ def test_two_trainings_never_share_a_place(folder: Path, tmp_path: Path) -> None
         seewhy.train(folder, out=tmp_path / "mine", **SMALL)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_split_from_another_run(folder: Path, tmp_path: Path) -> None:
     first = seewhy.train(folder, out=tmp_path / "a", seed=5, **SMALL)
     second = seewhy.train(folder, out=tmp_path / "b", seed=6, split_from=str(tmp_path / "a"), **SMALL)
@@ -156,6 +159,7 @@ def test_split_from_another_run(folder: Path, tmp_path: Path) -> None:
     assert not same_weights(first, second)
 
 
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("engine", ["onnx", "torch"])
 def test_same_bits_cached_or_not_and_with_any_number_of_workers(folder: Path, tmp_path: Path, cache: Path, engine: str) -> None:
     options = {**SMALL, "engine": engine}
@@ -168,6 +172,7 @@ def test_same_bits_cached_or_not_and_with_any_number_of_workers(folder: Path, tm
     assert same_weights(uncached, seewhy.train(folder, out=tmp_path / "d", **{**options, "workers": 4}))
 
 
+@pytest.mark.usefixtures("without_report")
 def test_evaluate_finds_its_own_split_again(folder: Path, tmp_path: Path) -> None:
     run = seewhy.train(folder, out=tmp_path / "run", **SMALL)
     for part in ("val", "test"):
@@ -181,6 +186,7 @@ def test_evaluate_finds_its_own_split_again(folder: Path, tmp_path: Path) -> Non
     assert everything.metrics["n"] == 32
 
 
+@pytest.mark.usefixtures("without_report")
 def test_evaluate_on_fewer_and_on_foreign_classes(folder: Path, tmp_path: Path) -> None:
     run = seewhy.train(folder, out=tmp_path / "run", **SMALL)
     fewer = tmp_path / "fewer"
@@ -194,6 +200,7 @@ def test_evaluate_on_fewer_and_on_foreign_classes(folder: Path, tmp_path: Path) 
         run.evaluate(data=str(fewer))
 
 
+@pytest.mark.usefixtures("without_report")
 def test_changed_data_is_noticed(folder: Path, tmp_path: Path) -> None:
     run = seewhy.train(folder, out=tmp_path / "run", **SMALL)
     from PIL import Image
@@ -203,6 +210,7 @@ def test_changed_data_is_noticed(folder: Path, tmp_path: Path) -> None:
         run.evaluate()
 
 
+@pytest.mark.usefixtures("without_report")
 def test_whole_network_and_no_cache_run_to_the_end(folder: Path, tmp_path: Path) -> None:
     run = seewhy.train(folder, out=tmp_path / "all", **{**SMALL, "unfreeze": "all", "epochs": 1})
     assert run.metrics["test"]["n"] == 6
@@ -210,9 +218,9 @@ def test_whole_network_and_no_cache_run_to_the_end(folder: Path, tmp_path: Path)
     assert run.evaluate().metrics == run.metrics["test"]
 
 
-def test_parts_that_leak_are_kept_and_told_of(make_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
+def test_parts_that_leak_are_kept_and_told_of(demo_set: Path, tmp_path: Path, cache: Path) -> None:
     """Folders train/ and test/ with smaller copies of training pictures in test: trained as given, and said in log, record and report."""
-    source = sorted((draw_scenes(tmp_path / "scenes") / "pictures").iterdir())[:2]
+    source = sorted((demo_set / "pictures").iterdir())[:2]
     for folder in source:
         files = sorted(folder.iterdir())
         for part, chosen in (("train", files[:14]), ("test", files[14:20])):
@@ -241,6 +249,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(folder: Path, tmp_path: Path,
     assert not (tmp_path / "mine" / "config.json").exists()
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_place_taken_meanwhile_is_not_touched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
