@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def test_a_plan_beside_the_run(demo_run: Run) -> None:
     took = demo_run.manifest["seconds"]["total"]
     assert took / 6 < cost.total_seconds < 6 * took + START_S
     assert rates.row_bytes == 1280 * 4
+    assert 0 < rates.embed < math.inf
     rows = 2 * 336 + 48 + 96
     assert cost.disk_bytes == rows * 1280 * 4 + rates.weight_bytes
     assert rates.weight_bytes == pytest.approx((demo_run.path / "model.safetensors").stat().st_size, rel=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -131,3 +132,17 @@ def test_scenes_are_a_dataset_with_masks(cache: Path, monkeypatch: pytest.Monkey
         assert mask is not None
         assert mask.relative_to(cache / "scenes" / "masks").with_suffix("") == path.relative_to(images.root).with_suffix("")
         assert read_image(mask).size == read_image(path).size
+
+
+def test_two_at_once_draw_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def counted(name: str, number: int) -> tuple[Image.Image, Image.Image]:
+        drawn.append((name, number))
+        return draw_scene(name, number)
+
+    monkeypatch.setattr(scenes, "draw_scene", counted)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: draw_scenes(tmp_path / "set", per_class=2), range(2))) == [tmp_path / "set"] * 2
+    assert sorted(drawn) == [(name, number) for name in OBJECTS for number in range(2)]
+    assert len(list((tmp_path / "set").rglob("*.jpg"))) == 2 * len(OBJECTS)

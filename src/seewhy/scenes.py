@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from seewhy.errors import OutputError
@@ -170,10 +171,23 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
     wanted = f"scenes {VERSION}, seed {SEED}, {per_class} a class"
     if marker.is_file() and marker.read_text() == wanted:
         return root
-    work: Path | None = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".scenes-", dir=root.parent))
+        lock = FileLock(root.parent / f".{root.name}.lock")
+        with lock:  # who comes second must not replace what the first reads already
+            try:
+                if not (marker.is_file() and marker.read_text() == wanted):
+                    _draw_all(root, per_class, wanted)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{root}: the demo set cannot be written ({error.strerror}); set SEEWHY_CACHE to a writable folder") from error
+    return root
+
+
+def _draw_all(root: Path, per_class: int, wanted: str) -> None:
+    work = Path(tempfile.mkdtemp(prefix=".scenes-", dir=root.parent))
+    try:
         for name in OBJECTS:
             for folder in ("pictures", "masks"):
                 (work / folder / name).mkdir(parents=True)
@@ -185,9 +199,5 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
         if root.exists():
             shutil.rmtree(root)
         os.replace(work, root)
-    except OSError as error:
-        raise OutputError(f"{root}: the demo set cannot be written ({error.strerror}); set SEEWHY_CACHE to a writable folder") from error
     finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)  # gone already where all went well
-    return root
+        shutil.rmtree(work, ignore_errors=True)  # gone already where all went well
