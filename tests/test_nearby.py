@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def test_counters_stand_in_lines_of_their_own(tmp_path: Path) -> None:
     assert first.turns.strides == (LINE,)
 
 
+@on_linux
+def test_who_cannot_see_the_other_has_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes in containers that share memory and no numbers of processes."""
+    monkeypatch.setattr(nearby.os, "getpid", lambda: 2**22 + 1)  # more than Linux gives
+    assert here(0, []) is None
+
+
 def here(rank: int, told: list[str], well: bool = True) -> Table | None:
     def tell(text: str) -> str:
         if rank == 0:
@@ -73,9 +81,28 @@ def here(rank: int, told: list[str], well: bool = True) -> Table | None:
 
 
 @on_linux
-def test_a_table_leaves_no_file() -> None:
+def test_two_have_a_table_and_no_file() -> None:
     told: list[str] = []
-    assert here(0, told) is not None
+    meeting = Barrier(2)
+
+    def tell(text: str) -> str:
+        told.extend([text] if text else [])
+        meeting.wait()
+        return told[0]
+
+    said: list[bool] = []
+
+    def agree(well: bool) -> bool:
+        said.append(well)
+        meeting.wait()
+        return all(said)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rank: lay_table(rank, 2, tell, agree), range(2))
+        assert first is not None
+        assert second is not None
+        later = pool.submit(first.summed, np.array([1.0]))
+        assert second.summed(np.array([2.0])).tolist() == later.result().tolist() == [3.0]
     assert told[0]
     assert not Path(told[0]).exists()
 

@@ -64,9 +64,13 @@ class Table:
             time.sleep(0.0005)
             if now - checked > CHECK_S:
                 checked = now
-                for number, pid in enumerate(self.pids.tolist()):
-                    if self.turns[number] < self.turn and not Path(f"/proc/{pid}").exists():
+                for number in self.ended():
+                    if self.turns[number] < self.turn:
                         raise Gone(f"process {number} has ended")
+
+    def ended(self) -> list[int]:
+        """The processes that are not there, or not seen from here."""
+        return [number for number, pid in enumerate(self.pids.tolist()) if not Path(f"/proc/{pid}").exists()]
 
 
 def length(size: int) -> int:
@@ -94,7 +98,7 @@ def lay_table(rank: int, size: int, tell: Callable[[str], str], agree: Callable[
     agreed = agree(table is not None)
     if rank == 0 and place:
         Path(place).unlink()  # the memory lives as long as somebody uses it
-    return table if agreed else None
+    return table if agreed and table is not None and agree(not table.ended()) else None
 
 
 def _empty_file(size: int) -> str:
