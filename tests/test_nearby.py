@@ -59,9 +59,19 @@ def test_counters_stand_in_lines_of_their_own(tmp_path: Path) -> None:
     first.turns[:] = 6
     second.turns[1] = 7  # as if the other had laid down already
     second.places[1, 1, :2] = 5.0, 6.0
+    second.lengths[1, 1] = 2
     assert first.summed(np.array([1.0, 2.0])).tolist() == [6.0, 8.0]
     assert first.pids.tolist() == [os.getpid()] * 2
     assert first.turns.strides == (LINE,)
+
+
+@on_linux
+def test_numbers_that_do_not_belong_together_are_not_added(tmp_path: Path) -> None:
+    pair = tables(tmp_path, 2)
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(table.summed, np.ones(3 + table.rank)) for table in pair]:
+            with pytest.raises(RuntimeError, match=r"numbers to add, and others have \[3, 4\]"):
+                found.result()
 
 
 @on_linux

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -59,6 +60,15 @@ class Fit:
     history: tuple[dict[str, float], ...]
     best_epoch: int
     seconds: float
+
+
+class SharedGradients(DDPStrategy):
+    """Lightning's DDP with means of gradients over shared memory, where there is some; its own option for that is for GPUs."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if (mean := world.mean_hook()) is not None:
+            cast(DistributedDataParallel, self.model).register_comm_hook(None, mean)
 
 
 class FitInterrupted(KeyboardInterrupt):
@@ -342,7 +352,7 @@ def _fit(
             devices=world.local_size(),
             num_nodes=world.size() // world.local_size(),
             # Buffers are the same everywhere, but for statistics of shares.
-            strategy="auto" if world.size() == 1 else DDPStrategy(broadcast_buffers=config.compile, gradient_as_bucket_view=True),
+            strategy="auto" if world.size() == 1 else SharedGradients(broadcast_buffers=config.compile, gradient_as_bucket_view=True),
             use_distributed_sampler=False,  # EpochBatches deals out
             precision=config.precision,
             plugins=[WholeCheckpoints()],

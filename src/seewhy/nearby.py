@@ -37,7 +37,7 @@ class Table:
         with file.open("r+b") as opened:
             memory = mmap.mmap(opened.fileno(), length(size))
         head = np.frombuffer(memory, np.int64, size * LINE // 8).reshape(size, LINE // 8)
-        self.turns, self.pids = head[:, 0], head[:, 1]
+        self.turns, self.pids, self.lengths = head[:, 0], head[:, 1], head[:, 2:4]
         self.places = np.frombuffer(memory, np.float64, 2 * size * ROOM, size * LINE).reshape(2, size, ROOM)
         self.rank = rank
         self.turn = 0
@@ -48,9 +48,13 @@ class Table:
         self.turn += 1
         places = self.places[self.turn % 2, :, : len(values)]
         places[self.rank] = values
+        lengths = self.lengths[:, self.turn % 2]
+        lengths[self.rank] = len(values)
         self.turns[self.rank] = self.turn  # after the numbers: an x86 shows its writes to others in their order
         if not (self.turns >= self.turn).all():
             self._wait()
+        if not (lengths == len(values)).all():  # never, unless processes had stopped doing the same
+            raise RuntimeError(f"{len(values)} numbers to add, and others have {lengths.tolist()}")
         total: Floats = places.sum(axis=0)
         return total
 
