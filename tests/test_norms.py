@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from seewhy import world
-from seewhy.nearby import able, lay_table
+from seewhy.nearby import able
 from seewhy.norms import whole_batch_norm
 
 
@@ -38,8 +39,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def _process(rank: int, folder: str, nearby: bool) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     if nearby:
-        world._table = lay_table(rank, 2, world.text_of_leader, lambda well: world.total(float(well)) == 2)
-        assert world._table is not None
+        assert world.share_memory()
     (pictures, labels), shared, alone = batch(), network(), network()
     mine = pictures[rank::2].clone().requires_grad_()
     for _ in range(2):  # running statistics move twice
@@ -72,6 +72,13 @@ def _process(rank: int, folder: str, nearby: bool) -> None:
         assert turn > 10
         world.total(1.0)
         assert world._table.turn == turn + 1
+        mean = world.mean_hook()
+        assert mean is not None
+        bucket = SimpleNamespace(buffer=lambda: torch.full((20_000,), 1.0 + rank))  # more than go in one piece
+        assert torch.equal(mean(None, bucket).value(), torch.full((20_000,), 1.5))
+        assert world._table.turn == turn + 3
+    else:
+        assert world.mean_hook() is None
     torch.distributed.destroy_process_group()  # its threads must not outlive the process
     Path(folder, f"well-{rank}").touch()
 

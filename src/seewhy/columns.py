@@ -36,7 +36,8 @@ class Column(Sequence[T]):
     def __getitem__(self, where: slice) -> Self: ...
     def __getitem__(self, where: int | slice) -> T | Self:
         if isinstance(where, slice):
-            return self.take(np.arange(len(self))[where])
+            chosen = range(len(self))[where]
+            return self if chosen == range(len(self)) else self.take(np.array(chosen, dtype=np.int64))
         return self.at(range(len(self))[where])
 
     def __iter__(self) -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Processes of one machine -> sums of few numbers, over memory that all of them see, without a system call."""
+"""Processes of one machine -> sums of what they have, over memory that all of them see."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-ROOM = 16_384  # numbers that a process can lay down at once: counts, means and squares of 5,461 channels
+ROOM = 16_384  # numbers that a process lays down at once: counts, means and squares of 5,461 channels; gradients go in pieces
 SPIN_S = 0.01  # of waiting go by without sleep, since being woken takes longer than most waits
 CHECK_S = 1.0
 LINE = 64  # bytes of a cache line: each counter has one of its own, so that a write disturbs no other
 
-Floats = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.floating[Any]]
 
 
 class Gone(RuntimeError):
@@ -43,8 +44,14 @@ class Table:
         self.turn = 0
         self.pids[rank] = os.getpid()
 
-    def summed(self, values: Floats) -> Floats:
-        """(n,) numbers of each process, n <= ROOM -> (n,) their sums. Raises Gone where another process has ended."""
+    def summed(self, values: Numbers) -> Numbers:
+        """(n,) float32 or float64 of each process -> (n,) their sums, made in float64. Raises Gone where another process has ended."""
+        total = np.empty_like(values)
+        for start in range(0, len(values), ROOM):
+            total[start : start + ROOM] = self._summed(values[start : start + ROOM])
+        return total
+
+    def _summed(self, values: Numbers) -> Numbers:
         self.turn += 1
         places = self.places[self.turn % 2, :, : len(values)]
         places[self.rank] = values
@@ -55,7 +62,7 @@ class Table:
             self._wait()
         if not (lengths == len(values)).all():  # never, unless processes had stopped doing the same
             raise RuntimeError(f"{len(values)} numbers to add, and others have {lengths.tolist()}")
-        total: Floats = places.sum(axis=0)
+        total: Numbers = places.sum(axis=0)
         return total
 
     def _wait(self) -> None:

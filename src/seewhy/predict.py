@@ -113,7 +113,7 @@ def answer_files(
         return reasons, logits_of(run, forward, np.stack(good))
 
     with progress("predicting", len(paths) - begin) as advance:
-        left = paths[begin:] if begin else paths
+        left = paths[begin:]
         squares = zip(left, in_order(square_or_reason, left, workers), strict=True)
         for start in range(begin, len(paths), block):
             part = in_batches(itertools.islice(squares, min(block, len(paths) - start)), BATCH)

@@ -172,7 +172,7 @@ def answer_files(model: OnnxModel, paths: Sequence[Path], skip_bad: bool, begin:
         except ImageError as error:
             return error.bad[0][1]
 
-    left = paths[begin:] if begin else paths
+    left = paths[begin:]
     with progress("predicting", len(left)) as advance:
         answers = in_order(answer, left, os.cpu_count() or 1)
         for block in in_batches(zip(left, answers, strict=True), BLOCK):

@@ -19,7 +19,7 @@ WAIT = timedelta(days=2)  # for each other; a process that died is told of by wh
 S = TypeVar("S", bound=Any)  # what can be cut: a list, an array
 
 _apart = False  # whether this process works by itself for a while
-_table: nearby.Table | None = None  # where all processes are on one machine, what they add small sums up on
+_table: nearby.Table | None = None  # what processes of one machine add up on
 
 
 def _group() -> Any:
@@ -126,11 +126,12 @@ def total(value: float) -> float:
 def summed(values: Any) -> Any:
     """A tensor's sum over all processes, place by place, as a new one."""
     group = _group()
-    if group is not None and _table is not None and values.device.type == "cpu" and values.numel() <= nearby.ROOM:
+    if group is not None and _table is not None and values.device.type == "cpu":
         import torch
 
+        given = values if values.dtype == torch.float64 else values.float()  # NumPy has no bfloat16
         try:
-            total = _table.summed(values.double().numpy().ravel())
+            total = _table.summed(given.numpy().ravel())
         except nearby.Gone as error:
             raise torch.distributed.DistError(str(error)) from error
         return torch.from_numpy(total).view(values.shape).to(values.dtype)
@@ -138,6 +139,13 @@ def summed(values: Any) -> Any:
     if group is not None:
         group.all_reduce(whole)
     return whole
+
+
+def share_memory() -> bool:
+    """From here on sums go over memory that processes of one machine share; False where they cannot. All of them have to call it."""
+    global _table
+    _table = nearby.lay_table(rank(), size(), text_of_leader, lambda well: total(float(well)) == size())
+    return _table is not None
 
 
 def mean_hook() -> Callable[[Any, Any], Any] | None:
@@ -149,8 +157,7 @@ def mean_hook() -> Callable[[Any, Any], Any] | None:
 
     def mean(_: Any, bucket: Any) -> Any:
         gradients = bucket.buffer()
-        for part in gradients.split(nearby.ROOM):
-            part.copy_(summed(part)).div_(size())
+        gradients.copy_(summed(gradients)).div_(size())
         found: Any = torch.futures.Future()
         found.set_result(gradients)
         return found
@@ -211,7 +218,7 @@ def joined() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, rank=place.global_rank(), world_size=place.world_size(), timeout=WAIT)
     if local_size() == size():
-        _table = nearby.lay_table(rank(), size(), text_of_leader, lambda well: total(float(well)) == size())
+        share_memory()
     yield
     _table = None
     torch.distributed.destroy_process_group()  # not after an error, when others may not answer any more
