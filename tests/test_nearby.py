@@ -15,7 +15,7 @@ import pytest
 from seewhy import nearby
 from seewhy.nearby import LINE, ROOM, Gone, Table, lay_table, length
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux alone")
+on_linux = pytest.mark.skipif(not nearby.able(), reason="memory is shared on Linux and x86-64 alone")
 
 
 def tables(folder: Path, size: int) -> list[Table]:

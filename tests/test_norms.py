@@ -74,8 +74,8 @@ def _process(rank: int, folder: str, nearby: bool) -> None:
         assert world._table.turn == turn + 1
         mean = world.mean_hook()
         assert mean is not None
-        bucket = SimpleNamespace(buffer=lambda: torch.full((20_000,), 1.0 + rank))  # more than go in one piece
-        assert torch.equal(mean(None, bucket).value(), torch.full((20_000,), 1.5))
+        bucket = SimpleNamespace(buffer=lambda: torch.full((70_000,), 1.0 + rank))  # more than go in one piece
+        assert torch.equal(mean(None, bucket).value(), torch.full((70_000,), 1.5))
         assert world._table.turn == turn + 3
     else:
         assert world.mean_hook() is None

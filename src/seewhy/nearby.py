@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ROOM = 16_384  # numbers that a process lays down at once: counts, means and squares of 5,461 channels; gradients go in pieces
+ROOM = 65_536  # numbers that a process lays down at once: more than a BatchNorm has; gradients go in pieces
 SPIN_S = 0.01  # of waiting go by without sleep, since being woken takes longer than most waits
 CHECK_S = 1.0
 LINE = 64  # bytes of a cache line: each counter has one of its own, so that a write disturbs no other

@@ -86,15 +86,16 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         values, scale, mean, var, total = ctx.saved_tensors
-        direct, of_scale, of_shift = torch.ops.aten.native_batch_norm_backward(
+        _, of_scale, of_shift = torch.ops.aten.native_batch_norm_backward(
             gradient,
-            *(values, scale, mean, var, None, None, False, ctx.eps, [True, True, True]),
+            *(values, scale, mean, var, None, None, False, ctx.eps, [False, True, True]),
         )
         # Ioffe & Szegedy 2015, arXiv:1502.03167, the gradients of Algorithm 1, with both sums over all processes.
         all_scale, all_shift = world.summed(torch.stack([of_scale, of_shift])) / total
         inverse = (var + ctx.eps).rsqrt()
-        slope = scale * inverse * inverse * all_scale
-        offset = scale * inverse * all_shift - slope * mean
+        direct = scale * inverse
+        slope = -direct * inverse * all_scale
+        offset = -direct * all_shift - slope * mean
         shape = [1, -1] + [1] * (values.ndim - 2)
-        direct.addcmul_(values, slope.view(shape), value=-1).sub_(offset.view(shape))
-        return direct, of_scale, of_shift, None, None, None, None
+        of_values = torch.addcmul(offset.view(shape), values, slope.view(shape)).addcmul_(gradient, direct.view(shape))
+        return of_values, of_scale, of_shift, None, None, None, None
