@@ -189,7 +189,7 @@ def test_grey_pictures_with_transparency_in_a_shard_are_passed_over(tmp_path: Pa
         Image.new(mode, (40, 40)).save(content, "PNG")
         entries.append((name, content.getvalue()))
     tar = write_tar(tmp_path / "x.tar", entries)
-    assert set(odd_looks([tar / name for name, _ in entries], workers=1)["path"]) == {str(tar / "a/black.png")}
+    assert set(odd_looks([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
 
 
 def test_groups_by_pattern_and_table_name_pictures_below_the_data(folder: Path, tmp_path: Path, cache: Path) -> None:

@@ -146,7 +146,7 @@ def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audi
         advance(1)
         log_probs = out_of_fold(vectors, images.labels, groups)
         advance(1)
-        looks = odd_looks(images.paths, workers)
+        looks = odd_looks(images.paths)
         advance(1)
     return Audit(images, near, groups, leak, log_probs, doubt_labels(images.labels, log_probs), looks)
 

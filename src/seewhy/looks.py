@@ -35,7 +35,7 @@ class Pictures:
         return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
-def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
+def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
     Grey pictures with transparency are passed over: cleanvision 0.3 cannot take them.
@@ -49,7 +49,8 @@ def odd_looks(paths: Sequence[Path], workers: int = 2) -> pd.DataFrame:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
         lab = Imagelab(filepaths=[str(path) for path in paths])
         lab._dataset.fs = Pictures()  # type: ignore[attr-defined]  # what its list of files is opened with
-        lab.find_issues({name: {} for name in KINDS}, n_jobs=max(1, workers), verbose=False)
+        # With more jobs it forks, in a process with threads, and waits for ever where the caller handles SIGTERM without ending.
+        lab.find_issues({name: {} for name in KINDS}, n_jobs=1, verbose=False)
     rows = []
     for theirs, ours in KINDS.items():
         found = lab.issues[lab.issues[f"is_{theirs}_issue"]]
