@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,13 @@ def test_every_option_has_a_description_and_says_where_it_belongs() -> None:
         assert field.description, name
         extra = field.json_schema_extra
         assert name == "data" or (isinstance(extra, dict) and extra["cli"] in (True, False)), name
+
+
+@pytest.mark.parametrize("name", [name for name, field in TrainConfig.model_fields.items() if field.annotation in (float, float | None)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"option {name}: input should be a finite number, not {value}"):
+        make_config(data="pictures", **{name: value})
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.lists(st.integers(), max_size=2)

@@ -63,7 +63,7 @@ class TrainConfig(BaseModel):
     Fields left at None are filled from RECIPES by `resolved()`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # JSON has neither
 
     data: str = Field(description="caltech101, scenes, a folder of class folders, or tar or parquet shards")
     data_root: str | None = _main(None, "folder that holds (or receives) caltech101; also $SEEWHY_DATA")
