@@ -51,6 +51,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "world",
         "progress",
         "cache",
+        "spill",
         "config",
         "tracking",
         "scenes",

@@ -22,6 +22,7 @@ from seewhy.decoding import decode, read_bytes, upright_size
 from seewhy.errors import OutputError
 from seewhy.progress import LOG, progress
 from seewhy.shards import stamp
+from seewhy.spill import spilled_zeros
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
@@ -68,8 +69,8 @@ class CheckedFiles(Column[Checked]):
     @staticmethod
     def unseen(count: int) -> CheckedFiles:
         """To be filled."""
-        sizes, phashes = np.zeros((count, 2), dtype=np.int64), np.zeros(count, dtype=np.uint64)
-        digests, grey = np.zeros((count, 32), dtype=np.uint8), np.zeros(count, dtype=bool)
+        sizes, phashes = spilled_zeros((count, 2), np.int64), spilled_zeros((count,), np.uint64)
+        digests, grey = spilled_zeros((count, 32), np.uint8), np.zeros(count, dtype=bool)
         return CheckedFiles(digests, sizes, phashes, grey, np.zeros(count, dtype=np.int32), {"": 0})
 
     def put(self, i: int, checked: Checked) -> None:

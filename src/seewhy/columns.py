@@ -13,6 +13,8 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.spill import spilled
+
 T = TypeVar("T")
 Positions = npt.NDArray[np.integer[Any]]
 
@@ -56,10 +58,11 @@ class Column(Sequence[T]):
 
 
 class Texts(Column[str]):
-    """N texts that begin alike. prefix: how. text: what follows, one behind the other, encoded. ends: (N,) bytes, where each ends."""
+    """N texts that begin alike. prefix: how. text: (bytes,) uint8, what follows, one behind the other. ends: (N,) where each ends."""
 
-    def __init__(self, prefix: str, text: bytes, ends: Positions) -> None:
-        self.prefix, self.text, self.ends = prefix, text, ends.astype(np.min_scalar_type(len(text)), copy=False)
+    def __init__(self, prefix: str, text: npt.NDArray[np.uint8], ends: Positions) -> None:
+        self.prefix, self.text = prefix, spilled(text)
+        self.ends = spilled(ends.astype(np.min_scalar_type(len(text)), copy=False))
 
     @staticmethod
     def of(texts: Iterable[str], prefix: str = "") -> Texts:
@@ -75,15 +78,17 @@ class Texts(Column[str]):
         return self.prefix + self._own(i).decode(*ENCODING)
 
     def _own(self, i: int) -> bytes:
-        return self.text[self.ends.item(i - 1) if i else 0 : self.ends.item(i)]
+        return self.text[self.ends.item(i - 1) if i else 0 : self.ends.item(i)].tobytes()
 
     def take(self, positions: Positions) -> Texts:
-        own = [self._own(i) for i in positions.tolist()]
-        return Texts(self.prefix, b"".join(own), np.cumsum([len(text) for text in own], dtype=np.int64))
+        chosen = TextsBuilder(self.prefix)
+        for i in positions.tolist():
+            chosen.add_own(self._own(i))
+        return chosen.done()
 
 
 class TextsBuilder:
-    """Texts as they come -> Texts."""
+    """Texts as they come -> Texts. Made once: `done` ends it."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix, self.text, self.ends = prefix, bytearray(), array("q")
@@ -91,11 +96,15 @@ class TextsBuilder:
     def add(self, text: str) -> None:
         if not text.startswith(self.prefix):
             raise ValueError(f"{text!r} does not begin with {self.prefix!r}")
-        self.text += text[len(self.prefix) :].encode(*ENCODING)
+        self.add_own(text[len(self.prefix) :].encode(*ENCODING))
+
+    def add_own(self, own: bytes) -> None:
+        """A text without its prefix, encoded."""
+        self.text += own
         self.ends.append(len(self.text))
 
     def done(self) -> Texts:
-        return Texts(self.prefix, bytes(self.text), np.frombuffer(self.ends, dtype=np.int64))
+        return Texts(self.prefix, np.frombuffer(self.text, dtype=np.uint8), np.frombuffer(self.ends, dtype=np.int64))
 
 
 class Paths(Column[Path]):
@@ -143,7 +152,7 @@ class Hashes(Column[str]):
         return bytes(self.digests[i]).hex()
 
     def take(self, positions: Positions) -> Hashes:
-        return Hashes(self.digests[positions])
+        return Hashes(spilled(self.digests[positions]))
 
     @property
     def keys(self) -> npt.NDArray[np.bytes_]:

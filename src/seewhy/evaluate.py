@@ -19,6 +19,7 @@ from seewhy.cutting import Cut, with_vector
 from seewhy.features import Features, extract_features
 from seewhy.images import ImageSet
 from seewhy.progress import progress
+from seewhy.spill import spilled_zeros
 from seewhy.store import StoredRows, take_rows
 
 TOP = 5
@@ -217,7 +218,7 @@ def tail_logits(
             features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
             logits = tail(features).float().numpy()
             if not start:
-                found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
+                found = spilled_zeros((len(rows), logits.shape[1]), np.float32)
             found[start : start + batch] = logits
             advance(len(features))
     return found

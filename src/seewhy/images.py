@@ -20,6 +20,7 @@ from seewhy.columns import Choices, ChoicesBuilder, Hashes, Paths, Texts, TextsB
 from seewhy.errors import DataError, ImageError
 from seewhy.shard_names import PART_NAMES, PICTURES
 from seewhy.shards import SOUGHT, find_shards, is_shard, members
+from seewhy.spill import spilled
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
         name=listing.name,
         root=listing.root,
         paths=paths,
-        labels=np.array([index.get(name, -1) for name in class_names.table], dtype=np.int64)[class_names.codes],
+        labels=spilled(np.array([index.get(name, -1) for name in class_names.table], dtype=np.int64)[class_names.codes]),
         classes=classes,
         hashes=Hashes(checked.digests),
         phashes=checked.phashes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from seewhy.columns import Choices, Column, Positions, Texts
 from seewhy.errors import one_line
+from seewhy.spill import spilled
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_BYTES = 200_000_000  # of a picture
@@ -55,7 +55,7 @@ class Index:
     """
 
     members: Members
-    places: array[int] = field(default_factory=lambda: array("q"))
+    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     column: str = ""
     firsts: tuple[int, ...] = ()
 
@@ -63,7 +63,7 @@ class Index:
     def _by_name(self) -> npt.NDArray[np.uint32]:
         """(N,) members in the order of their names."""
         names = self.members.names
-        return np.array(sorted(range(len(names)), key=names.at), dtype=np.uint32)
+        return spilled(np.array(sorted(range(len(names)), key=names.at), dtype=np.uint32))
 
     def row(self, name: str) -> int | None:
         """The number of the member of this name, None where there is none."""

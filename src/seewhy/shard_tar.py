@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+import numpy as np
+
 from seewhy.columns import ChoicesBuilder, TextsBuilder
 from seewhy.errors import DataError
 from seewhy.shard_names import LABELS, MAX_BYTES, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
+from seewhy.spill import spilled
 
 MAX_HEADER = 16_000_000  # bytes of a header, a .cls or a .json; larger ones are made to exhaust memory
 
@@ -157,7 +160,7 @@ def index_tar(file: BinaryIO, shown: str) -> Index:
             names.add(entry.name)
             labels.add(label)
             places.extend((entry.offset, entry.size))
-    return Index(Members(names.done(), labels.done()), places)
+    return Index(Members(names.done(), labels.done()), spilled(np.frombuffer(places, dtype=np.int64)))
 
 
 def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:
@@ -168,7 +171,7 @@ def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | N
 
 def read_entry(file: BinaryIO, index: Index, row: int) -> bytes:
     """A member's bytes; OSError where the file has become shorter, or it is too large for a picture."""
-    offset, size = index.places[2 * row : 2 * row + 2]
+    offset, size = index.places[2 * row : 2 * row + 2].tolist()
     refuse_large(size)
     file.seek(offset)
     data = exactly(file, size)

@@ -15,6 +15,7 @@ from seewhy.columns import Choices, Hashes
 from seewhy.duplicates import chain, exact_pairs, group_numbers
 from seewhy.errors import SplitError
 from seewhy.images import ImageSet, digest_of_lines
+from seewhy.spill import spilled
 
 PARTS = ("train", "val", "test")
 TRAIN = PARTS.index("train")
@@ -166,8 +167,8 @@ def split_images(
         where[pool] = _deal(dealt.sizes[pool], wanted)
     found = np.empty(len(images), dtype=np.uint8)
     found[dealt.members] = np.repeat(where, dealt.sizes)
-    train, val, test = (np.flatnonzero(found == part) for part in range(len(PARTS)))
-    return Split("folders" if given else protocol, seed, train, val, test, joined, torn)
+    train, val, test = (spilled(np.flatnonzero(found == part)) for part in range(len(PARTS)))
+    return Split("folders" if given else protocol, seed, train, val, test, spilled(joined), torn)
 
 
 def _given_parts(images: ImageSet) -> npt.NDArray[np.uint8]:
@@ -360,14 +361,14 @@ def read_split(path: Path, images: ImageSet) -> Split:
             "use the data it was made for, or leave out --split-from"
         )
     part = np.repeat(np.arange(len(PARTS)), [len(digests) for digests in members])[place]
-    train, val, test = indices = [np.flatnonzero(part == number) for number in range(len(PARTS))]
+    train, val, test = indices = [spilled(np.flatnonzero(part == number)) for number in range(len(PARTS))]
     for name, found in zip(PARTS, indices, strict=True):
         if not len(found):
             raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
     place = _last_equal(grouped, images)
     inside = np.flatnonzero(place >= 0)
     pairs = np.concatenate([exact_pairs(images), inside[chain(group_of[place[inside]])]])
-    return Split(protocol, seed, train, val, test, group_numbers(len(images), pairs), torn)
+    return Split(protocol, seed, train, val, test, spilled(group_numbers(len(images), pairs)), torn)
 
 
 def _last_equal(known: Hashes, images: ImageSet) -> npt.NDArray[np.int64]:
