@@ -57,6 +57,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "scenes",
         "transforms",
         "columns",
+        "patience",
         "shard_names",
         "shard_tar",
         "shard_parquet",

@@ -25,7 +25,7 @@ from seewhy import checking, cli, jobs
 from seewhy.engines import Engine
 from seewhy.errors import ConfigError, ImageError, OutputError
 from seewhy.jobs import Request, choose_batch, measured_batch
-from seewhy.on_ray import engine_named, shares
+from seewhy.on_ray import _source, _text, engine_named, shares
 from seewhy.run import Run
 from seewhy.scale import Outcome, answer_sources, bad_place, columns_of, outcomes_here
 from seewhy.sources import Source, find_sources
@@ -218,6 +218,18 @@ def test_from_address_to_address(run: Run, few: Path) -> None:
     assert table.column("path")[0].as_py() == "memory://scale-in/a.tar/a/00000.jpg"
 
 
+def test_rows_of_a_folder_are_counted_without_reading_them(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heatmaps of millions of pictures would come back from a cloud for a number."""
+
+    def refused(*given: Any, **named: Any) -> Any:
+        raise AssertionError("a part is read")
+
+    monkeypatch.setattr(pq, "read_table", refused)
+    options = {"method": "gradcam", "target": None, "against": None}
+    request, columns = Request("explain", str(run.path), options), columns_of("explain", options, 6)
+    assert answer_sources(request, columns, find_sources([few / "shards"]), f"{tmp_path}/maps/", outcomes_here) == (99, 1)
+
+
 def test_only_bad_pictures_give_no_table(run: Run, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [b"x", b"y"])
     with pytest.raises(ImageError, match=r"none of 2 pictures can be used; the reasons stand in .*answers.bad.parquet"):
@@ -274,6 +286,11 @@ def test_features_leave_nothing_for_train_to_compute(
 
 
 # ---------------------------------------------------------------- on Ray
+
+
+def test_a_source_travels_as_text(few: Path) -> None:
+    for source in find_sources([few / "plain", few / "shards"]):
+        assert _source(_text(source)) == source
 
 
 def test_without_ray_or_with_a_wrong_engine_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import fsspec
 import pytest
 from cheap_saved import jpegs, write_parquet, write_tar
 
+from seewhy import storage
+from seewhy.columns import Texts
 from seewhy.errors import DataError, OutputError
 from seewhy.predictions import BLOCK, find_pictures
 from seewhy.sources import find_sources, read_source, sources_of
@@ -99,6 +101,55 @@ def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) ->
     sources = find_sources([mixed / "plain"])
     (mixed / "plain" / "deep" / "3.jpg").unlink()  # between the listing and the reading
     assert [data for _, data in read_source(sources[0])][3] == "no such file"
+
+
+def test_names_of_plain_files_take_their_bytes_and_little_more(tmp_path: Path) -> None:
+    for n in range(300):
+        (tmp_path / f"{n:05d}.jpg").touch()
+    (source,) = find_sources([tmp_path])
+    assert list(source.places) == [str(path) for path in sorted(tmp_path.iterdir())]
+    assert isinstance(source.places, Texts)
+    assert source.places.text.nbytes + source.places.ends.nbytes <= 300 * (len("00000.jpg") + 4)
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_picture(mixed: Path, contents: list[bytes]) -> None:
+    link = mixed / "plain" / "deep" / "3.jpg"
+    link.unlink()
+    link.symlink_to(mixed / "gone.jpg")
+    (source,) = find_sources([mixed / "plain"])
+    assert [data for _, data in read_source(source)] == [*contents[:3], "no such file", *contents[4:]]
+    assert [path.name for path in find_pictures([mixed / "plain"])] == [Path(name).name for name, _ in read_source(source)]
+    assert [data for _, data in read_source(sources_of([link])[0])] == ["no such file"]
+    (mixed / "gone.jpg").write_bytes(contents[3])
+    assert find_sources([mixed / "plain"])[0].key != source.key  # so that it is looked at again
+
+
+def test_pictures_beside_shards_are_refused(mixed: Path, contents: list[bytes]) -> None:
+    cover = mixed / "shards" / "cover.jpg"
+    cover.write_bytes(contents[0])
+    with pytest.raises(DataError, match=r"/shards: holds shards \(0\.tar\) and pictures \(cover\.jpg\); keep them apart"):
+        find_sources([mixed / "shards"])
+    assert [source.kind for source in find_sources([mixed / "shards" / "*.tar", cover])] == ["tar", "files"]
+    system = fsspec.filesystem("memory")
+    system.pipe({"/sources-mixed/a/0.tar": (mixed / "shards" / "0.tar").read_bytes(), "/sources-mixed/cover.jpg": contents[0]})
+    with pytest.raises(DataError, match=r"^memory://sources-mixed: holds shards \(a/0\.tar\) and pictures \(cover\.jpg\); keep them apart"):
+        find_sources(["memory://sources-mixed"])
+    system.rm("/sources-mixed/a/0.tar")  # answers that were written below the pictures are no shards
+    system.pipe({"/sources-mixed/out/_seewhy.json": b"{}", "/sources-mixed/out/part-0-00000-last.parquet": b""})
+    assert [list(source.places) for source in find_sources(["memory://sources-mixed"])] == [["memory://sources-mixed/cover.jpg"]]
+
+
+def test_options_of_other_file_systems_reach_them() -> None:
+    handler = storage._system("memory://options-test", "?anon=true&region=x")[0].handler
+    assert {name: handler.fs.storage_options[name] for name in ("anon", "region")} == {"anon": True, "region": "x"}
+    fsspec.filesystem("memory").pipe("/options-test/a.jpg", b"1")
+    (source,) = find_sources(["memory://options-test?region=x"])
+    assert list(source.places) == ["memory://options-test/a.jpg?region=x"]
+    assert list(read_source(source)) == [("memory://options-test/a.jpg", b"1")]
+    for address, said in (("http://host/a.tar?token=secret", "take no \\?options"), ("memory://x?url=secret", "does not take these")):
+        with pytest.raises(DataError, match=said) as told:
+            find_sources([address])
+        assert "secret" not in str(told.value)
 
 
 @pytest.mark.parametrize(

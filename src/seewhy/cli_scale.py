@@ -14,7 +14,8 @@ from seewhy.explain import class_index, known_method
 from seewhy.jobs import Request, prepared
 from seewhy.on_ray import engine_named
 from seewhy.scale import answer_sources, bad_place, columns_of
-from seewhy.sources import find_sources, shown
+from seewhy.sources import find_sources
+from seewhy.storage import shown
 
 if TYPE_CHECKING:
     from seewhy.config import TrainConfig

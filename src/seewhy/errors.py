@@ -4,6 +4,7 @@ SeewhyError
 |-- ConfigError     an option or a config file is wrong
 |-- DataError       a dataset, folder or class is missing or unusable
 |   `-- ImageError  pictures that cannot be used
+|-- ReachError      what is there cannot be read at the moment
 |-- SplitError      the pictures cannot be divided as asked
 |-- BackboneError   an unknown network, or one that cannot be cut as asked
 |   `-- WeightsError  weights that are missing or do not fit
@@ -42,6 +43,10 @@ class ImageError(DataError):
     def __init__(self, message: str, bad: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.bad = bad
+
+
+class ReachError(SeewhyError):
+    """What is there cannot be read at the moment: a network, a disk or credentials failed."""
 
 
 class SplitError(SeewhyError):

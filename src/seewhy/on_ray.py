@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,8 +75,11 @@ class Answerer:
 
 
 def _source(text: str) -> Source:
-    facts = json.loads(text)
-    return Source(**{**facts, "places": tuple(facts["places"])})
+    return Source(*json.loads(text))
+
+
+def _text(source: Source) -> str:
+    return json.dumps([source.kind, list(source.places), source.root, source.key])
 
 
 def _packed(outcome: Outcome) -> dict[str, list[Any]]:
@@ -205,7 +208,7 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
         LOG.info(f"{count} workers on Ray, {cores} {'core' if cores == 1 else 'cores'} each")
         asked = Path(request.asked)
         files = ray.put({file.name: file.read_bytes() for file in asked_files(asked)}) if request.asked else None
-        items = [{"number": number, "source": json.dumps(asdict(source))} for number, source in enumerate(sources)]
+        items = [{"number": number, "source": _text(source)} for number, source in enumerate(sources)]
         data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
             Answerer,
             fn_constructor_args=(request, files, cores),

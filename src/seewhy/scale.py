@@ -20,11 +20,10 @@ from seewhy.errors import ImageError, OutputError
 from seewhy.jobs import Piece, Request, asked_hash, make_work
 from seewhy.predictions import check_table, open_table
 from seewhy.progress import LOG, progress
-from seewhy.sources import Source, read_source
+from seewhy.sources import RECORD, Source, read_source
 from seewhy.storage import inside, is_address, names_in, open_file, remove_file, write_whole
 from seewhy.writing import claim
 
-RECORD = "_seewhy.json"
 BAD_TABLE = "_bad.parquet"  # readers of folders of parquet pass over names that begin with _
 PART = re.compile(r"part-([0-9a-f]{16})-(\d{5})(-last)?\.parquet")
 KINDS = {"path": "string", "answer": "string", "predicted": "string", "unknown": "bool_", "prob": "float64", "heatmap": "binary"}
@@ -138,18 +137,36 @@ class Store:
         """Rows (a pyarrow table) and what was left out, of each part of these sources, in order."""
         import pyarrow.parquet as pq
 
-        for key in keys:
-            for number in range(self.finished[key]):
-                with open_file(inside(self.place, self.name(key, number, number == self.finished[key] - 1))) as file:
-                    table = pq.read_table(io.BytesIO(file.read()))
-                yield table, [(name, reason) for name, reason in json.loads(table.schema.metadata[b"bad"])]
+        for place in self._places(keys):
+            with open_file(place) as file:
+                table = pq.read_table(io.BytesIO(file.read()))
+            yield table, _left_out(table.schema.metadata)
+
+    def counts(self, keys: Sequence[str]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+        """The number of rows, and what was left out, of the same, by the ends of the files alone: heatmaps are large."""
+        import pyarrow.parquet as pq
+
+        for place in self._places(keys):
+            with open_file(place) as file:
+                footer = pq.read_metadata(file)
+            yield footer.num_rows, _left_out(footer.metadata)
 
     def drop_others(self, keys: Sequence[str]) -> None:
         """Away with parts that no longer belong to what was asked for."""
-        wanted = {self.name(key, number, number == self.finished[key] - 1) for key in keys for number in range(self.finished[key])}
+        wanted = set(self._places(keys))
         for name in names_in(self.place):
-            if PART.fullmatch(name) and name not in wanted:
+            if PART.fullmatch(name) and inside(self.place, name) not in wanted:
                 remove_file(inside(self.place, name))
+
+    def _places(self, keys: Sequence[str]) -> Iterator[str]:
+        for key in keys:
+            for number in range(self.finished[key]):
+                yield inside(self.place, self.name(key, number, number == self.finished[key] - 1))
+
+
+def _left_out(metadata: dict[bytes, bytes]) -> list[tuple[str, str]]:
+    """What `as_parquet` put there."""
+    return [(name, reason) for name, reason in json.loads(metadata[b"bad"])]
 
 
 def is_folder(out: str) -> bool:
@@ -248,8 +265,8 @@ def _finish(store: Store, keys: Sequence[str], out: str) -> tuple[int, int]:
     rows, bad = 0, []
     if is_folder(out):
         store.drop_others(keys)
-        for table, left_out in store.parts(keys):
-            rows += len(table)
+        for count, left_out in store.counts(keys):
+            rows += count
             bad += left_out
     else:
         with suppress(_Empty), open_table(out) as write:

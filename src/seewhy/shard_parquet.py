@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from seewhy.columns import Choices, Texts
 from seewhy.errors import DataError, one_line
+from seewhy.patience import own_reason
 from seewhy.shard_names import LABELS, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
 
 MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
@@ -46,11 +47,18 @@ def _open_parquet(file: BinaryIO, shown: str) -> Any:
 
 @contextmanager
 def _damage(shown: str) -> Iterator[None]:
-    """What pyarrow raises for damaged files -> DataError; it says no more of a disk that fails."""
+    """What pyarrow raises for damaged files -> DataError. Errors of a disk pass."""
     try:
         yield
     except DAMAGE as error:
+        if _of_disk(error):
+            raise
         raise DataError(f"{shown}: not a whole parquet file ({one_line(str(error))[:160]}); make or copy it again") from error
+
+
+def _of_disk(error: Exception) -> bool:
+    """Whether the system says that it cannot read: its errors have a number, pyarrow's none."""
+    return isinstance(error, OSError) and error.errno is not None and not own_reason(error)
 
 
 def _group_rows(parquet: Any) -> list[int]:
@@ -162,7 +170,9 @@ def read_row(file: BinaryIO, shown: str, key: Key, index: Index, row: int) -> by
         _GROUPS.move_to_end(place)
         cell = _GROUPS[place][row - index.firsts[group]]
     except (DataError, *DAMAGE) as error:
-        raise OSError(errno.EIO, f"row group {group} of the shard is damaged") from error
+        if _of_disk(error):
+            raise
+        raise OSError(errno.EINVAL, f"row group {group} of the shard is damaged") from error
     return _content(cell)
 
 

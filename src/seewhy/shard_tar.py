@@ -176,5 +176,5 @@ def read_entry(file: BinaryIO, index: Index, row: int) -> bytes:
     file.seek(offset)
     data = exactly(file, size)
     if len(data) < size:
-        raise OSError(errno.EIO, "the shard ends in the middle of it")
+        raise OSError(errno.EINVAL, "the shard ends in the middle of it")
     return data

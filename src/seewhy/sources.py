@@ -6,17 +6,23 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from seewhy.columns import Texts
 from seewhy.decoding import read_bytes
-from seewhy.errors import DataError
+from seewhy.errors import DataError, ReachError
 from seewhy.images import check_name
+from seewhy.patience import DENIED, own_reason, patiently
 from seewhy.predictions import BLOCK, find_pictures
 from seewhy.shard_names import MAX_BYTES, PICTURES
 from seewhy.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, shards_in, stream
-from seewhy.storage import Found, is_address, list_files, open_file
+from seewhy.storage import Found, is_address, list_files, open_file, read_file, shown
+
+RECORD = "_seewhy.json"  # stands in a folder of answers, whose parts are no shards
+AHEAD = 8_000_000  # bytes of a tar that are read at a time: each read of a cloud's file is a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Source:
     """
 
     kind: str
-    places: tuple[str, ...]
+    places: Sequence[str]
     root: str
     key: str
 
@@ -41,11 +47,12 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     found: list[Source] = []
     files: list[Found] = []
     seen: set[str] = set()
-    for item in inputs:
-        for file in _expanded(str(item)):
+    for item in map(str, inputs):
+        for file in _addressed(item) if is_address(item) else _local(item):
             if file.place in seen:
                 continue
-            seen.add(file.place)
+            if len(inputs) > 1:  # one alone names nothing twice
+                seen.add(file.place)
             kind = _kind(file.place)
             if kind == "files":
                 files.append(file)
@@ -75,7 +82,10 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
 def _source(kind: str, files: Sequence[Found]) -> Source:
     text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
-    return Source(kind, tuple(file.place for file in files), os.getcwd(), key)
+    places = [file.place for file in files]
+    if len(files) > 1:
+        return Source(kind, Texts.of(places, os.path.commonprefix(places)), os.getcwd(), key)  # noqa: RUF071  # letters alone count here
+    return Source(kind, places, os.getcwd(), key)
 
 
 def _kind(place: str) -> str:
@@ -85,38 +95,46 @@ def _kind(place: str) -> str:
     return "files"
 
 
-def _expanded(item: str) -> list[Found]:
-    return _addressed(item) if is_address(item) else _local(item)
-
-
-def _local(item: str) -> list[Found]:
+def _local(item: str) -> Iterable[Found]:
     path = Path(item)
     if is_shard(path):
         return [_found(path)]
     if path.is_dir():
-        shards = [] if _has_pictures(path) else shards_in(path)
-        return [_found(each) for each in shards or find_pictures([item])]
+        shards = shards_in(path)
+        if shards and (picture := _first_picture(path)):
+            raise _mixed(item, shards[0].name, picture)
+        return map(_found, shards or find_pictures([item]))
     if path.is_file() or shard_of(path):
-        return [_found(each) for each in find_pictures([item])]
+        return map(_found, find_pictures([item]))
     import glob
 
-    matches = [Path(check_name(match)) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
+    matches = sorted({check_name(match) for match in glob.iglob(item, recursive=True) if os.path.isfile(match)})
     if not matches:
         raise DataError(f"{item}: no such file, folder or pattern")
-    return [_found(each) for each in matches]
+    return map(_found, map(Path, matches))
 
 
-def _has_pictures(folder: Path) -> bool:
-    for _, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(not name.startswith(".") and Path(name).suffix.lower() in PICTURES for name in names):
-            return True
-    return False
+def _mixed(item: str, shard: str, picture: str) -> DataError:
+    return DataError(f"{shown(item)}: holds shards ({shard}) and pictures ({picture}); keep them apart, or name those you mean")
+
+
+def _first_picture(folder: Path) -> str | None:
+    """A picture's path below the folder, None where there is none."""
+    for directory, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in PICTURES:
+                return os.path.relpath(os.path.join(directory, name), folder)
+    return None
 
 
 def _found(path: Path) -> Found:
+    """A file as it is now; a link that leads nowhere is a picture that cannot be read, which reading it will say."""
     inner = shard_of(path)
-    stat = (inner[0] if inner else path).stat()
+    try:
+        stat = (inner[0] if inner else path).stat()
+    except OSError:
+        return Found(str(path), 0, 0)
     return Found(str(path), stat.st_size, stat.st_mtime_ns)
 
 
@@ -135,31 +153,33 @@ def _addressed(item: str) -> list[Found]:
     listed = list_files(item)
     if len(listed) == 1 and listed[0].place == item:
         return listed
-    plain = [file for file in listed if Path(file.place.partition("?")[0]).suffix.lower() in PICTURES]
-    found = plain or [file for file in listed if _kind(file.place) != "files"]
-    if not found:
-        raise DataError(f"{item}: no pictures in this folder")
-    return found
+    answers = {_folder(file) for file in listed if shown(file.place).endswith(f"/{RECORD}")}
+    plain = [file for file in listed if Path(shown(file.place)).suffix.lower() in PICTURES]
+    shards = [file for file in listed if _kind(file.place) != "files" and _folder(file) not in answers]
+    if plain and shards:
+        raise _mixed(item, *(shown(files[0].place).removeprefix(shown(item)).lstrip("/") for files in (shards, plain)))
+    if not plain and not shards:
+        raise DataError(f"{shown(item)}: no pictures in this folder")
+    return plain or shards
 
 
-def shown(place: str) -> str:
-    """A place without the options of its file system, which may hold what nobody else should read."""
-    return place.partition("?")[0] if is_address(place) else place
+def _folder(file: Found) -> str:
+    return shown(file.place).rpartition("/")[0]
 
 
 def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
     """Name and bytes of each picture, or its name and why it cannot be read; one picture is held at a time.
 
     A shard that is damaged gives the pictures before the damage, then its own name with the reason.
-    Raises DataError where a shard cannot be reached at all.
+    Raises DataError where a shard cannot be opened, ReachError where what is there cannot be read at the moment.
     """
     if source.kind == "files":
-        for place in source.places:
-            yield shown(place), _content(place, source.root)
+        yield from _plain(source)
         return
     (place,) = source.places
     name = shown(place)
-    with open_file(place if is_address(place) else os.path.join(source.root, place)) as file:
+    whole = place if is_address(place) else os.path.join(source.root, place)
+    with open_file(whole, AHEAD if source.kind == "tar" else 0) as file:
         try:
             for member, data, _ in stream(file, source.kind, name):
                 yield f"{name}/{member}", data
@@ -167,17 +187,28 @@ def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
             yield name, str(error).removeprefix(f"{name}: ")
 
 
+def _plain(source: Source) -> Iterator[tuple[str, bytes | str]]:
+    """Pictures in files. A cloud may say 'denied' of one; where it says so of all, or of one read before, credentials have ended."""
+    read, denied = "", 0
+    for place in source.places:
+        content = _content(place, source.root)
+        if content == DENIED and is_address(place):
+            denied += 1
+            if (read and _content(read, source.root) == DENIED) or denied == len(source.places) > 1:
+                raise ReachError(f"{shown(place)}: {DENIED}, as for others beside it; renew your credentials, and the same command goes on")
+        elif isinstance(content, bytes):
+            read = place
+        yield shown(place), content
+
+
 def _content(place: str, root: str) -> bytes | str:
-    if is_address(place):
-        try:
-            with open_file(place) as file:
-                data = file.read(MAX_BYTES + 1)
-        except DataError as error:
-            return str(error).removeprefix(f"{place}: ")
-        return data if len(data) <= MAX_BYTES else f"more than {MAX_BYTES / 1e6:.0f} MB"
+    """A picture's bytes, or what is wrong with its file. Raises ReachError."""
     try:
-        return read_bytes(Path(root, place))
-    except FileNotFoundError:
-        return "no such file"
+        if not is_address(place):
+            return patiently(partial(read_bytes, Path(root, place)), place)
+        data = read_file(place, MAX_BYTES + 1)
+        return data if len(data) <= MAX_BYTES else f"more than {MAX_BYTES / 1e6:.0f} MB"
     except OSError as error:
-        return error.strerror or "cannot be read"
+        return own_reason(error)
+    except DataError as error:  # of the shard that a path leads into
+        return str(error)

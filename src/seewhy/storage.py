@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import parse_qsl
 
 from seewhy.errors import DataError, OutputError, one_line
+from seewhy.patience import PatientFile, own_reason, patiently
 from seewhy.writing import whole_file
 
 # A cloud's own clients wait minutes for the address that gives machines in that cloud their credentials.
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if not os.environ.get("AWS_EXECUTION_ENV") else "false")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A file. place: its path or address. size: in bytes. changed: its time, in nanoseconds, 0 where none is told."""
 
@@ -29,6 +33,11 @@ class Found:
 def is_address(place: str | Path) -> bool:
     """Whether it names a file system of its own: SCHEME://..."""
     return "://" in str(place)
+
+
+def shown(place: str) -> str:
+    """A place without the options of its file system, which may hold what nobody else should read."""
+    return place.partition("?")[0] if is_address(place) else place
 
 
 def _divided(address: str) -> tuple[str, str, str]:
@@ -50,12 +59,18 @@ def _system(root: str, options: str) -> tuple[Any, str]:
     try:
         found, base = fs.FileSystem.from_uri(asked + options)
     except (ArrowException, ValueError) as error:  # a scheme that pyarrow does not know
+        if options and root.startswith(("http://", "https://")):
+            raise DataError(f"{root}: a web server's addresses take no ?options here; leave them out, or download the files") from error
         try:
             import fsspec
 
-            other, base = fsspec.core.url_to_fs(asked)
+            given = {name: {"true": True, "false": False}.get(value, value) for name, value in parse_qsl(options[1:], True)}
+            other, base = fsspec.core.url_to_fs(asked, **given)
         except (ImportError, ValueError):
-            raise DataError(f"{root}: no known kind of address ({_reason(error)}); use a path, s3://, gs://, hdfs:// or file://") from error
+            why = _reason(error).partition("?")[0]
+            raise DataError(f"{root}: no known kind of address ({why}); use a path, s3://, gs://, hdfs:// or file://") from error
+        except TypeError as refused:
+            raise DataError(f"{root}: its file system does not take these ?options ({_reason(refused)}); correct them") from refused
         found = fs.PyFileSystem(fs.FSSpecHandler(other))
     return found, base.rstrip("/")
 
@@ -67,7 +82,7 @@ def _reason(error: BaseException) -> str:
 @contextmanager
 def _reaching(place: str, kind: type[DataError] | type[OutputError] = DataError) -> Iterator[None]:
     """What file systems raise -> one line, without the address's options, which may hold what nobody else should read."""
-    place = place.partition("?")[0] if is_address(place) else place
+    place = shown(place)
     try:
         yield
     except FileNotFoundError as error:
@@ -121,18 +136,43 @@ def _list_local(path: Path) -> list[Found]:
     return found
 
 
-@contextmanager
-def open_file(place: str) -> Iterator[BinaryIO]:
-    """A file to read, seekable. Raises DataError where it cannot be opened."""
+def _raw(place: str) -> tuple[Any, int]:
+    """A file without a buffer, and its size."""
     if not is_address(place):
-        with _reaching(place):
-            file: Any = open(place, "rb")  # noqa: SIM115  # closed below, where what the caller raises is not taken for ours
-    else:
-        with _reaching(place):
-            system, path, _ = _opened(place)
-            file = system.open_input_file(path)
-    with file:
-        yield cast(BinaryIO, file)
+        local = open(place, "rb", buffering=0)  # noqa: SIM115  # closed by who asked for it
+        return local, os.fstat(local.fileno()).st_size
+    system, path, _ = _opened(place)
+    file = system.open_input_file(path)
+    return file, file.size()
+
+
+@contextmanager
+def open_file(place: str, ahead: int = 0) -> Iterator[BinaryIO]:
+    """A file to read, seekable. ahead: bytes to read at a time, for those who go forwards in small steps; 0: what is asked for.
+
+    Raises DataError where it is no file that can be read, ReachError where the way to it fails, now or while it is read.
+    """
+    try:
+        raw, size = patiently(partial(_raw, place), shown(place))
+    except OSError as error:
+        raise DataError(f"{shown(place)}: {own_reason(error)}; leave it out, or see to it that you may read it") from error
+    file = PatientFile(raw, size, shown(place))
+    with io.BufferedReader(file, ahead) if ahead else file as opened:
+        yield cast(BinaryIO, opened)
+
+
+def read_file(place: str, most: int) -> bytes:
+    """A file's first bytes, at most so many. Raises OSError for what is this file's own (`own_reason`), ReachError for all else."""
+
+    def read() -> bytes:
+        raw, size = _raw(place)
+        with raw as file:
+            data: bytes = file.read(min(size, most))
+        if len(data) < min(size, most):
+            raise OSError(errno.EIO, "it ends before its size")
+        return data
+
+    return patiently(read, shown(place))
 
 
 def write_whole(place: str, data: bytes) -> None:
