@@ -282,14 +282,14 @@ def test_without_ray_or_with_a_wrong_engine_one_line_says_so(monkeypatch: pytest
     with pytest.raises(ConfigError, match="are for --engine ray"):
         engine_named("local", "auto")
     monkeypatch.setattr("seewhy.on_ray.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'seewhy\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints\.txt -e '\.\[ray\]'"):
         engine_named("ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Two workers of this machine, for all tests."""
-    ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'seewhy[ray]'")
+    ray = pytest.importorskip("ray", reason="needs the package ray: pip install -e '.[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=50, object_store_memory=200_000_000)
     yield

@@ -24,6 +24,7 @@ from seewhy.progress import LOG
 from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
 from seewhy.sources import Source
 
+INSTALL = "pip install -c constraints.txt -e '.[ray]' in seewhy's folder"
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
 BLOCKS = 10_000  # pieces of work that Ray is told of, at most
 
@@ -108,7 +109,7 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: pip install 'seewhy[ray]'") from error
+        raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: {INSTALL}") from error
     own = not ray.is_initialized()
     with _native_silence() if own else nullcontext():
         yield from _connected(ray, cluster, own)  # with the `finally` that ends the cluster
@@ -235,7 +236,7 @@ def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engin
     """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
         if find_spec("ray") is None:
-            raise ConfigError("--engine ray needs ray, which is not installed: pip install 'seewhy[ray]'")
+            raise ConfigError(f"--engine ray needs ray, which is not installed: {INSTALL}")
         return partial(outcomes_on_ray, Cluster(address, workers))
     if name not in (None, "local"):
         raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")
