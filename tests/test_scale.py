@@ -273,6 +273,37 @@ def test_features_leave_nothing_for_train_to_compute(
     assert "nothing to keep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["audit"], ["audit", "--engine", "local"], ["audit", "--engine", "ray"], ["train"], ["plan"]])
+def test_what_needs_pictures_here_refuses_an_address_first(
+    command: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from seewhy import filling
+
+    monkeypatch.setattr(filling, "_fill", lambda *given: pytest.fail("computed features"))
+    fsspec.filesystem("memory").pipe("/audited/a.tar", write_tar(tmp_path / "a.tar", jpegs(4)).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert cli.run_guarded(lambda: cli.call([*command, "memory://audited/?secret=1"])) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
+    assert line.startswith("seewhy: memory://audited/: an address, and this needs pictures on a disk of this machine; copy or mount them")
+
+
+def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seewhy import features
+    from seewhy.batches import training_data
+    from seewhy.config import make_config
+    from seewhy.images import open_images
+    from seewhy.split import split_images
+
+    copy = write_tar(tmp_path / "a.tar", jpegs(20))
+    fsspec.filesystem("memory").pipe("/far/a.tar", copy.read_bytes())
+    recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--set", "engine=onnx"]
+    assert cli.run_guarded(lambda: cli.call(["features", "memory://far/a.tar", *recipe])) == 0
+    monkeypatch.setattr(features, "_compute", lambda *given: pytest.fail("computed again"))
+    config = make_config(data=str(copy), backbone="efficientnet_lite0", unfreeze=0, size=64, engine="onnx").resolved()
+    found = open_images(str(copy))
+    training_data(found, split_images(found, "ratio", 0), *jobs.frozen_part(config, 2), config)
+
+
 # ---------------------------------------------------------------- on Ray
 
 
