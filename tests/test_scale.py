@@ -25,7 +25,7 @@ from seewhy import checking, cli, jobs
 from seewhy.engines import Engine
 from seewhy.errors import ConfigError, ImageError, OutputError
 from seewhy.jobs import Request, choose_batch, measured_batch
-from seewhy.on_ray import engine_named, shares
+from seewhy.on_ray import engine_named
 from seewhy.run import Run
 from seewhy.scale import Outcome, answer_sources, bad_place, columns_of, outcomes_here
 from seewhy.sources import Source, find_sources
@@ -94,13 +94,6 @@ def test_batch_size_is_measured_until_memory_is_out() -> None:
 
     engine, size = measured_batch(Engine(forward, 1, None), 8)
     assert size == engine.batch == 16
-
-
-def test_shares_of_a_cluster() -> None:
-    assert shares({"CPU": 2.0}, 0, 100) == (2, 1, 0)
-    assert shares({"CPU": 16.0}, 4, 100) == (4, 4, 0)
-    assert shares({"CPU": 16.0, "GPU": 2.0}, 0, 100) == (2, 8, 1)
-    assert shares({"CPU": 16.0}, 0, 3) == (3, 5, 0)
 
 
 # ---------------------------------------------------------------- in this process
