@@ -1,7 +1,7 @@
 # Two images. What serves an exported file (the default; no torch in it):
 #   docker build -t seewhy-serve .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs/NAME:/model:ro" seewhy-serve
-# What trains, with everything (some GB):
+# What trains, without the optional Ray and captum (some GB):
 #   docker build --target train -t seewhy-train .
 #   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" seewhy-train train pictures/ --backbone efficientnet_lite0
 FROM python:3.11-slim AS base

@@ -42,6 +42,10 @@ def test_what_changes_the_cost() -> None:
     base = cost_of(RATES, config(), 1000)
     assert cost_of(RATES, config(), 1000, machines=2).seconds["features"] == base.seconds["features"] / 2
     assert cost_of(RATES, config(), 1000, machines=2).seconds["fit"] == base.seconds["fit"] / 2
+    assert cost_of(RATES, config(unfreeze=0, views=2), 1000, machines=4).seconds["fit"] == 2 * (700 / 10 + 100 / 40)  # one process for all
+    assert cost_of(RATES, config(unfreeze=0, views=0), 1000, machines=4).seconds["fit"] == pytest.approx(
+        2 * (700 * (1 / 10 + 1 / 50) + 100 / 40 + 100 / 50) / 4  # pictures are decoded by all of them
+    )
     assert cost_of(RATES, config(test_flip=True), 1000).seconds["features"] == (2 * 700 + 2 * 300) / 50
     assert "near-duplicates" not in cost_of(RATES, config(group_by="exact"), 1000).seconds
     assert "near-duplicates" not in cost_of(RATES, config(), 100_000).seconds

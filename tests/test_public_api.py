@@ -112,6 +112,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "explain",
         "jobs",
         "scale",
+        "tries",
         "on_ray",
         "filling",
         "outlines",

@@ -25,7 +25,7 @@ from seewhy import checking, cli, jobs
 from seewhy.engines import Engine
 from seewhy.errors import ConfigError, ImageError, OutputError
 from seewhy.jobs import Request, choose_batch, measured_batch
-from seewhy.on_ray import _source, _text, engine_named, shares
+from seewhy.on_ray import _source, _text, engine_named
 from seewhy.run import Run
 from seewhy.scale import Outcome, answer_sources, bad_place, columns_of, outcomes_here
 from seewhy.sources import Source, find_sources
@@ -94,13 +94,6 @@ def test_batch_size_is_measured_until_memory_is_out() -> None:
 
     engine, size = measured_batch(Engine(forward, 1, None), 8)
     assert size == engine.batch == 16
-
-
-def test_shares_of_a_cluster() -> None:
-    assert shares({"CPU": 2.0}, 0, 100) == (2, 1, 0)
-    assert shares({"CPU": 16.0}, 4, 100) == (4, 4, 0)
-    assert shares({"CPU": 16.0, "GPU": 2.0}, 0, 100) == (2, 8, 1)
-    assert shares({"CPU": 16.0}, 0, 3) == (3, 5, 0)
 
 
 # ---------------------------------------------------------------- in this process
@@ -285,6 +278,37 @@ def test_features_leave_nothing_for_train_to_compute(
     assert "nothing to keep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["audit"], ["audit", "--engine", "local"], ["audit", "--engine", "ray"], ["train"], ["plan"]])
+def test_what_needs_pictures_here_refuses_an_address_first(
+    command: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from seewhy import filling
+
+    monkeypatch.setattr(filling, "_fill", lambda *given: pytest.fail("computed features"))
+    fsspec.filesystem("memory").pipe("/audited/a.tar", write_tar(tmp_path / "a.tar", jpegs(4)).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert cli.run_guarded(lambda: cli.call([*command, "memory://audited/?secret=1"])) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
+    assert line.startswith("seewhy: memory://audited/: an address, and this needs pictures on a disk of this machine; copy or mount them")
+
+
+def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seewhy import features
+    from seewhy.batches import training_data
+    from seewhy.config import make_config
+    from seewhy.images import open_images
+    from seewhy.split import split_images
+
+    copy = write_tar(tmp_path / "a.tar", jpegs(20))
+    fsspec.filesystem("memory").pipe("/far/a.tar", copy.read_bytes())
+    recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--set", "engine=onnx"]
+    assert cli.run_guarded(lambda: cli.call(["features", "memory://far/a.tar", *recipe])) == 0
+    monkeypatch.setattr(features, "_compute", lambda *given: pytest.fail("computed again"))
+    config = make_config(data=str(copy), backbone="efficientnet_lite0", unfreeze=0, size=64, engine="onnx").resolved()
+    found = open_images(str(copy))
+    training_data(found, split_images(found, "ratio", 0), *jobs.frozen_part(config, 2), config)
+
+
 # ---------------------------------------------------------------- on Ray
 
 
@@ -299,14 +323,14 @@ def test_without_ray_or_with_a_wrong_engine_one_line_says_so(monkeypatch: pytest
     with pytest.raises(ConfigError, match="are for --engine ray"):
         engine_named("local", "auto")
     monkeypatch.setattr("seewhy.on_ray.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'seewhy\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints\.txt -e '\.\[ray\]'"):
         engine_named("ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Two workers of this machine, for all tests."""
-    ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'seewhy[ray]'")
+    ray = pytest.importorskip("ray", reason="needs the package ray: pip install -e '.[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=50, object_store_memory=200_000_000)
     yield

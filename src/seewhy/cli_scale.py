@@ -100,7 +100,9 @@ def fill_features(config: TrainConfig, engine: str | None, address: str, workers
 def fill_audit(data: str, data_root: str | None, engine: str | None, address: str, workers: int) -> None:
     """What `audit` reads, by --engine."""
     from seewhy.filling import fill_for_embedding
+    from seewhy.images import check_here
 
+    check_here(data)  # before any work: its features alone could be made of an address
     fill_for_embedding(data, data_root, engine_named(engine, address, workers))
 
 

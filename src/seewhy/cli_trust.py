@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
+from seewhy.cli_shared import AddressOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
 
 
 def audit(
@@ -16,7 +16,7 @@ def audit(
     out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
     seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,
     skip_bad: SkipBadOption = False,
-    engine: EngineOption = None,
+    engine: Annotated[str | None, typer.Option(help="local or ray: compute the features shard by shard before all else")] = None,
     address: AddressOption = "",
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,

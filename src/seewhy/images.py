@@ -286,8 +286,18 @@ def list_scenes(data_root: str | None) -> Listing:
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
 
 
+def check_here(data: str) -> None:
+    """DataError for an address: what trains or audits reads pictures many times, and needs them on this machine."""
+    if "://" in data:
+        raise DataError(
+            f"{data.partition('?')[0]}: an address, and this needs pictures on a disk of this machine; copy or mount them, and name their "
+            "folder (predict, explain and features read addresses)"
+        )
+
+
 def list_data(data: str, data_root: str | None = None) -> Listing:
     """Dataset name, folder or shard -> its pictures, before they are looked at."""
+    check_here(data)
     if data in DATASETS:
         return DATASETS[data](data_root)
     shards = find_shards(Path(data))

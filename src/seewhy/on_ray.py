@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,9 +24,16 @@ from seewhy.jobs import Piece, Request, Work, asked_files, make_work
 from seewhy.progress import LOG
 from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
 from seewhy.sources import Source
+from seewhy.storage import shown
+from seewhy.tries import Tries
 
+INSTALL = "pip install -c constraints.txt -e '.[ray]' in seewhy's folder"
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
 BLOCKS = 10_000  # pieces of work that Ray is told of, at most
+DEATHS = 3  # of workers at one source, after which it is taken to be the cause: Ray Data would go on for ever
+RESTARTS = 20  # of one worker, whatever it dies of: before it begins a source, for one
+PLACE_S = 300  # in which some machine has to have room for a worker, other work on the cluster considered
+LOOK_S = 5  # between two looks whether it has: Ctrl-C waits as long
 
 
 @dataclass(frozen=True)
@@ -43,21 +51,34 @@ class Cluster:
 class Answerer:
     """One actor: makes its network ready at the first source, and answers them one after another.
 
-    What seewhy raises on purpose travels back as a row, since Ray would try it again, or wrap it in its own.
+    What is raised travels back as a row, since Ray would try it again, or wrap it in its own words.
     """
 
-    def __init__(self, request: Request, files: Any, cores: int) -> None:
-        self.request, self.files, self.cores = request, files, cores
+    def __init__(self, request: Request, files: Any, cores: int, tries: Any) -> None:
+        self.request, self.files, self.cores, self.tries = request, files, cores, tries
         self.work: Work | None = None
+        self.survived: int | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        for number, packed in zip(batch["number"], batch["source"], strict=True):
+        import ray
+
+        for number, packed in zip(map(int, batch["number"]), batch["source"], strict=True):
+            source = _source(packed)
             try:
+                if (died := ray.get(self.tries.begin.remote(number, self.survived))) >= DEATHS:
+                    raise RunError(
+                        f"{_named(source)}: {died} workers died of it, out of memory or by a picture that crashes what reads it; "
+                        "leave it out, or try fewer --ray-workers"
+                    )
                 work = self.work = self.work or self._made()
-                for outcome in outcomes_of(work, int(number), _source(packed)):
+                for outcome in outcomes_of(work, number, source):
                     yield {**_packed(outcome), "error": [""], "text": [""]}
+                self.survived = number
             except SeewhyError as error:
-                yield {"facts": [""], "rows": [b""], "error": [type(error).__name__], "text": [str(error)]}
+                yield _refusal(error)
+            except Exception as error:  # in Ray's words neither the source nor the reason could be found
+                reason = one_line(f"{type(error).__name__}: {error}")[:160]
+                yield _refusal(RunError(f"{_named(source)}: a worker failed ({reason}); the same command goes on after what is done"))
 
     def _made(self) -> Work:
         import ray
@@ -80,6 +101,15 @@ def _source(text: str) -> Source:
 
 def _text(source: Source) -> str:
     return json.dumps([source.kind, list(source.places), source.root, source.key])
+
+
+def _named(source: Source) -> str:
+    more = len(source.places) - 1
+    return shown(source.places[0]) + (f" and {more:,} more {'file' if more == 1 else 'files'}" if more else "")
+
+
+def _refusal(error: SeewhyError) -> dict[str, list[Any]]:
+    return {"facts": [""], "rows": [b""], "error": [type(error).__name__], "text": [str(error)]}
 
 
 def _packed(outcome: Outcome) -> dict[str, list[Any]]:
@@ -111,7 +141,7 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: pip install 'seewhy[ray]'") from error
+        raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: {INSTALL}") from error
     own = not ray.is_initialized()
     with _native_silence() if own else nullcontext():
         yield from _connected(ray, cluster, own)  # with the `finally` that ends the cluster
@@ -191,11 +221,34 @@ def _short(error: BaseException) -> str:
     return one_line(lines[-1] if lines else type(error).__name__)[:160]
 
 
-def shares(cluster: dict[str, float], workers: int, sources: int) -> tuple[int, int, int]:
-    """What a cluster has (CPU, GPU), workers asked for (0: its choice), sources -> workers, cores and GPUs of each."""
-    cores, gpus = max(1, int(cluster.get("CPU", 1))), int(cluster.get("GPU", 0))
-    count = min(workers or gpus or cores, max(1, sources))
-    return count, max(1, cores // count), 1 if gpus >= count else 0
+def shares(nodes: Sequence[dict[str, float]], workers: int, sources: int) -> tuple[int, int, int]:
+    """What each machine has (CPU, GPU), workers asked for (0: one a GPU or else one a core), sources -> workers, cores and GPUs of each.
+
+    A worker lies on one machine: there are as many of them as asked for or as fit, each with the most cores with which they do.
+    """
+    have = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    most, with_gpu = sum(cores for cores, _ in have), sum(min(pair) for pair in have)
+    count = min(workers or with_gpu or most or 1, max(1, sources))
+    gpus = 1 if count <= with_gpu else 0
+    count = min(count, most) if most else count  # a cluster that is to grow first may have no core yet
+    cores = max((own for own, _ in have), default=1)
+    while cores > 1 and sum(min(own // cores, own_gpus if gpus else own) for own, own_gpus in have) < count:
+        cores -= 1
+    return count, max(1, cores), gpus
+
+
+def _await_place(ray: Any, cores: int, gpus: int) -> None:
+    """Returns when some machine has room for a worker; Ray Data itself would wait for ever, and say nothing."""
+    room = f"{cores} free {'core' if cores == 1 else 'cores'}" + (" and a free GPU" if gpus else "")
+    group = ray.util.placement_group([{"CPU": cores, **({"GPU": gpus} if gpus else {})}])
+    try:
+        if group.wait(LOOK_S):
+            return
+        LOG.info(f"waiting for a machine of the cluster with {room}, {PLACE_S} s at most")
+        if not any(group.wait(LOOK_S) for _ in range(PLACE_S // LOOK_S)):
+            raise RunError(f"no machine of the Ray cluster had {room} for {PLACE_S} s; wait for its other work, or ask more --ray-workers")
+    finally:
+        ray.util.remove_placement_group(group)
 
 
 def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source]) -> Iterator[Outcome]:
@@ -204,20 +257,28 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
     Raises ConfigError without Ray or a cluster, RunError where the cluster ends, and what workers raise.
     """
     with _joined(cluster) as ray:
-        count, cores, gpus = shares(ray.cluster_resources(), cluster.workers, len(sources))
-        LOG.info(f"{count} workers on Ray, {cores} {'core' if cores == 1 else 'cores'} each")
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        count, cores, gpus = shares(nodes, cluster.workers, len(sources))
+        fewer = f" (no more of {cluster.workers} fit)" if count < min(cluster.workers, len(sources)) else ""
+        LOG.info(f"{count} workers on Ray{fewer}, {cores} {'core' if cores == 1 else 'cores'} each")
+        _await_place(ray, cores, gpus)
+        tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
         asked = Path(request.asked)
         files = ray.put({file.name: file.read_bytes() for file in asked_files(asked)}) if request.asked else None
         items = [{"number": number, "source": _text(source)} for number, source in enumerate(sources)]
-        data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
-            Answerer,
-            fn_constructor_args=(request, files, cores),
-            batch_size=1,
-            batch_format="numpy",
-            concurrency=count,
-            num_cpus=cores,
-            num_gpus=gpus,
-        )  # Ray Data starts actors that died again, and gives them their work again, as often as it takes
+        with warnings.catch_warnings():  # Ray 2.60 says of max_restarts that 2.64 will not take it, and has nothing in its place
+            warnings.simplefilter("ignore", DeprecationWarning)
+            data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
+                Answerer,
+                fn_constructor_args=(request, files, cores, tries),
+                batch_size=1,
+                batch_format="numpy",
+                concurrency=count,
+                num_cpus=cores,
+                num_gpus=gpus,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
         try:
             for row in data.iter_rows():
                 if row["error"]:
@@ -238,7 +299,7 @@ def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engin
     """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
         if find_spec("ray") is None:
-            raise ConfigError("--engine ray needs ray, which is not installed: pip install 'seewhy[ray]'")
+            raise ConfigError(f"--engine ray needs ray, which is not installed: {INSTALL}")
         return partial(outcomes_on_ray, Cluster(address, workers))
     if name not in (None, "local"):
         raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")

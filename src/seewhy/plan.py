@@ -92,7 +92,8 @@ def cost_of(rates: Rates, config: TrainConfig, pictures: int, machines: int = 1)
     if rates.features:
         seconds["features"] = max(0, views - (pictures if shared else 0)) / rates.features / machines
     each = 1 / rates.train + (0 if cached else 1 / below)
-    seconds["fit"] = epochs * (train * each + val / rates.answer + (0 if cached else val / below)) / machines
+    fit = epochs * (train * each + val / rates.answer + (0 if cached else val / below))
+    seconds["fit"] = fit if cached and config.unfreeze == 0 else fit / machines  # one process trains a classifier on stored vectors for all
     asked = (flips * (val + test) + min(REFERENCES, train) + val + test) / rates.answer
     seconds["evaluation"] = (asked + (0 if rates.features else flips * (val + test) / below)) / machines
     seconds["report"] = REPORT_S
