@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="arra
 
 
 @pytest.fixture
-def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Files of this test's own, in a cache of its own."""
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Files of this test's own."""
     monkeypatch.setattr(spill, "_FILES", spill._Files())
     return monkeypatch
 
@@ -91,10 +91,11 @@ def test_files_are_of_bounded_size_and_large_arrays_have_their_own(at_once: pyte
     assert file_of(spilled_zeros((100,), np.uint8)) is files[3]
 
 
-def test_nothing_is_seen_in_the_cache_and_nothing_is_left_open(at_once: pytest.MonkeyPatch, cache: Path) -> None:
+def test_nothing_is_seen_on_the_disk_and_nothing_is_left_open(at_once: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at_once.setenv("TMPDIR", str(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     made = [spilled_zeros((50_000,), np.uint8) for _ in range(5)]
-    assert list(cache.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == before + 5
     at_once.setattr(spill, "_FILES", spill._Files())
     del made
@@ -106,35 +107,53 @@ def full(*_: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def no_folder() -> Path:
-    return Path("/dev/null/nowhere")
-
-
-@pytest.mark.parametrize(("what", "how"), [("os.posix_fallocate", full), ("cache_dir", no_folder)])
-def test_without_room_on_the_disk_it_is_memory(at_once: pytest.MonkeyPatch, what: str, how: Callable[..., Any]) -> None:
-    at_once.setattr(f"seewhy.spill.{what}", how)
+@pytest.mark.parametrize("why", ["full", "no folder"])
+def test_without_room_on_the_disk_it_is_memory(at_once: pytest.MonkeyPatch, why: str) -> None:
+    if why == "full":
+        at_once.setattr(os, "posix_fallocate", full)
+    else:
+        at_once.setenv("TMPDIR", "/dev/null/nowhere")
     values = np.arange(9_000)
     assert spilled(values) is values
     assert spilled_zeros((3, 2), np.int64).tolist() == [[0, 0]] * 3
 
 
+def test_what_is_on_the_disk_is_not_copied_again(at_once: pytest.MonkeyPatch) -> None:
+    array = spilled(np.arange(2000))
+    assert spilled(array) is array
+    half = array[:1000].reshape(10, 100)
+    assert spilled(half) is half
+
+
 FORKED = """
 import os
+import threading
 import numpy as np
 from seewhy import spill
 spill.IN_MEMORY = 0
 mine = spill.spilled(np.full(5000, 1, np.uint8))
+in_memory = np.zeros(10)
+spill._FILES.hold(in_memory)
+held, forked = threading.Event(), threading.Event()
+def hold():
+    with spill._FILES.lock:
+        held.set()
+        forked.wait()
+threading.Thread(target=hold).start()
+held.wait()
 child = os.fork()
 if not child:
+    del in_memory  # which takes the lock that a thread of the parent held
     other = spill.spilled(np.full(5000, 2, np.uint8))  # where the parent's next one goes, were it the same file
     os._exit(0 if (mine == 1).all() and (other == 2).all() else 1)
+forked.set()
 status = os.waitpid(child, 0)[1]
 print(status, spill.spilled_zeros((5000,), np.uint8).sum(), mine.sum())
 """
 
 
-def test_a_forked_process_writes_into_files_of_its_own(cache: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True)
+def test_a_forked_process_writes_into_files_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["0", "0", "5000"]
 
 

@@ -22,7 +22,7 @@ from seewhy.decoding import decode, read_bytes, upright_size
 from seewhy.errors import OutputError
 from seewhy.progress import LOG, progress
 from seewhy.shards import stamp
-from seewhy.spill import spilled_zeros
+from seewhy.spill import spilled, spilled_zeros
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
@@ -91,9 +91,9 @@ class CheckedFiles(Column[Checked]):
 
     def take(self, positions: Positions) -> CheckedFiles:
         return CheckedFiles(
-            self.digests[positions],
-            self.sizes[positions],
-            self.phashes[positions],
+            spilled(self.digests[positions]),
+            spilled(self.sizes[positions]),
+            spilled(self.phashes[positions]),
             self.grey[positions],
             self.reasons[positions],
             self.problems,

@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.cache import cache_dir
-from seewhy.errors import OutputError
-
 IN_MEMORY = 32 << 20  # bytes of such arrays that stay in memory; those that come later go to the disk
 LEAST = 4096  # bytes of an array that does
 SEGMENT = 64 << 20  # bytes of a file, which many arrays share: each holds a handle
@@ -41,7 +38,7 @@ class _Files:
                     return np.frombuffer(_file(size), dtype=np.uint8, count=size)
                 if self.room is None or self.used + size > SEGMENT:
                     self.room, self.used = _file(SEGMENT), 0
-            except (OSError, OutputError):  # a full or read-only disk: as much memory as it takes
+            except OSError:  # a full or read-only disk: as much memory as it takes
                 return None
             begin, self.used = self.used, self.used + -(-size // LINE) * LINE
             return np.frombuffer(self.room, dtype=np.uint8, count=size, offset=begin)
@@ -62,6 +59,7 @@ _FILES = _Files()
 
 def _begin_anew() -> None:
     global _FILES
+    _FILES.lock = threading.RLock()  # a thread of the parent may have held it, and does not exist in the child
     _FILES = _Files()  # a child that went on in its parent's file would write where the parent does
 
 
@@ -71,7 +69,8 @@ if hasattr(os, "register_at_fork"):
 
 def _file(size: int) -> mmap.mmap:
     """Zeros in a file that is gone when the last array in it is. Raises OSError where the disk has not so much room."""
-    with tempfile.TemporaryFile(dir=cache_dir(), prefix=".spill-") as file:
+    # Not in the cache, which machines may share, nor in /tmp, which may be memory: as SQLite chooses.
+    with tempfile.TemporaryFile(dir=os.environ.get("TMPDIR") or "/var/tmp", prefix="seewhy-") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here; later it would kill the process
         return mmap.mmap(file.fileno(), size)
 
@@ -87,8 +86,16 @@ def spilled_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     return array
 
 
+def _is_spilled(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
+
+
 def spilled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The array, or a copy of it on the disk."""
+    if _is_spilled(array):
+        return array
     place = _FILES.place(array.nbytes)
     if place is None:
         _FILES.hold(array)
