@@ -13,7 +13,7 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.spill import spilled
+from seewhy.spill import spilled, spilled_zeros
 
 T = TypeVar("T")
 Positions = npt.NDArray[np.integer[Any]]
@@ -152,7 +152,9 @@ class Hashes(Column[str]):
         return bytes(self.digests[i]).hex()
 
     def take(self, positions: Positions) -> Hashes:
-        return Hashes(spilled(self.digests[positions]))
+        chosen = spilled_zeros((len(positions), 32), np.uint8)
+        np.take(self.digests, positions, axis=0, out=chosen, mode="clip")  # to "raise" would take as much memory again
+        return Hashes(chosen)
 
     @property
     def keys(self) -> npt.NDArray[np.bytes_]:

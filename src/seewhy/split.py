@@ -83,9 +83,8 @@ class Split:
 
     def _groups_by_hash(self, images: ImageSet) -> Iterator[Hashes]:
         """The groups of more than one picture content, each sorted, in the order of their first hashes."""
-        _, numbers, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)
-        several = np.flatnonzero(sizes[numbers] > 1)
-        hashes, numbers = Hashes.of(images.hashes).take(several), numbers[several]
+        several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
+        hashes, numbers = Hashes.of(images.hashes).take(several), self.groups[several]
         order = np.argsort(hashes.keys)
         order = order[np.argsort(numbers[order], kind="stable")]
         hashes, numbers = hashes.take(order), numbers[order]

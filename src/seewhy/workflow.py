@@ -324,7 +324,8 @@ def _unknowns(
 def _grouping(images: ImageSet, split: Split) -> dict[str, int]:
     """How many pictures belong to groups, in how many, how large the largest is, and how many groups have several labels."""
     sizes = np.bincount(split.groups)
-    labelled = np.unique(split.groups * len(images.classes) + images.labels)  # each label of each group once
+    several = sizes[split.groups] > 1
+    labelled = np.unique(split.groups[several] * len(images.classes) + images.labels[several])  # each label of each group once
     return {
         "grouped_pictures": int(sizes[sizes > 1].sum()),
         "groups": int((sizes > 1).sum()),
