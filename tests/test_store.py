@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from seewhy import store as stores
 from seewhy.features import row_key
-from seewhy.store import FILE_BITS, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
+from seewhy.store import FILE_BITS, FeatureStore, KnownKeys, StoredRows, as_keys, beginnings, stored_dtype, take_rows
 
 
 def batch(*numbers: int) -> tuple[list[bytes], np.ndarray]:
@@ -179,3 +179,32 @@ def test_equal_keys_find_the_same_row(stored: list[int], asked: list[int], at_on
         if stored:
             store.append(iter([batch(*stored)]))
         assert store.find(wanted(*asked)).tolist() == [stored.index(n) if n in stored else -1 for n in asked]
+
+
+@given(st.lists(st.integers(0, 60), max_size=30), st.lists(st.lists(st.integers(0, 60), max_size=8), max_size=6), st.integers(0, 20))
+def test_known_keys_are_those_of_the_files_and_those_that_were_added(first: list[int], later: list[list[int]], at_most: int) -> None:
+    """Keys that end in zeros too, which numpy's strings of bytes take for nothing; whatever is sorted in at which moment."""
+
+    def keys(numbers: list[int]) -> np.ndarray:
+        return as_keys([row_key(str(n), 0)[:30] + bytes(2) for n in numbers])
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "NEW_AT_MOST", at_most)
+        store = FeatureStore(Path(folder), (1,))
+        for n in first:
+            store.append(iter([([row_key(str(n), 0)[:30] + bytes(2)], np.array([[n]]))]))
+        known, there = store.known(), set(first)
+        assert len(known.sorted) == len(first)
+        for added in later:
+            expected = [n not in there for n in added]
+            assert known.lacks(keys(added)).tolist() == expected
+            known.add(keys(added))
+            there |= set(added)
+        assert known.lacks(keys(list(range(61)))).tolist() == [n not in there for n in range(61)]
+
+
+def test_beginnings_of_keys_and_a_store_without_any(tmp_path: Path) -> None:
+    one = (5).to_bytes(8, "little") + bytes(24)
+    assert beginnings(as_keys([one, bytes(31) + b"\1"])).tolist() == [5, 0]
+    assert FeatureStore(tmp_path, (2,)).known().lacks(as_keys([one])).tolist() == [True]
+    assert KnownKeys(np.empty(0, dtype=np.uint64)).lacks(np.empty(0, dtype="S32")).tolist() == []

@@ -26,7 +26,7 @@ from seewhy.progress import LOG, progress
 from seewhy.scale import Engine, Outcome, Store
 from seewhy.sources import Source, find_sources, sources_of
 from seewhy.storage import is_address
-from seewhy.store import FeatureStore, as_keys
+from seewhy.store import FeatureStore, KnownKeys, as_keys
 
 FACTS = ["path", "sha256", "width", "height", "problem", "phash", "grey"]  # what is kept of a picture beside its features
 
@@ -88,8 +88,8 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
         with store.lock():
             journal = Store(str(place), record, FACTS)
             journal.open(own=True)
-            keys = [source.key for source in sources]
-            journal.finished = {key: count for key, count in journal.finished.items() if _stored(journal, key, store, views)}
+            keys, known = [source.key for source in sources], store.known()
+            journal.finished = {key: count for key, count in journal.finished.items() if _stored(journal, key, known, views)}
             left = [number for number, key in enumerate(keys) if key not in journal.finished]
             if len(left) < len(sources):
                 LOG.info(f"going on: {len(sources) - len(left):,} of {len(sources):,} shards and blocks of files are in the cache")
@@ -98,7 +98,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
                 request = Request("features", "", options)
                 for outcome in engine(request, [sources[number] for number in left]) if left else ():
                     source = sources[left[outcome.source]]
-                    computed += _keep(outcome, source, store, views)
+                    computed += _keep(outcome, source, store, known)
                     journal.add(source.key, _facts(outcome))
                     advance(int(outcome.last))
             tables = [(len(table), sum(map(bool, table.column("problem").to_pylist())) + len(bad)) for table, bad in journal.parts(keys)]
@@ -109,7 +109,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
     return Filled(sum(rows for rows, _ in tables), sum(bad for _, bad in tables), computed)
 
 
-def _stored(journal: Store, key: str, store: FeatureStore, views: int) -> bool:
+def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
     """Whether the rows of all pictures of a source are in the store, which may have been cleared since."""
     names = [
         row_key(sha256, view)
@@ -118,10 +118,10 @@ def _stored(journal: Store, key: str, store: FeatureStore, views: int) -> bool:
         if not problem
         for view in range(views)
     ]
-    return not names or bool((store.find(as_keys(names)) >= 0).all())
+    return not names or not known.lacks(as_keys(names)).any()
 
 
-def _keep(outcome: Outcome, source: Source, store: FeatureStore, views: int) -> int:
+def _keep(outcome: Outcome, source: Source, store: FeatureStore, known: KnownKeys) -> int:
     """A piece's features into the store, those that it lacks, and its facts into the record of checked files; the number of new rows."""
     columns = outcome.piece.columns
     if not columns:
@@ -131,11 +131,11 @@ def _keep(outcome: Outcome, source: Source, store: FeatureStore, views: int) -> 
         for view in range(len(data) // store.row_bytes):
             new[row_key(sha256, view)] = data[view * store.row_bytes : (view + 1) * store.row_bytes]
     if new:
-        names = list(new)
-        missing = [name for name, row in zip(names, store.find(as_keys(names)), strict=True) if row < 0]
+        missing = [name for name, lacks in zip(new, known.lacks(as_keys(list(new))), strict=True) if lacks]
         rows = np.frombuffer(b"".join(new[name] for name in missing), dtype=store.dtype).reshape(len(missing), *store.shape)
         if missing:
             store.append(iter([(missing, rows)]))
+            known.add(as_keys(missing))
     if not is_address(source.places[0]):
         checked = [Checked(*values) for values in zip(*(columns[name] for name in FACTS[1:]), strict=True)]
         record_checked([Path(name) for name in columns["path"]], checked)

@@ -22,6 +22,7 @@ SYNC_S = 2.0  # of computing is the most that a kill or a power cut takes away
 FILE_BYTES = 4 << 30  # of rows, from which on a writer begins its next file
 KEY = np.dtype("S32")  # sha256
 KEYS_AT_ONCE = 1 << 16  # that are compared at a time, so that memory does not grow with the store
+NEW_AT_MOST = 1 << 20  # keys that are not sorted in among the others yet
 FILE_BITS = 40  # a row's number is that of its file, above these bits, and its place in it
 
 
@@ -65,6 +66,38 @@ def take_rows(store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64])
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
     return taken
+
+
+class KnownKeys:
+    """Keys by their first 8 bytes of 32, so that a billion of them are asked from memory. Of 10^9 keys, one in 20 such sets takes
+    one key for another: its row is not stored, and computed again by whoever looks for it with `FeatureStore.find`.
+    """
+
+    def __init__(self, known: npt.NDArray[np.uint64]) -> None:
+        self.sorted = np.sort(known)
+        self.new: set[int] = set()  # since then
+
+    def lacks(self, keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+        """(N,) which of the keys are not known."""
+        asked = beginnings(keys)
+        places = np.searchsorted(self.sorted, asked)
+        missing = np.ones(len(asked), dtype=bool)
+        inside = places < len(self.sorted)
+        missing[inside] = self.sorted[places[inside]] != asked[inside]
+        missing[missing] = [key not in self.new for key in asked[missing].tolist()]
+        return missing
+
+    def add(self, keys: npt.NDArray[np.bytes_]) -> None:
+        self.new.update(beginnings(keys).tolist())
+        if len(self.new) > NEW_AT_MOST:
+            self.sorted = np.sort(np.append(self.sorted, np.fromiter(self.new, dtype=np.uint64)), kind="stable")
+            self.new.clear()
+
+
+def beginnings(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
+    """(N,) the first 8 of each key's 32 bytes as a number."""
+    first: npt.NDArray[np.uint64] = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, KEY.itemsize // 8)[:, 0].copy()
+    return first
 
 
 class FeatureStore:
@@ -126,6 +159,14 @@ class FeatureStore:
             data = self._pair(number)[1].read_bytes()
             found.update({data[32 * i : 32 * i + 32]: (number << FILE_BITS) + i for i in range(self._complete(number))})
         return found
+
+    def known(self) -> KnownKeys:
+        """The keys that are completely written now, to be asked and told of more while one process writes."""
+        found = []
+        for number in self._numbers():
+            with self._pair(number)[1].open("rb") as file:
+                found.append(beginnings(np.fromfile(file, dtype=KEY, count=self._complete(number))))
+        return KnownKeys(np.concatenate(found) if found else np.empty(0, dtype=np.uint64))
 
     def open_rows(self) -> npt.NDArray[Any] | StoredRows:
         """All rows, memory-mapped, read-only; an array where there is but the first file."""
