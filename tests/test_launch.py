@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import seewhy
 from seewhy import world
 from seewhy.backbones import create_backbone
+from seewhy.cli import call, run_guarded
 from seewhy.errors import ConfigError, RunError
 from seewhy.fitting import _check_shares
 from seewhy.launch import _error_of, _guilt, launch
@@ -173,3 +174,24 @@ def test_the_line_of_the_process_that_failed_first() -> None:
     found = _error_of(0, 4, killed, Path("r"))
     assert isinstance(found, RunError)
     assert str(found).startswith("r: process 0 of 4 was ended by SIGKILL, for want of memory perhaps; ")
+
+
+@pytest.mark.parametrize("error", [torch.distributed.DistBackendError("gone"), RuntimeError("[gloo/tcp/pair.cc] Connection closed")])
+def test_a_process_that_is_left_alone_says_so_in_a_line(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under torchrun or SLURM, where nobody sums up what all of them said."""
+
+    def left_alone(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("seewhy.workflow.train_run", left_alone)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seewhy")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_guarded(lambda: call(["train", "scenes"])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("seewhy: another process of this training has ended")
+    assert said.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match=r"gone|gloo"):  # alone it is a mistake of ours
+        run_guarded(lambda: call(["train", "scenes"]))

@@ -38,6 +38,9 @@ def test_what_started_us_is_read_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SLURM_JOB_NAME", "training")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.delenv("RANK")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert not world.started_together()  # a batch script of two tasks that srun has not started: nobody else would come
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert world.started_together()
     assert not world.leading()
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # a shell on a cluster's machine is no training of several

@@ -20,7 +20,7 @@ from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorker
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.cli_use import evaluate, explain, predict
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
-from seewhy.errors import ConfigError, SeewhyError, one_line
+from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
 from seewhy.progress import show_log_lines
 
 if TYPE_CHECKING:
@@ -85,7 +85,13 @@ def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
     else:
         from seewhy.workflow import train_run
 
-        run = train_run(config, out, resume)
+        try:
+            run = train_run(config, out, resume)
+        except RuntimeError as error:
+            if not (world.started_together() and world.lost(error)):
+                raise
+            line = "another process of this training has ended; its own line says why, and the same command with --resume goes on"
+            raise RunError(line) from error
         if not world.leading():
             return run
         path, manifest = run.path, run.manifest

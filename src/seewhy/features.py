@@ -6,6 +6,7 @@ import errno
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from seewhy.transforms import Preprocessing, render, view_of
 
 EVAL_VIEW = 0  # its number among the views
 FORMAT = 3
+SHOWN_LATE = 60  # s until a disk that machines share shows the files of others
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,10 @@ def extract_features(
             if not alone:
                 world.wait()
         rows = feature_store.find(wanted)
+        waited = 0 if alone else SHOWN_LATE
+        while waited and (rows < 0).any():
+            time.sleep(1)
+            rows, waited = feature_store.find(wanted), waited - 1
         if (rows < 0).any():
             raise OutputError(
                 f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"

@@ -16,6 +16,7 @@ from typing import Any
 
 from seewhy.config import TrainConfig, dump_config
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
+from seewhy.world import lost
 
 LOST = 75  # exit status of a process that found the others gone
 LINE = "seewhy"  # the key of an error file under which the line for the user stands
@@ -130,17 +131,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if not _lost(error):
+        if not lost(error):
             raise
         return LOST
     return 0
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether it says no more than that another process does not answer."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 if __name__ == "__main__":

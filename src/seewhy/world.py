@@ -192,7 +192,7 @@ def started_together() -> bool:
     """Whether torchrun, `seewhy train --devices` or SLURM started this process beside others of the same work."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if int(os.environ.get("SLURM_NTASKS", "1") or 1) < 2:
+    if int(os.environ.get("SLURM_NTASKS", "1") or 1) < 2 or "SLURM_STEP_ID" not in os.environ:  # a batch script without srun is alone
         return False
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
@@ -222,6 +222,13 @@ def joined() -> Iterator[None]:
     yield
     _table = None
     torch.distributed.destroy_process_group()  # not after an error, when others may not answer any more
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether it says no more than that another process does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def leading() -> bool:
