@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ class Parts:
 def request_of(asked: Path, paths: Sequence[Path], **options: Any) -> dict[str, Any]:
     """What decides a table: who is asked, about which files (by path, size and time), and how."""
     found = hashlib.sha256()
-    for path in [asked / "run.json" if asked.is_dir() else asked, *paths]:
+    for path in itertools.chain([asked / "run.json" if asked.is_dir() else asked], paths):  # no list: a Path takes 400 bytes
         with suppress(OSError):  # a file that is missing will be told of when it is read
             found.update(f"{stamp(path)}\n".encode())
     return {"seewhy": __version__, "files": found.hexdigest(), "pictures": len(paths), **options}
