@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,7 @@ def simulated(cores: list[int]) -> Iterator[str]:
     for more in cores[1:]:
         machines.add_node(num_cpus=more)
     yield machines.address
+    importlib.import_module("ray").shutdown()  # a thread of Ray Data's may have connected again, when it was told of the end too late
     machines.shutdown()
 
 
