@@ -23,7 +23,7 @@ import seewhy
 from seewhy import spill
 from seewhy.spill import spilled, spilled_zeros
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="arrays stay in memory where files cannot be given room first")
+pytestmark = pytest.mark.skipif(not spill.ABLE, reason="arrays stay in memory where files cannot be given room first")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy.typing as npt
 IN_MEMORY = 32 << 20  # bytes of such arrays that stay in memory; those that come later go to the disk
 LEAST = 4096  # bytes of an array that does
 SEGMENT = 64 << 20  # bytes of a file, which many arrays share: each holds a handle
+ABLE = hasattr(os, "posix_fallocate")  # where not, arrays stay in memory
 LINE = 64  # bytes that an array begins at a multiple of
 
 
@@ -31,7 +32,7 @@ class _Files:
     def place(self, size: int) -> npt.NDArray[np.uint8] | None:
         """(size,) zeros in a file; None where they are to be in memory."""
         with self.lock:
-            if size < LEAST or self.held + size <= IN_MEMORY or not hasattr(os, "posix_fallocate"):
+            if size < LEAST or self.held + size <= IN_MEMORY or not ABLE:
                 return None
             try:
                 if size > SEGMENT // 2:
