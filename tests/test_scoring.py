@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from PIL import Image
 from scipy.stats import bootstrap
 from test_explain import colour_run
 
+from seewhy import scoring
 from seewhy.cam_quality import QUALITY
 from seewhy.errors import ConfigError, OutputError
 from seewhy.metrics import mean_interval
@@ -58,6 +60,26 @@ def test_pictures_without_outline_are_scored_without(tmp_path: Path) -> None:
     assert set(table["score"]) == {"average drop"}
     assert table["n"].tolist() == [1, 1, 1]
     assert (table["low"] == table["mean"]).all()  # one picture has no spread
+
+
+def test_methods_that_give_one_map_are_scored_once(corners: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With average pooling and a linear head Grad-CAM, HiResCAM and XGrad-CAM are one map, up to rounding."""
+    asked: list[int] = []
+    ask = scoring.class_probabilities
+
+    def counted(*given: Any) -> Any:
+        asked.append(1)
+        return ask(*given)
+
+    run = cheap_run(size=64)
+    alone = score_methods(run, [corners], ["xgradcam"], ["average drop"])
+    monkeypatch.setattr(scoring, "class_probabilities", counted)
+    table = score_methods(run, [corners], ["gradcam", "hirescam", "xgradcam", "eigencam"], ["average drop"])
+    batches = 2  # 18 pictures
+    assert len(asked) == batches * (1 + 1 + 2)  # the one map, EigenCAM's, and the two that know nothing
+    found = table[table["score"] == "average drop"].set_index("method")["mean"]
+    assert found["gradcam"] == found["hirescam"] == found["xgradcam"] != found["eigencam"]
+    assert found["xgradcam"] == pytest.approx(alone.set_index(["method", "score"])["mean"]["xgradcam", "average drop"], abs=1e-4)
 
 
 def test_a_method_that_does_not_beat_the_centre_is_shown_not_to() -> None:
