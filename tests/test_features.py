@@ -193,6 +193,32 @@ def test_what_another_process_writes_while_one_waits_is_not_computed(pictures: I
     assert sorted(found.rows[:, 0]) == list(range(8))
 
 
+@pytest.mark.parametrize("looks", [1, 3, None], ids=["at once", "late", "never"])
+def test_features_that_a_shared_disk_shows_late_are_waited_for(
+    looks: int | None, pictures: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """looks: until all rows are seen after they were computed; None: the other machine has a cache of its own."""
+    for name, value in {"size": lambda: 2, "leads": lambda: True, "wait": lambda: None, "total": float, "share": list}.items():
+        monkeypatch.setattr(features.world, name, value)
+    real, found, slept = FeatureStore.find, list[int](), list[float]()
+
+    def find(store: FeatureStore, wanted: Any) -> Any:
+        rows = real(store, wanted)
+        found.append(int((rows < 0).sum()))
+        if not found[-1] and (looks is None or found.count(0) < looks):
+            rows[0] = -1
+        return rows
+
+    monkeypatch.setattr(FeatureStore, "find", find)
+    monkeypatch.setattr("time.sleep", slept.append)
+    if looks is None:
+        with pytest.raises(OutputError, match="lacks features that another machine has computed"):
+            extract_features(pictures, ALL, 1, tiny_cut(), TINY, together=True)
+    else:
+        assert extract_features(pictures, ALL, 1, tiny_cut(), TINY, together=True).rows.min() == 0
+    assert len(slept) == (features.SHOWN_LATE if looks is None else looks - 1)
+
+
 def test_without_keeping_the_disk_stays_empty(pictures: ImageSet, cache: Path) -> None:
     found = extract_features(pictures, ALL, 2, tiny_cut(), TINY, keep=False)
     assert found.computed == 16

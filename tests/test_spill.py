@@ -75,10 +75,10 @@ def test_the_first_megabytes_stay_in_memory_and_make_room_when_they_end(fresh: p
     third, small = spilled_zeros((5_000,), np.uint8), spilled_zeros((4_000,), np.uint8)
     assert file_of(third) is not None
     assert file_of(small) is None, "less than a page is not worth a place"
-    assert spill._FILES.held == 24_000
+    assert spill._FILES.held == 20_000
     del second
     gc.collect()
-    assert spill._FILES.held == 14_000
+    assert spill._FILES.held == 10_000
     assert file_of(spilled_zeros((5_000,), np.uint8)) is None
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_tar
 
-from seewhy import cli
+from seewhy import cli, storage
 from seewhy.errors import DataError, OutputError
 from seewhy.jobs import Request
 from seewhy.run import Run
@@ -143,3 +143,16 @@ def _table(place: str) -> list[dict[str, Any]]:
     with open_file(place) as file:
         found: list[dict[str, Any]] = pq.read_table(io.BytesIO(file.read())).to_pylist()
     return found
+
+
+def test_a_machine_of_amazon_s_asks_for_its_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the question would take minutes to fail."""
+    monkeypatch.delenv("AWS_EXECUTION_ENV", raising=False)
+    vendor = tmp_path / "sys_vendor"
+    assert not storage.in_amazon(vendor)
+    for name, expected in (("QEMU\n", False), ("Amazon EC2\n", True)):
+        vendor.write_text(name)
+        assert storage.in_amazon(vendor) is expected
+    vendor.write_text("QEMU")
+    monkeypatch.setenv("AWS_EXECUTION_ENV", "AWS_ECS_FARGATE")
+    assert storage.in_amazon(vendor)

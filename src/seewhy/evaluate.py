@@ -19,7 +19,7 @@ from seewhy.cutting import Cut, with_vector
 from seewhy.features import Features, extract_features
 from seewhy.images import ImageSet
 from seewhy.progress import progress
-from seewhy.spill import spilled, spilled_zeros
+from seewhy.spill import spilled_zeros
 from seewhy.store import StoredRows, take_rows
 
 TOP = 5
@@ -164,7 +164,7 @@ def evaluate_network(
         part=part,
         paths=Paths.of(images.paths).texts.take(indices),
         labels=images.labels[indices],
-        logits=spilled(world.gathered(logits[: len(mine)], len(indices))),
+        logits=world.gathered(logits[: len(mine)], len(indices)),
         classes=images.classes,
         groups=np.arange(len(indices)) if groups is None else groups,
         temperature=temperature,

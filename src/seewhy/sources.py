@@ -83,9 +83,8 @@ def _source(kind: str, files: Sequence[Found]) -> Source:
     text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
     places = [file.place for file in files]
-    if len(files) > 1:
-        return Source(kind, Texts.of(places, os.path.commonprefix(places)), os.getcwd(), key)  # noqa: RUF071  # letters alone count here
-    return Source(kind, places, os.getcwd(), key)
+    alike = os.path.commonprefix(places)  # noqa: RUF071  # Texts keeps what they begin with once as a text, be it half a name
+    return Source(kind, Texts.of(places, alike), os.getcwd(), key)
 
 
 def _kind(place: str) -> str:

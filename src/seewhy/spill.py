@@ -45,7 +45,9 @@ class _Files:
             return np.frombuffer(self.room, dtype=np.uint8, count=size, offset=begin)
 
     def hold(self, array: npt.NDArray[Any]) -> None:
-        """Counts an array in memory for as long as it lives."""
+        """Counts an array in memory for as long as it lives; small ones are not worth it."""
+        if array.nbytes < LEAST:
+            return
         with self.lock:
             self.held += array.nbytes
         weakref.finalize(array, self._let_go, array.nbytes).atexit = False

@@ -17,8 +17,16 @@ from seewhy.errors import DataError, OutputError, one_line
 from seewhy.patience import PatientFile, own_reason, patiently
 from seewhy.writing import whole_file
 
-# A cloud's own clients wait minutes for the address that gives machines in that cloud their credentials.
-os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if not os.environ.get("AWS_EXECUTION_ENV") else "false")
+
+def in_amazon(vendor: Path = Path("/sys/class/dmi/id/sys_vendor")) -> bool:
+    """Whether this machine, or what runs this process, is Amazon's."""
+    with suppress(OSError, ValueError):
+        return bool(os.environ.get("AWS_EXECUTION_ENV")) or vendor.read_text().startswith("Amazon")
+    return False
+
+
+# Elsewhere Amazon's own client waits minutes for the address that gives its machines their credentials.
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "false" if in_amazon() else "true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +145,9 @@ def _list_local(path: Path) -> list[Found]:
 
 
 def _raw(place: str) -> tuple[Any, int]:
-    """A file without a buffer, and its size."""
+    """A file without a buffer, for the caller to close, and its size."""
     if not is_address(place):
-        local = open(place, "rb", buffering=0)  # noqa: SIM115  # closed by who asked for it
+        local = io.FileIO(place)
         return local, os.fstat(local.fileno()).st_size
     system, path, _ = _opened(place)
     file = system.open_input_file(path)
