@@ -152,7 +152,7 @@ def _matrix(test: Evaluation) -> dict[str, Any]:
         {"x": int(x), "y": int(y), "count": int(test.confusion[y, x]), "total": int(totals[y]), "share": test.confusion[y, x] / totals[y]}
         for y, x in np.argwhere(test.confusion)
     ]
-    return {"count": len(test.classes), "cells": cells, "margin": min(7, 1 + max(len(name) for name in test.classes) // 3)}
+    return {"count": len(test.classes), "cells": cells, "margin": min(7, 1 + 2 * max(len(name) for name in test.classes) // 5)}
 
 
 def _reliability(test: Evaluation, theme: str) -> bytes:
