@@ -17,6 +17,7 @@ test: $(VENV)/.installed-dev $(VENV)/.mlflow $(VENV)/.moto
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy

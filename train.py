@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from seewhy import export_state_dict
-from seewhy.cli import run_guarded, stop_on_signals, train_from_arguments
+from seewhy.cli import run_guarded, train_from_arguments
+from seewhy.signals import stop_on_signals
 
 FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples", "confusion_matrix": "confusion_matrix"}
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from seewhy import cli
+from seewhy.api import Run
 from seewhy.config import TrainConfig
-from seewhy.run import Run
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from seewhy import cli
+from seewhy.api import Run
 from seewhy.backbones import BACKBONES
 from seewhy.cam import ALL_METHODS
 from seewhy.config import RECIPES, TrainConfig
 from seewhy.corruptions import CORRUPTIONS
-from seewhy.run import Run
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [

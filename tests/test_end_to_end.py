@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import seewhy
-from seewhy.run import Run
+from seewhy.api import Run
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("Leopards", "accordion", "dollar_bill", "grand_piano", "sunflower", "watch")

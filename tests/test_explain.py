@@ -13,13 +13,13 @@ from cheap_run import CLASSES, cheap_run
 from PIL import Image
 from torch import Tensor, nn
 
+from seewhy.api import Run
 from seewhy.backbones import Backbone
 from seewhy.config import make_config
 from seewhy.cutting import Cut
 from seewhy.errors import ConfigError, DataError, ImageError, OutputError
 from seewhy.explain import class_index, explain, view_for_people
 from seewhy.predict import predict
-from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 
 COLOURS = ("red", "green", "blue")

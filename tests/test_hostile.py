@@ -21,12 +21,12 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import seewhy
+from seewhy.api import Run, load
 from seewhy.audit import audit_images
 from seewhy.audit_page import save_audit
 from seewhy.errors import RunError
 from seewhy.images import open_images
 from seewhy.manifest import check_manifest
-from seewhy.run import Run, load
 from seewhy.runtime import load_onnx
 
 SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from seewhy import parity
+from seewhy.api import Run
 from seewhy.errors import ConfigError, OutputError
 from seewhy.images import open_images
 from seewhy.portable import build_onnx
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.split import read_split
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from seewhy import cli
+from seewhy.api import Run
 from seewhy.cli_plan import seconds_of, shown
 from seewhy.config import make_config
 from seewhy.errors import ConfigError, DataError
 from seewhy.plan import PICTURE_BYTES, REPORT_S, START_S, Rates, cost_of, plan, variants
-from seewhy.run import Run
 
 RATES = Rates(check=100, features=50, embed=200, train=10, answer=40, row_bytes=1000, weight_bytes=5_000, base_bytes=10**9)
 

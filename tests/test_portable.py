@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from seewhy import portable
+from seewhy.api import Run
 from seewhy.attribution import all_class_maps, feature_maps
 from seewhy.decoding import read_image
 from seewhy.errors import ConfigError
 from seewhy.features import square_of
-from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 
 

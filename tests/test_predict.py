@@ -16,13 +16,13 @@ import torch
 from cheap_run import CLASSES, cheap_run, normalised
 from PIL import Image
 
+from seewhy.api import Run
 from seewhy.decoding import read_image
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.features import render_view
 from seewhy.metrics import softmax
 from seewhy.predict import predict, predict_blocks
 from seewhy.predictions import WRITERS, Columns, Predictions, find_pictures, open_table
-from seewhy.run import Run
 
 TABLE = Predictions(
     paths=("a, b.jpg", "é.png"),

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seewhy.api import Run
 from seewhy.evaluate import Evaluation
 from seewhy.report import confused_pairs, other_class, pick_examples
-from seewhy.run import Run
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import seewhy
+from seewhy.api import Run, load
 from seewhy.errors import RunError
-from seewhy.run import Run, load
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
 FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors", "log.txt"}

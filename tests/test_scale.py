@@ -22,11 +22,11 @@ from PIL import Image
 from threadpoolctl import threadpool_info
 
 from seewhy import checking, cli, jobs
+from seewhy.api import Run
 from seewhy.engines import Engine
 from seewhy.errors import ConfigError, ImageError, OutputError
 from seewhy.jobs import Request, choose_batch, measured_batch
 from seewhy.on_ray import _source, _text, engine_named
-from seewhy.run import Run
 from seewhy.scale import Outcome, answer_sources, bad_place, columns_of, outcomes_here
 from seewhy.sources import Source, find_sources
 

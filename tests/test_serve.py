@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from seewhy.api import Run
 from seewhy.errors import ConfigError
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.serve import create_app
 from seewhy.watch import Limits

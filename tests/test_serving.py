@@ -116,7 +116,7 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
 def test_a_run_is_exported_when_first_served(demo_run: object, tmp_path: Path, demo_pictures: list[Path]) -> None:
     import shutil
 
-    from seewhy.run import Run
+    from seewhy.api import Run
 
     assert isinstance(demo_run, Run)
     run = shutil.copytree(demo_run.path, tmp_path / "run")

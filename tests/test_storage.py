@@ -19,9 +19,9 @@ import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_tar
 
 from seewhy import cli, storage
+from seewhy.api import Run
 from seewhy.errors import DataError, OutputError
 from seewhy.jobs import Request
-from seewhy.run import Run
 from seewhy.scale import Outcome, answer_sources, columns_of, outcomes_here
 from seewhy.sources import Source, find_sources
 from seewhy.storage import inside, list_files, names_in, open_file, remove_file, write_whole

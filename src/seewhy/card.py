@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 
 HEADLINE = {
     "accuracy": "accuracy",
@@ -18,7 +18,7 @@ HEADLINE = {
 }
 
 
-def model_card(run: Run, warnings: list[str]) -> str:
+def model_card(run: SavedRun, warnings: list[str]) -> str:
     """Markdown with a YAML head, as huggingface.co reads it; every number is of the test part."""
     manifest, test = run.manifest, run.metrics["test"]
     data = {"type": "image-folder", "name": manifest["data"]["name"]}

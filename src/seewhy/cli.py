@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from seewhy import __version__
 from seewhy.cli_out import export, pull, push, serve
 from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, print_json
@@ -22,9 +19,11 @@ from seewhy.cli_use import evaluate, explain, predict
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
 from seewhy.progress import show_log_lines
+from seewhy.signals import stop_on_signals
+from seewhy.version import __version__
 
 if TYPE_CHECKING:
-    from seewhy.run import Run
+    from seewhy.api import Run
 
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -83,10 +82,11 @@ def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
         path = launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"])
         manifest = read_manifest(path)
     else:
+        from seewhy.api import as_run
         from seewhy.workflow import train_run
 
         try:
-            run = train_run(config, out, resume)
+            run = as_run(train_run(config, out, resume))
         except RuntimeError as error:
             if not (world.started_together() and world.lost(error)):
                 raise
@@ -312,18 +312,6 @@ def _how_to_go_on(command: Sequence[str]) -> str:
 def _complain(text: str, status: int = 2) -> int:
     typer.echo(f"seewhy: {text}", err=True)
     return status
-
-
-def stop_on_signals() -> None:
-    """Ctrl-C, or SIGTERM, once: KeyboardInterrupt, so that what is finished is kept; twice: the end, at once."""
-
-    def stop(number: int, frame: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
-        raise KeyboardInterrupt
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
 
 
 def main() -> None:

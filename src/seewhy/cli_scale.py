@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from seewhy.api import as_run
 from seewhy.cam import ASKING, PIXELWISE
 from seewhy.cli_shared import print_json
 from seewhy.errors import ConfigError, one_line
 from seewhy.explain import class_index, known_method
 from seewhy.jobs import Request, prepared
 from seewhy.on_ray import engine_named
+from seewhy.saved_run import SavedRun
 from seewhy.scale import answer_sources, bad_place, columns_of
 from seewhy.sources import find_sources
 from seewhy.storage import shown
@@ -38,7 +40,8 @@ def scaled_predict(
         raise typer.BadParameter("--engine writes a table: add --out answers.parquet (.csv, .json, a folder/ or an address)")
     asked = engine_named(engine, address, workers)
     loaded = prepared("predict", run)
-    least = loaded.threshold_for(precision) if precision is not None else least
+    if precision is not None:
+        least = (as_run(loaded) if isinstance(loaded, SavedRun) else loaded).threshold_for(precision)
     options = {"top_k": top_k, "least": least}
     columns = columns_of("predict", options, len(loaded.classes))
     del loaded  # workers load their own

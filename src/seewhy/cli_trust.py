@@ -63,8 +63,8 @@ def robustness(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy on blurred, noisy, badly compressed, lit or turned pictures, and on slices of the plain ones."""
+    from seewhy.api import load
     from seewhy.robustness import run_robustness, save_robustness
-    from seewhy.run import load
 
     table, parts = run_robustness(load(run), pictures, corruption)
     written = save_robustness(table, parts, out or run)
@@ -88,8 +88,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Say which of two runs is better on the same pictures, and whether that may be chance."""
+    from seewhy.api import load
     from seewhy.compare import compare_runs, differences
-    from seewhy.run import load
 
     a, b = load(run_a), load(run_b)
     found = compare_runs(a, b, data)

@@ -33,7 +33,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a run: accuracy, top-5, per-class numbers."""
-    from seewhy.run import load
+    from seewhy.api import load
 
     evaluation = load(run).evaluate(part, data)
     numbers = evaluation.metrics
@@ -130,8 +130,8 @@ def _answering(
         model = runtime.load_onnx(run)
         least = model.threshold_for(precision) if precision is not None else None
         return lambda paths, begin, kept: runtime.answer_files(model, paths, skip_bad, begin, kept), least
+    from seewhy.api import load
     from seewhy.predict import answer_files
-    from seewhy.run import load
 
     loaded = load(run)
     least = loaded.threshold_for(precision) if precision is not None else None
@@ -166,7 +166,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
-    from seewhy.run import load
+    from seewhy.api import load
 
     methods = method or ["gradcam"]
     if is_scaled(engine, pictures, out):

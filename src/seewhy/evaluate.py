@@ -15,11 +15,15 @@ from torch import nn
 from seewhy import calibration, metrics, world
 from seewhy.backbones import Backbone
 from seewhy.columns import Paths
+from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
+from seewhy.errors import DataError
 from seewhy.features import Features, extract_features
-from seewhy.images import ImageSet
+from seewhy.images import ImageSet, open_images
 from seewhy.progress import progress
+from seewhy.saved_run import SavedRun
 from seewhy.spill import spilled_zeros
+from seewhy.split import read_split
 from seewhy.store import StoredRows, take_rows
 
 TOP = 5
@@ -222,3 +226,42 @@ def tail_logits(
             found[start : start + batch] = logits
             advance(len(features))
     return found
+
+
+def evaluate_part(
+    images: ImageSet,
+    indices: Any,
+    part: str,
+    backbone: Backbone,
+    cut: Cut,
+    config: TrainConfig,
+    groups: Any = None,
+    temperature: float = 1.0,
+) -> Evaluation:
+    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
+    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
+    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
+    return evaluate_network(backbone, cut, images, indices, part, *how)
+
+
+def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> Evaluation:
+    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
+
+    Raises SplitError if the data has changed since, DataError for classes the run does not know.
+    """
+    config = run.config
+    images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
+    if data is not None:
+        indices, part, groups = np.arange(len(images)), "all", None
+    else:
+        split = read_split(run.path, images)
+        indices, groups = split.part(part), split.groups
+    unknown = sorted(set(images.classes) - set(run.classes))
+    if unknown:
+        raise DataError(
+            f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
+        )
+    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
+        place = np.array([run.classes.index(name) for name in images.classes])
+        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
+    return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)

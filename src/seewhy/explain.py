@@ -24,7 +24,7 @@ from seewhy.figures import overlay_heatmap
 from seewhy.metrics import softmax
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, eval_view, render
 
@@ -120,7 +120,7 @@ def known_method(method: str) -> None:
 
 
 def explain(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     method: str = "gradcam",
     target: str | Sequence[str] | None = None,

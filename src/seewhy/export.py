@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from seewhy.errors import OutputError
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.writing import whole_file
 
 
-def export_state_dict(run: Run, path: Path | str) -> Path:
+def export_state_dict(run: SavedRun, path: Path | str) -> Path:
     """Writes {"state_dict": ..., "classes": [...]} as `torch.load(weights_only=True)` reads it.
 
     The names are timm's; those of `resnet18` are torchvision's too, so that

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from seewhy import __version__
 from seewhy.cache import cache_dir
 from seewhy.checking import Checked, record_checked
 from seewhy.config import TrainConfig, dump_config, make_config
@@ -27,6 +26,7 @@ from seewhy.scale import Engine, Outcome, Store
 from seewhy.sources import Source, find_sources, sources_of
 from seewhy.storage import is_address
 from seewhy.store import FeatureStore, KnownKeys, as_keys
+from seewhy.version import __version__
 
 FACTS = ["path", "sha256", "width", "height", "problem", "phash", "grey"]  # what is kept of a picture beside its features
 

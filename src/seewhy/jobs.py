@@ -31,8 +31,8 @@ from seewhy.features import EVAL_VIEW, feature_shape, render_view, rounded
 from seewhy.metrics import softmax
 from seewhy.predict import answers_engine, as_predictions, logits_of
 from seewhy.predictions import Columns, Predictions
-from seewhy.run import Run, load
 from seewhy.runtime import OnnxModel, load_onnx
+from seewhy.saved_run import SavedRun, load
 from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
@@ -182,7 +182,7 @@ def _predict(asked: Path, options: dict[str, Any], cores: int, pictures: int) ->
     return predict_work(run, options, cores, pictures)
 
 
-def predict_work(run: Run, options: dict[str, Any], cores: int, pictures: int = MANY_ASKED) -> Work:
+def predict_work(run: SavedRun, options: dict[str, Any], cores: int, pictures: int = MANY_ASKED) -> Work:
     """The same of a run that is loaded already."""
     preprocessing = run.backbone.preprocessing
     forward, size = measured_batch(answers_engine(run, pictures), preprocessing.size)
@@ -296,7 +296,7 @@ def _features(asked: Path, options: dict[str, Any], cores: int, pictures: int) -
 JOBS: dict[str, Callable[[Path, dict[str, Any], int, int], Work]] = {"predict": _predict, "explain": _explain, "features": _features}
 
 
-def prepared(job: str, asked: Path) -> Run | OnnxModel:
+def prepared(job: str, asked: Path) -> SavedRun | OnnxModel:
     """What is asked, loaded once here: so that mistakes are told of before any worker starts, and the export of the network is at hand."""
     if asked.suffix == ".onnx":
         if job != "predict":

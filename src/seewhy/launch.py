@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from seewhy.cli import stop_on_signals
+    from seewhy.signals import stop_on_signals
 
     stop_on_signals()
     status = main(sys.argv[1:])

@@ -16,12 +16,14 @@ import torch
 
 from seewhy.decoding import read_image
 from seewhy.errors import ConfigError, OutputError, SeewhyError
+from seewhy.explain import explain
 from seewhy.features import square_of
 from seewhy.images import ImageSet, open_images
 from seewhy.portable import AnswerNetwork, build_int8, build_onnx, build_pt2
+from seewhy.predict import predict
 from seewhy.progress import LOG, progress
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
+from seewhy.saved_run import SavedRun
 from seewhy.split import Split, read_split
 from seewhy.writing import whole_file
 
@@ -54,10 +56,10 @@ class Parity:
         return self.difference <= MAX_DIFFERENCE and (self.correlation_least is None or self.correlation_least >= LEAST_CORRELATION)
 
 
-def measure_parity(run: Run, ask: Ask, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
+def measure_parity(run: SavedRun, ask: Ask, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
     """Asks both about the files; heatmaps are compared where the file has them."""
-    theirs = run.predict(list(paths)).probs
-    expected = run.explain(list(paths), "gradcam") if "heatmaps" in ask(paths[0]) else None
+    theirs = predict(run, list(paths)).probs
+    expected = explain(run, list(paths), "gradcam") if "heatmaps" in ask(paths[0]) else None
     probs, correlations, seconds = [], [], []
     with progress("comparing", len(paths)) as advance:
         for n, path in enumerate(paths):
@@ -91,11 +93,11 @@ def _correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
 # ---------------------------------------------------------------- kinds of files
 
 
-def _onnx(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
+def _onnx(run: SavedRun, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     return _asked(build_onnx(run).SerializeToString())
 
 
-def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
+def _int8(run: SavedRun, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     if data is None:
         raise ConfigError(f"{run.path}: 8 bits are calibrated on training pictures, and they are not where they were; export --format onnx")
     images, split = data
@@ -109,7 +111,7 @@ def _asked(model: bytes) -> tuple[bytes, Ask]:
     return model, lambda path: loaded.ask(loaded.read(path)[None])
 
 
-def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
+def _pt2(run: SavedRun, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     program = build_pt2(run)
     module: Any = torch.export.load(io.BytesIO(program)).module()
     names = AnswerNetwork(run).names
@@ -124,14 +126,14 @@ def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
 
 
 # kind -> (suffix, how it is made, whether it must say what the run says)
-KINDS: dict[str, tuple[str, Callable[[Run, tuple[ImageSet, Split] | None], tuple[bytes, Ask]], bool]] = {
+KINDS: dict[str, tuple[str, Callable[[SavedRun, tuple[ImageSet, Split] | None], tuple[bytes, Ask]], bool]] = {
     "onnx": (".onnx", _onnx, True),
     "int8": ("-int8.onnx", _int8, False),
     "pt2": (".pt2", _pt2, True),
 }
 
 
-def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
+def export_file(run: SavedRun, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
     """Writes the run as a file of one of KINDS, after comparing it with the run on at most `pictures` of its own test pictures.
 
     path: None for `model` and the kind's suffix in the run's folder. The second result is None where the run's data is no longer
@@ -156,7 +158,7 @@ def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pi
     return path, parity
 
 
-def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
+def _data_of(run: SavedRun) -> tuple[ImageSet, Split] | None:
     """The pictures of a run and their split; None where they cannot be opened any more."""
     config = run.config
     try:
@@ -166,7 +168,7 @@ def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
         return None
 
 
-def _compare(run: Run, ask: Ask, data: tuple[ImageSet, Split], most: int) -> Parity:
+def _compare(run: SavedRun, ask: Ask, data: tuple[ImageSet, Split], most: int) -> Parity:
     images, split = data
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:most])
     return measure_parity(run, ask, [images.paths[i] for i in drawn], images.labels[drawn])

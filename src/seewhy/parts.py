@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import Timeout
 
-from seewhy import __version__
 from seewhy.errors import OutputError
 from seewhy.predictions import Columns, check_table, open_table
 from seewhy.progress import LOG
 from seewhy.shards import stamp
+from seewhy.version import __version__
 from seewhy.writing import claim, whole_file
 
 Bad = Sequence[tuple[str, str]]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from seewhy.attribution import feature_maps, linear_head
 from seewhy.errors import ConfigError
-from seewhy.run import Run
 from seewhy.runtime import FORMAT
+from seewhy.saved_run import SavedRun
 from seewhy.square_graph import IR, OPSET, square_graph
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import NEIGHBOURS, References
@@ -34,7 +34,7 @@ class AnswerNetwork(nn.Module):
     heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: SavedRun) -> None:
         super().__init__()
         preprocessing, self.model = run.backbone.preprocessing, run.backbone.model
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -87,7 +87,7 @@ class AnswerNetwork(nn.Module):
         return tuple(found)
 
 
-def _map_weight(run: Run) -> Tensor | None:
+def _map_weight(run: SavedRun) -> Tensor | None:
     """(C, K) of a head of average pooling and one linear layer; None where maps need a backward pass."""
     size = run.backbone.preprocessing.size
     model = run.backbone.model.eval()
@@ -100,7 +100,7 @@ def _map_weight(run: Run) -> Tensor | None:
 # ---------------------------------------------------------------- ONNX
 
 
-def build_onnx(run: Run) -> onnx.ModelProto:
+def build_onnx(run: SavedRun) -> onnx.ModelProto:
     """pictures (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
@@ -108,7 +108,7 @@ def build_onnx(run: Run) -> onnx.ModelProto:
     return _with_squares(run, _network(run))
 
 
-def build_int8(run: Run, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
+def build_int8(run: SavedRun, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
     """The same with convolutions and linear layers in 8 bits, calibrated on squares (N, S, S, 3) of training pictures."""
     return _with_squares(run, eight_bits(_network(run), squares.transpose(0, 3, 1, 2)))
 
@@ -146,7 +146,7 @@ def eight_bits(network: onnx.ModelProto, pictures: npt.NDArray[np.uint8]) -> onn
         return onnx.load(small)
 
 
-def _network(run: Run) -> onnx.ModelProto:
+def _network(run: SavedRun) -> onnx.ModelProto:
     """squares_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
     answers = AnswerNetwork(run).eval()
     size = run.backbone.preprocessing.size
@@ -166,7 +166,7 @@ def _network(run: Run) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _with_squares(run: Run, network: onnx.ModelProto) -> onnx.ModelProto:
+def _with_squares(run: SavedRun, network: onnx.ModelProto) -> onnx.ModelProto:
     front = square_graph(run.backbone.preprocessing)
     squares = front.graph.output[0]
     network.ir_version = front.ir_version = IR
@@ -181,7 +181,7 @@ def _with_squares(run: Run, network: onnx.ModelProto) -> onnx.ModelProto:
     return whole
 
 
-def metadata(run: Run) -> dict[str, Any]:
+def metadata(run: SavedRun) -> dict[str, Any]:
     """What an exported file says about itself."""
     manifest = run.manifest
     return {
@@ -209,7 +209,7 @@ def metadata(run: Run) -> dict[str, Any]:
 class _FromPictures(nn.Module):
     """(N, H, W, 3) uint8 -> the outputs of `AnswerNetwork`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: SavedRun) -> None:
         super().__init__()
         self.answers = AnswerNetwork(run)
         self.preprocessing: Preprocessing = run.backbone.preprocessing
@@ -221,7 +221,7 @@ class _FromPictures(nn.Module):
         return cast(tuple[Tensor, ...], squares)
 
 
-def build_pt2(run: Run) -> bytes:
+def build_pt2(run: SavedRun) -> bytes:
     """The same as a program of torch.export: `torch.export.load(FILE).module()(pictures)`, without seewhy.
 
     ConfigError for runs on centred squares, whose cut depends on the picture's size.

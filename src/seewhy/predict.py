@@ -16,7 +16,7 @@ from seewhy.features import square_of
 from seewhy.metrics import softmax
 from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.streams import BATCH, in_batches, in_order
 
 
@@ -27,7 +27,7 @@ def both_ways(forward: Engine, squares: npt.NDArray[np.uint8], classes: int) -> 
     return np.concatenate([mean, found[:, classes:]], axis=1)
 
 
-def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
+def predict(run: SavedRun, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
     """Class probabilities of files, folders and patterns.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
@@ -42,26 +42,26 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
     )
 
 
-def answers_engine(run: Run, pictures: int, engine: str = "auto") -> Engine:
+def answers_engine(run: SavedRun, pictures: int, engine: str = "auto") -> Engine:
     """What gives logits (N, C) of squares and, where the run can tell what it does not know, the vectors behind them (N, C + K)."""
     network = run.backbone.model
     kind, model = ("network", network) if run.references is None else ("answers", WithVector(network, network))
     return kept_engine(run.engines[kind], model, run.backbone.preprocessing, pictures, engine)
 
 
-def logits_of(run: Run, forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def logits_of(run: SavedRun, forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """What `forward` of `answers_engine` says of (N, size, size, 3) squares, over both directions where the run answers so."""
     return both_ways(forward, squares, len(run.classes)) if run.config.test_flip else forward(squares)
 
 
-def as_predictions(run: Run, paths: Sequence[str], scores: npt.NDArray[np.float32], bad: Sequence[tuple[str, str]]) -> Predictions:
+def as_predictions(run: SavedRun, paths: Sequence[str], scores: npt.NDArray[np.float32], bad: Sequence[tuple[str, str]]) -> Predictions:
     """`logits_of` N pictures -> their Predictions."""
     classes = len(run.classes)
     probs = softmax(scores[:, :classes] / run.temperature)
     return Predictions(tuple(paths), probs, run.classes, _unknown(run, scores[:, classes:]), tuple(bad))
 
 
-def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _unknown(run: SavedRun, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """(N, K) -> (N,) which look like nothing known; none where the run cannot tell (K = 0)."""
     if run.references is None or not vectors.size:
         return np.zeros(len(vectors), dtype=bool)
@@ -70,7 +70,7 @@ def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_
 
 
 def predict_blocks(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     skip_bad: bool = False,
     engine: str = "auto",
@@ -82,7 +82,7 @@ def predict_blocks(
 
 
 def answer_files(
-    run: Run,
+    run: SavedRun,
     paths: Sequence[Path],
     skip_bad: bool = False,
     engine: str = "auto",

@@ -25,7 +25,7 @@ from seewhy.figures import (
 from seewhy.labels import DOUBTFUL, doubt_labels
 from seewhy.metrics import softmax
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.scoring import sanity_check, score_methods, wide
 
 GALLERY = 8  # pictures a gallery
@@ -34,7 +34,7 @@ SCORED = 32  # test pictures whose heatmaps are scored
 SCORES = ("average drop", "increase")  # which cost a forward pass a map; `seewhy explain --compare` has the others
 
 
-def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation, folder: Path) -> None:
+def write_report(run: SavedRun, history: Sequence[dict[str, float]], test: Evaluation, folder: Path) -> None:
     """report.html and figures/heatmaps.png in `folder`."""
     examples = pick_examples(test)
     chosen = [n for numbers in examples.values() for n in numbers]
@@ -70,7 +70,7 @@ def other_class(test: Evaluation, n: int) -> int:
     return int(test.labels[n]) if test.labels[n] != test.predicted[n] else int(np.argsort(-test.logits[n], kind="stable")[1])
 
 
-def _explain_examples(run: Run, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
+def _explain_examples(run: SavedRun, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
     """Heatmaps of the chosen pictures' predicted and other classes; None where the network has no maps."""
     paths = [test.paths[n] for n in chosen]
     try:
@@ -80,7 +80,7 @@ def _explain_examples(run: Run, test: Evaluation, chosen: list[int]) -> tuple[Ex
         return None
 
 
-def _trust(run: Run, test: Evaluation) -> dict[str, Any]:
+def _trust(run: SavedRun, test: Evaluation) -> dict[str, Any]:
     """How far the heatmaps can be trusted, on some test pictures: methods x scores, and their likeness to maps of a random classifier."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:SCORED])
     paths = [test.paths[n] for n in drawn]
@@ -99,7 +99,7 @@ def _caption(test: Evaluation, n: int) -> str:
 
 
 def _facts(
-    run: Run,
+    run: SavedRun,
     history: Sequence[dict[str, float]],
     test: Evaluation,
     explained: tuple[Explanation, Explanation] | None,
@@ -160,7 +160,7 @@ def _reliability(test: Evaluation, theme: str) -> bytes:
     return reliability_figure(found.confidence.tolist(), found.accuracy.tolist(), found.count.tolist(), theme)
 
 
-def _coverage(run: Run, test: Evaluation, theme: str) -> bytes:
+def _coverage(run: SavedRun, test: Evaluation, theme: str) -> bytes:
     """The risk-coverage curve, marked where the thresholds chosen on val lie."""
     curve = risk_coverage(test.sure, test.right)
     marks = [
@@ -171,7 +171,7 @@ def _coverage(run: Run, test: Evaluation, theme: str) -> bytes:
     return risk_coverage_figure(curve.coverage.tolist(), curve.risk.tolist(), marks, theme)
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: SavedRun) -> list[str]:
     """What a reader should know before believing the numbers, in sentences."""
     test, data, split = run.metrics["test"], run.manifest["data"], run.manifest["split"]
     found = []
@@ -211,7 +211,9 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
-def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool) -> dict[str, Any]:
+def _card(
+    run: SavedRun, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool
+) -> dict[str, Any]:
     """What a gallery shows of one picture; images of 288 pixels as data URLs. both: the other class's heatmap too."""
     picture = view_for_people(test.paths[n], run.backbone.preprocessing, 288)
     shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []

@@ -15,13 +15,13 @@ from typing import Any
 
 from filelock import Timeout
 
-from seewhy import __version__
 from seewhy.errors import ImageError, OutputError
 from seewhy.jobs import Piece, Request, asked_hash, make_work
 from seewhy.predictions import check_table, open_table
 from seewhy.progress import LOG, progress
 from seewhy.sources import RECORD, Source, read_source
 from seewhy.storage import inside, is_address, names_in, open_file, remove_file, write_whole
+from seewhy.version import __version__
 from seewhy.writing import claim
 
 BAD_TABLE = "_bad.parquet"  # readers of folders of parquet pass over names that begin with _

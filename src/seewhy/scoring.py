@@ -38,7 +38,7 @@ from seewhy.metrics import mean_interval
 from seewhy.outlines import outline_of
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.streams import in_batches, in_order
 from seewhy.writing import csv_text
 
@@ -49,7 +49,7 @@ COMPARED = tuple(name for name in ALL_METHODS if name not in SLOW)
 
 
 def score_methods(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     methods: Sequence[str] = COMPARED,
     scores: Sequence[str] = tuple(QUALITY),
@@ -113,7 +113,7 @@ def score_methods(
 
 
 def sanity_check(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     methods: Sequence[str] = COMPARED,
     layers: Sequence[str] = (),

@@ -19,7 +19,7 @@ from filelock import Timeout
 from seewhy.backbones import read_weights
 from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError
 from seewhy.manifest import MOST_BYTES, read_manifest
-from seewhy.run import Run, load
+from seewhy.saved_run import SavedRun, load
 from seewhy.writing import claim, remove_tree, to_disk, write_json
 
 GB = 10**9
@@ -51,7 +51,7 @@ WITH_TIMM = """
 # ---------------------------------------------------------------- the two ways
 
 
-def push(run: Run, place: str | Path, public: bool = False) -> str:
+def push(run: SavedRun, place: str | Path, public: bool = False) -> str:
     """Copies a run to `place`, whole or not at all, and says where it is now. Nothing is replaced.
 
     place: a folder that is not there yet, or hf://USER/NAME. public: whether a repository may be seen by everybody; private without.
@@ -65,7 +65,7 @@ def push(run: Run, place: str | Path, public: bool = False) -> str:
     return str(target)
 
 
-def pull(place: str | Path, out: str | Path | None = None, report: bool = False) -> Run:
+def pull(place: str | Path, out: str | Path | None = None, report: bool = False) -> SavedRun:
     """A run that somebody has pushed -> a run of one's own, checked as `load` checks it; `out` is there whole or not at all.
 
     place: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: take report.html too, a page that
@@ -106,7 +106,7 @@ def hub_name(place: str | Path) -> tuple[str, str | None] | None:
 # ---------------------------------------------------------------- the layout
 
 
-def write_layout(run: Run, folder: Path) -> None:
+def write_layout(run: SavedRun, folder: Path) -> None:
     """The files of a run, its card, and a config.json for timm, into an empty folder. Raises RunError where they are not this run's."""
     take_files(run.path, folder, FILES | REPORT)
     read_manifest(folder)
@@ -124,7 +124,7 @@ def write_layout(run: Run, folder: Path) -> None:
     write_json(folder / "config.json", timm_config(run))
 
 
-def timm_config(run: Run) -> dict[str, Any]:
+def timm_config(run: SavedRun) -> dict[str, Any]:
     """What timm reads as config.json beside the weights: the architecture, the classes and the way from picture to input.
 
     timm's resizing differs from seewhy's in roundings; with test_flip, a run's answers are means of two of timm's.
@@ -233,7 +233,7 @@ def _hub() -> Any:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _push_to_hub(run: Run, place: str, public: bool) -> str:
+def _push_to_hub(run: SavedRun, place: str, public: bool) -> str:
     from huggingface_hub import get_token
 
     name, revision = hub_name(place) or ("", None)

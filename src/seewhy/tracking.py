@@ -16,10 +16,10 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from seewhy import __version__
 from seewhy.config import TrainConfig, dump_config
 from seewhy.errors import ConfigError
 from seewhy.progress import LOG
+from seewhy.version import __version__
 from seewhy.writing import whole_file
 
 RECORD = "mlflow.json"  # which run of MLflow this is, and whether it has everything

@@ -1,4 +1,4 @@
-"""TrainConfig -> a finished run folder: the stages one after another, and what is done with them later."""
+"""TrainConfig -> a finished run folder: the stages one after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from seewhy import __version__, world
+from seewhy import world
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
 from seewhy.calibration import answered_at, fit_temperature, threshold_for
@@ -21,8 +21,8 @@ from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
+from seewhy.errors import ConfigError, OutputError, RunError
+from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
@@ -30,32 +30,19 @@ from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
 from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
+from seewhy.saved_run import SavedRun, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.tracking import check_tracker, tell_of_run, tracked
 from seewhy.unknowns import REFERENCES, ROWS, References, in_rows, sample_references
+from seewhy.version import __version__
 from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
 
 KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
-def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
-    """Trains a classifier on a dataset or folder and returns the saved run.
-
-    data: 'caltech101', 'scenes', a folder of class folders, or tar or parquet shards. out: the run's folder (default runs/NAME).
-    resume: go on with an unfinished run of the same config. devices: processes that share the work. options: fields of TrainConfig.
-    """
-    config, place = make_config(data=str(data), **options), Path(out) if out is not None else None
-    if devices > 1:
-        from seewhy.launch import launch
-
-        return load(launch(config, place, resume, devices))
-    return train_run(config, place, resume)
-
-
-def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> Run:
-    """The same from a config. An error leaves nothing behind; an interruption leaves what `resume` needs.
+def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> SavedRun:
+    """Train a run from a config. An error leaves nothing behind; an interruption leaves what `resume` needs.
 
     Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, and the leading one writes.
     """
@@ -70,7 +57,7 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         return _train_along(config)
 
 
-def _train_along(config: TrainConfig) -> Run:
+def _train_along(config: TrainConfig) -> SavedRun:
     """What the processes do that do not lead: their shares of the work; then they read the run that the leader has written."""
     work, target, todo = (Path(text) for text in world.text_of_leader("").split("\n"))
     if str(todo) != "finished":
@@ -80,7 +67,7 @@ def _train_along(config: TrainConfig) -> Run:
     return load(target)
 
 
-def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
+def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> SavedRun:
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
@@ -120,7 +107,7 @@ def _tell_others(places: Places, todo: str) -> None:
         world.wait()
 
 
-def _train_in(places: Places, config: TrainConfig) -> Run:
+def _train_in(places: Places, config: TrainConfig) -> SavedRun:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
@@ -147,7 +134,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
     if not world.leads():
-        return Run(places.target, config, images.classes, backbone, cut, {"metrics": {}})
+        return SavedRun(places.target, config, images.classes, backbone, cut, {"metrics": {}})
     numbers = test.metrics
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -198,22 +185,6 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
 
 
-def evaluate_part(
-    images: ImageSet,
-    indices: Any,
-    part: str,
-    backbone: Backbone,
-    cut: Cut,
-    config: TrainConfig,
-    groups: Any = None,
-    temperature: float = 1.0,
-) -> Evaluation:
-    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
-    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
-    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
-    return evaluate_network(backbone, cut, images, indices, part, *how)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -231,7 +202,7 @@ def _write_run(
     found: dict[str, Any],
     strange: tuple[References, dict[str, Any]] | None,
     leaked: int,
-) -> Run:
+) -> SavedRun:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
     metrics = {part: evaluation.metrics for part, evaluation in evaluations.items()}
@@ -277,7 +248,7 @@ def _write_run(
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
-        run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
+        run = SavedRun(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
         with world.apart():  # the others have nothing left to do
             write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
@@ -350,29 +321,3 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
             best = int(evaluation.predicted[n])
             answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
             writer.writerow([harmless_path(name), *answer, repr(float(evaluation.sure[n]))])
-
-
-# ---------------------------------------------------------------- later
-
-
-def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evaluation:
-    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
-
-    Raises SplitError if the data has changed since, DataError for classes the run does not know.
-    """
-    config = run.config
-    images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
-    if data is not None:
-        indices, part, groups = np.arange(len(images)), "all", None
-    else:
-        split = read_split(run.path, images)
-        indices, groups = split.part(part), split.groups
-    unknown = sorted(set(images.classes) - set(run.classes))
-    if unknown:
-        raise DataError(
-            f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
-        )
-    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
-        place = np.array([run.classes.index(name) for name in images.classes])
-        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
-    return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)
