@@ -47,7 +47,6 @@ def test_no_stage_imports_a_later_one() -> None:
         "errors",
         "jsonable",
         "writing",
-        "spill",
         "nearby",
         "world",
         "progress",
