@@ -25,7 +25,7 @@ from seewhy.cli import call, run_guarded
 from seewhy.errors import ConfigError, RunError
 from seewhy.fitting import _check_shares
 from seewhy.launch import _error_of, _guilt, launch
-from seewhy.store import FeatureStore, take_rows
+from seewhy.store import KEY, FeatureStore, take_rows
 
 CLASSES = {"red": 31, "green": 33, "blue": 27}  # two processes divide none of the parts
 OPTIONS = {"backbone": "resnet18", "weights": "none", "size": 64, "group_by": "exact", "views": 1, "batch_size": 16, "lr": 0.0005}
@@ -44,8 +44,8 @@ def stored(cache: Path) -> dict[bytes, np.ndarray]:
     """Key -> row of the one feature store in a cache."""
     (folder,) = (cache / "features").iterdir()
     store = FeatureStore(folder, (128, 8, 8))
-    numbers = store.keys()
-    return dict(zip(numbers, take_rows(store.open_rows(), np.array(list(numbers.values()))), strict=True))
+    keys = np.concatenate([np.fromfile(file, dtype=KEY) for file in folder.glob("keys*.bin")])
+    return dict(zip(keys.tolist(), take_rows(store.open_rows(), store.find(keys)), strict=True))
 
 
 def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

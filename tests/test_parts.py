@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seewhy.columns import Paths, Texts
 from seewhy.errors import OutputError
 from seewhy.parts import open_parts, request_of
 from seewhy.predictions import Columns, Predictions, find_pictures, records_of
@@ -153,13 +151,3 @@ def test_rows_say_what_the_probabilities_say(data: st.DataObject, n: int, c: int
         if least is not None:
             assert record["answer"] == (record["top"][0]["class"] if shown[0] >= least else None)
     assert records_of(columns) == found.records(top_k, least)
-
-
-def test_asking_about_many_files_makes_no_list_of_them(tmp_path: Path) -> None:
-    """A Path takes 400 bytes; 1 MB would be 50 of each of these."""
-    paths = Paths(Texts.of(str(tmp_path / f"{n}.jpg") for n in range(20_000)))
-    tracemalloc.start()
-    request_of(tmp_path, paths)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000

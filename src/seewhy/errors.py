@@ -14,7 +14,10 @@ SeewhyError
 The command line prints the message alone and exits with status 2.
 """
 
+from __future__ import annotations
+
 import re
+from collections import abc
 
 
 def one_line(text: str) -> str:
@@ -43,6 +46,13 @@ class ImageError(DataError):
     def __init__(self, message: str, bad: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.bad = bad
+
+    @staticmethod
+    def of(bad: abc.Sequence[tuple[str, str]], total: int, advice: str) -> ImageError:
+        """bad: (path, reason) of those of `total` images that cannot be used. advice: the next step, the end of the message."""
+        shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
+        more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
+        return ImageError(f"{len(bad)} of {total} pictures cannot be used: {shown}{more}; {advice}", tuple(bad))
 
 
 class ReachError(SeewhyError):

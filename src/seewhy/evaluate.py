@@ -14,7 +14,6 @@ from torch import nn
 
 from seewhy import calibration, metrics, world
 from seewhy.backbones import Backbone
-from seewhy.columns import Paths
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
 from seewhy.errors import DataError
@@ -22,7 +21,6 @@ from seewhy.features import Features, extract_features
 from seewhy.images import ImageSet, open_images
 from seewhy.progress import progress
 from seewhy.saved_run import SavedRun
-from seewhy.spill import spilled_zeros
 from seewhy.split import read_split
 from seewhy.store import StoredRows, take_rows
 
@@ -36,7 +34,7 @@ HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1") 
 class Evaluation:
     """What a network says of N labelled pictures.
 
-    part: 'train', 'val', 'test' or 'all'. paths: N texts, made when asked for. logits: (N, C), unnormalised. labels: (N,) true classes.
+    part: 'train', 'val', 'test' or 'all'. paths: N texts. logits: (N, C), unnormalised. labels: (N,) true classes.
     groups: (N,) a number a group of pictures that show the same. temperature: what divides the logits before the softmax.
     """
 
@@ -166,7 +164,7 @@ def evaluate_network(
         logits /= views
     return Evaluation(
         part=part,
-        paths=Paths.of(images.paths).texts.take(indices),
+        paths=[str(images.paths[i]) for i in indices],
         labels=images.labels[indices],
         logits=world.gathered(logits[: len(mine)], len(indices)),
         classes=images.classes,
@@ -222,7 +220,7 @@ def tail_logits(
             features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
             logits = tail(features).float().numpy()
             if not start:
-                found = spilled_zeros((len(rows), logits.shape[1]), np.float32)
+                found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
             found[start : start + batch] = logits
             advance(len(features))
     return found

@@ -27,7 +27,6 @@ from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet
 from seewhy.progress import progress
-from seewhy.spill import spilled
 from seewhy.store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
@@ -113,7 +112,7 @@ def extract_features(
         feature_store = FeatureStore(folder, shape, kept)
         rows = feature_store.find(wanted)
         if world.total(float((rows < 0).any())) == 0 if together else (rows >= 0).all():  # without the lock, which may be held for long
-            return Features(feature_store.open_rows(), spilled(rows.reshape(-1, views)), 0)
+            return Features(feature_store.open_rows(), rows.reshape(-1, views), 0)
         with feature_store.lock() if alone or world.leads() else nullcontext():
             if not alone:
                 world.wait()  # the leader holds the lock for all
@@ -134,7 +133,7 @@ def extract_features(
             raise OutputError(
                 f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"
             )
-        return Features(feature_store.open_rows(), spilled(rows.reshape(-1, views)), len(todo))
+        return Features(feature_store.open_rows(), rows.reshape(-1, views), len(todo))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(

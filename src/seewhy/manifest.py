@@ -61,8 +61,8 @@ class _AbstainRecord(_Record):
 
 
 class _CalibrationRecord(_Record):
-    temperature: Positive = 1.0
-    abstain: list[_AbstainRecord] = []
+    temperature: Positive
+    abstain: list[_AbstainRecord]
 
 
 class _UnknownsRecord(_Record):
@@ -93,7 +93,7 @@ class _Manifest(_Record):
     versions: _Versions
     data: _Hashed
     split: _Hashed
-    calibration: _CalibrationRecord | None = None
+    calibration: _CalibrationRecord
     unknowns: _UnknownsRecord | None = None
 
     @field_validator("classes")

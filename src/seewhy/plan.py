@@ -28,16 +28,13 @@ from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
 from seewhy.images import list_data
 from seewhy.shards import shard_of
-from seewhy.spill import ABLE
 from seewhy.store import stored_dtype
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import REFERENCES
 
 SAMPLE = 64  # pictures that are looked at
-PICTURE_BYTES = (
-    120 if ABLE else 500
-)  # of memory that a picture takes on its own: path, hash, split, answers (measured: 121, and 385 where all stay in memory)
+PICTURE_BYTES = 500  # of memory that a picture takes on its own: path, hash, what checking it said, split, answers
 COPIES = 6  # of the weights: themselves, their gradients, AdamW's two moments, the average over the steps, the exported network
 START_S = 12.0  # what does not grow with the pictures: imports, making the networks ready for ONNX Runtime
 REPORT_S = 6.0  # figures and report, likewise

@@ -193,7 +193,7 @@ def metadata(run: SavedRun) -> dict[str, Any]:
         "enough": run.backbone.preprocessing.enough,
         "temperature": run.temperature,
         "unknown_above": run.manifest.get("unknowns", {}).get("threshold"),
-        "abstain": manifest.get("calibration", {}).get("abstain", []),
+        "abstain": manifest["calibration"]["abstain"],
         "backbone": manifest["backbone"],
         "data_sha256": manifest["data"]["hash"],
         "split_sha256": manifest["split"]["hash"],

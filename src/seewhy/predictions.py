@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.columns import Paths, Texts
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import check_name, list_pictures
 from seewhy.shards import is_shard, members, shard_of, shards_in
@@ -165,13 +164,12 @@ WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], N
 # ---------------------------------------------------------------- pictures to predict
 
 
-def find_pictures(inputs: Sequence[str | Path]) -> Paths:
+def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
     """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, each once, in the order given.
 
     A folder without pictures gives those of the shards in it.
     """
-    texts: Iterable[str] = (check_name(str(path)) for item in inputs for path in _pictures_of(item))
-    found = Paths(Texts.of(dict.fromkeys(texts) if len(inputs) > 1 else texts))  # one alone names nothing twice
+    found = list(dict.fromkeys(path for item in inputs for path in _pictures_of(item)))
     if not found:
         raise DataError("no pictures given; name files, folders or patterns")
     return found
@@ -195,12 +193,10 @@ def _pictures_of(item: str | Path) -> Iterable[Path]:
 
 
 def _members_of(path: Path) -> Iterable[Path]:
+    check_name(str(path))
     return (path / member.name for member in members(path)) if is_shard(path) else [path]
 
 
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:
     """What to raise for pictures that could not be used, (path, reason) each."""
-    shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
-    more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-    advice = "pass --skip-bad to leave them out" if kept else "none is left to predict"
-    return ImageError(f"{len(bad)} of {total} pictures cannot be used: {shown}{more}; {advice}", bad=tuple(bad))
+    return ImageError.of(bad, total, "pass --skip-bad to leave them out" if kept else "none is left to predict")

@@ -165,7 +165,7 @@ def _coverage(run: SavedRun, test: Evaluation, theme: str) -> bytes:
     curve = risk_coverage(test.sure, test.right)
     marks = [
         (row["test_answered"], 1 - row["test_right"], f"{row['precision']:.0%} wanted")
-        for row in run.manifest.get("calibration", {}).get("abstain", [])
+        for row in run.manifest["calibration"]["abstain"]
         if row["threshold"] is not None and row.get("test_right") is not None
     ]
     return risk_coverage_figure(curve.coverage.tolist(), curve.risk.tolist(), marks, theme)

@@ -32,7 +32,7 @@ class SavedRun:
     """A fitted classifier with its record.
 
     path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
-    references: what tells pictures of nothing known; None where the network has no vector for that, and in runs of older versions.
+    references: what tells pictures of nothing known; None where the network has no vector for that.
     engines: what has run the network so far, by use and kind; filled by `predict` and `explain`.
     """
 
@@ -60,8 +60,8 @@ class SavedRun:
 
     @property
     def temperature(self) -> float:
-        """What divides the logits so that probabilities are calibrated; fitted on val. 1 in runs of older versions."""
-        return float(self.manifest.get("calibration", {}).get("temperature", 1.0))
+        """What divides the logits so that probabilities are calibrated; fitted on val."""
+        return float(self.manifest["calibration"]["temperature"])
 
     @property
     def unknown_above(self) -> float:

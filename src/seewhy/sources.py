@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from seewhy.columns import Texts
 from seewhy.decoding import read_bytes
 from seewhy.errors import DataError, ReachError
 from seewhy.images import check_name
@@ -82,9 +81,7 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
 def _source(kind: str, files: Sequence[Found]) -> Source:
     text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
-    places = [file.place for file in files]
-    alike = os.path.commonprefix(places)  # noqa: RUF071  # Texts keeps what they begin with once as a text, be it half a name
-    return Source(kind, Texts.of(places, alike), os.getcwd(), key)
+    return Source(kind, [file.place for file in files], os.getcwd(), key)
 
 
 def _kind(place: str) -> str:

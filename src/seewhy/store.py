@@ -152,14 +152,6 @@ class FeatureStore:
         found[order] = rows[first]
         return found
 
-    def keys(self) -> dict[bytes, int]:
-        """Key -> number of its row, for everything that is completely written."""
-        found = {}
-        for number in self._numbers():
-            data = self._pair(number)[1].read_bytes()
-            found.update({data[32 * i : 32 * i + 32]: (number << FILE_BITS) + i for i in range(self._complete(number))})
-        return found
-
     def known(self) -> KnownKeys:
         """The keys that are completely written now, to be asked and told of more while one process writes."""
         found = []

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy import nearby
-from seewhy.spill import spilled
 
 WAIT = timedelta(days=2)  # for each other; a process that died is told of by what started them, long before
 
@@ -75,7 +74,7 @@ def gathered(rows: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     mine[: len(rows)] = torch.from_numpy(rows)
     parts = [torch.empty_like(mine) for _ in range(size())]
     group.all_gather(parts, mine)
-    return spilled(torch.stack(parts, dim=1).reshape(longest * size(), *rows.shape[1:])[:count].numpy())
+    return torch.stack(parts, dim=1).reshape(longest * size(), *rows.shape[1:])[:count].numpy()
 
 
 def of_leader(work: Callable[[], npt.NDArray[np.int64] | None]) -> npt.NDArray[np.int64] | None:
