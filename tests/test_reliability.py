@@ -92,7 +92,7 @@ def test_killed_and_interrupted_then_resumed_has_the_same_bits(folder: Path, tmp
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(number: signal.Signals, status: int) -> None:
     code = (
-        "import time\nfrom seewhy.cli import stop_on_signals\nstop_on_signals()\n"
+        "import time\nfrom seewhy.signals import stop_on_signals\nstop_on_signals()\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('saving', flush=True)\n    time.sleep(60)\n"
     )

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seewhy.api import train
     from seewhy.config import TrainConfig
     from seewhy.errors import (
         BackboneError,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from seewhy.run import Run, load
     from seewhy.sharing import pull
     from seewhy.split import Split, split_images
-    from seewhy.workflow import train
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
 
 # torch and timm take seconds to import; each name is fetched when it is first used.
 _HOMES = {
+    "api": ("train",),
     "config": ("TrainConfig",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "evaluate": ("Evaluation",),
@@ -69,7 +70,6 @@ _HOMES = {
     "run": ("Run", "load"),
     "sharing": ("pull",),
     "split": ("Split", "split_images"),
-    "workflow": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
