@@ -169,8 +169,7 @@ def process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    ranks = {"rank": environment.global_rank(), "world_size": environment.world_size()}
-    torch.distributed.init_process_group(backend, **ranks, timeout=TIMEOUT)
+    torch.distributed.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=TIMEOUT)
     yield
     torch.distributed.destroy_process_group()  # not after an error, when peers may no longer answer
 

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
@@ -181,7 +181,7 @@ def sync_batch_norm(tail: nn.Module) -> nn.Module:
     if distributed.world_size() == 1 or not has_batch_norm(tail):
         return tail
     shared = {id(parameter): parameter for parameter in tail.parameters()}
-    synchronised: nn.Module = convert_sync_batchnorm(copy.deepcopy(tail, shared))
+    synchronised: nn.Module = convert_sync_batchnorm(copy.deepcopy(tail, shared))  # type: ignore[no-untyped-call]
     return synchronised
 
 
