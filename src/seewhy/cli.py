@@ -63,44 +63,46 @@ def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     return make_config(**values)
 
 
-def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
+def _train(own: dict[str, Any], given: dict[str, Any]) -> Path | None:
+    """Train one run and return its folder; None for --repeats, which trains several."""
     config = _config_of(own, given)
     out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
+    from seewhy import distributed
+
     several = own["devices"] > 1 or own["nodes"] > 1
     if repeats > 1:
-        if several:
-            raise typer.BadParameter("--repeats trains one run after another in one process; leave --devices and --nodes out")
+        if several or distributed.is_distributed():
+            raise typer.BadParameter("--repeats trains one run after another in one process; leave out --devices, --nodes and torchrun")
         _repeat(config, repeats, out, resume, as_json)
         return None
-    from seewhy import world
-
-    run: Run | None = None
-    if several and not world.started_together():  # without what trains: the processes that do are under way the sooner
+    if several and not distributed.is_distributed():  # does not import what trains: the child processes start the sooner
         from seewhy.launch import launch
-        from seewhy.manifest import read_manifest
 
         path = launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"])
-        manifest = read_manifest(path)
     else:
-        from seewhy.api import as_run
         from seewhy.workflow import train_run
 
         try:
-            run = as_run(train_run(config, out, resume))
+            path = train_run(config, out, resume).path
         except RuntimeError as error:
-            if not (world.started_together() and world.lost(error)):
+            if not (distributed.is_distributed() and distributed.is_peer_failure(error)):
                 raise
             line = "another process of this training has ended; its own line says why, and the same command with --resume goes on"
             raise RunError(line) from error
-        if not world.leading():
-            return run
-        path, manifest = run.path, run.manifest
+    if distributed.launched_as_main():
+        _print_run(path, as_json)
+    return path
+
+
+def _print_run(path: Path, as_json: bool) -> None:
     if as_json:
+        from seewhy.manifest import read_manifest
+
+        manifest = read_manifest(path)
         told = {"seconds": manifest["seconds"], "metrics": manifest["metrics"]}
         print_json({"run": str(path), "report": str(path / "report.html"), **told})
     else:
         typer.echo(f"run     {path}\nreport  {path / 'report.html'}")
-    return run
 
 
 def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, as_json: bool) -> None:
@@ -231,11 +233,13 @@ def call(arguments: list[str] | None = None) -> Any:
 
 
 def train_from_arguments(arguments: list[str]) -> Run:
-    """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
-    run: Run | None = call(["train", *arguments])
-    if run is None:
+    """What `seewhy train ARGUMENTS` does, for scripts; returns the run, whichever processes trained it."""
+    if any(argument.split("=")[0] == "--repeats" for argument in arguments):
         raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
-    return run
+    path: Path = call(["train", *arguments])
+    from seewhy.api import load
+
+    return load(path)
 
 
 # ---------------------------------------------------------------- the other commands

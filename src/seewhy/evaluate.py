@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from seewhy import calibration, metrics, world
+from seewhy import calibration, distributed, metrics
 from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
@@ -155,7 +155,7 @@ def evaluate_network(
     trained_whole = cut.trunk is None
     halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
     views = 2 if flip else 1  # view 1 is the mirrored one
-    mine = world.share(indices)
+    mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
     features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
     logits = tail_logits(halves.tail, features.store, features.rows[:, 0])
@@ -166,7 +166,7 @@ def evaluate_network(
         part=part,
         paths=[str(images.paths[i]) for i in indices],
         labels=images.labels[indices],
-        logits=world.gathered(logits[: len(mine)], len(indices)),
+        logits=distributed.all_gather(logits[: len(mine)], len(indices)),
         classes=images.classes,
         groups=np.arange(len(indices)) if groups is None else groups,
         temperature=temperature,
@@ -192,7 +192,7 @@ def classifier_vectors(
     if tail is None:
         return None
     halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
-    mine = world.share(indices)
+    mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]
     features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
     return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
@@ -201,11 +201,11 @@ def classifier_vectors(
 def _vector_blocks(tail: nn.Module, features: Features, n: int, mine: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
     """n: pictures of all processes. mine: those of this one, whose features they are; of few pictures some processes have none."""
     each = BLOCK * BATCH  # rows of a process
-    for start in range(0, n, each * world.size()):
-        begin = start // world.size()
+    for start in range(0, n, each * distributed.world_size()):
+        begin = start // distributed.world_size()
         rows = features.rows[begin : begin + each, 0] if begin < mine else features.rows[:1, 0]
         vectors = tail_logits(tail, features.store, rows)[: max(mine - begin, 0), classes:]
-        yield world.gathered(vectors, min(n - start, each * world.size()))
+        yield distributed.all_gather(vectors, min(n - start, each * distributed.world_size()))
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.duplicates import group_numbers, near_pairs
 from seewhy.embedding import embed
 from seewhy.errors import ConfigError
@@ -32,11 +32,13 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
         return None
     if how == "duplicates":
         vectors = embed(images, workers=workers, keep=keep) if len(images) <= MANY else None
-        return world.of_leader(lambda: group_numbers(len(images), near_pairs(images, vectors).pairs))
+        numbers = group_numbers(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
+        shared: Groups = distributed.broadcast(numbers)
+        return shared
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
     found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
-    numbers: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
-    return numbers
+    groups: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
+    return groups
 
 
 def _from_table(file: Path, names: list[str]) -> list[str]:

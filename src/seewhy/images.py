@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.cache import cache_dir
 from seewhy.checking import check_files
 from seewhy.columns import Hashes, Paths
@@ -85,9 +85,9 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     pictures unless `skip_bad`.
     """
     listing = list_data(data, data_root)
-    if world.size() > 1:  # each process looks at its share, and finds in the record what the others saw
-        check_files(world.share(listing.paths), workers)
-        world.wait()
+    if distributed.world_size() > 1:  # each process checks its shard, and finds in the record what the others have checked
+        check_files(distributed.shard(listing.paths), workers)
+        distributed.barrier()
     checked = check_files(listing.paths, workers)
     bad = tuple((str(listing.paths[i]), found.problem) for i, found in enumerate(checked) if found.problem)
     if bad and not skip_bad:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
 from seewhy.calibration import answered_at, fit_temperature, threshold_for
@@ -24,7 +24,7 @@ from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError, OutputError, RunError
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
 from seewhy.figures import confusion_figure, save_png, training_curves
-from seewhy.fitting import Fit, fit
+from seewhy.fitting import Fit, check_distributed, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
@@ -42,29 +42,30 @@ PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which t
 
 
 def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> SavedRun:
-    """Train a run from a config. An error leaves nothing behind; an interruption leaves what `resume` needs.
+    """Train a classifier and return the saved run. An error leaves nothing behind; an interruption leaves what `resume` needs.
 
-    Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, and the leading one writes.
+    Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, the main process writes, and
+    the others return the run that it has written.
     """
-    with world.joined():
+    with distributed.process_group():
         config = config.resolved()
-        if world.size() == 1:
+        if distributed.world_size() == 1:
             return _train_claimed(config, out, resume)
         if config.search:
             raise ConfigError("--search tries its variants in one process; search there, then train with --config RUN/run.json")
-        if world.leads():
+        if distributed.is_main_process():
             return _train_claimed(config, out, resume)
         return _train_along(config)
 
 
 def _train_along(config: TrainConfig) -> SavedRun:
-    """What the processes do that do not lead: their shares of the work; then they read the run that the leader has written."""
-    work, target, todo = (Path(text) for text in world.text_of_leader("").split("\n"))
-    if str(todo) != "finished":
-        with silent():  # the leader speaks for all
-            _train_in(Places(work, target), config)
-    world.wait()
-    return load(target)
+    """Do this process's shard of the work, then load the run that the main process has written."""
+    places, finished = distributed.broadcast(None)
+    if not finished:
+        with silent():  # the main process logs for all
+            _train_in(places, config)
+    distributed.barrier()
+    return load(places.target)
 
 
 def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> SavedRun:
@@ -76,7 +77,8 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
         tell_of_run(places.target)  # what a tracker has missed
-        _tell_others(places, "finished")
+        _broadcast_places(places, finished=True)
+        distributed.barrier()
         return finished
     check_request(config.backbone, config.weights)
     check_tracker(config, resume)
@@ -85,9 +87,10 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
     try:
         with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
-            _tell_others(places, "train")
+            _broadcast_places(places, finished=False)
             run = _train_in(places, config)
-        world.wait()
+            assert run is not None  # this is the main process
+        distributed.barrier()
         return run
     except KeyboardInterrupt:
         raise
@@ -100,14 +103,13 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
         let_go()
 
 
-def _tell_others(places: Places, todo: str) -> None:
-    """To the processes that were started with this one: where the run is made and will stand, and whether there is anything to do."""
-    world.text_of_leader(f"{places.work.absolute()}\n{places.target.absolute()}\n{todo}")
-    if todo == "finished":
-        world.wait()
+def _broadcast_places(places: Places, finished: bool) -> None:
+    """Tell the other processes the run's folders, and whether there is nothing left to do."""
+    distributed.broadcast((Places(places.work.absolute(), places.target.absolute()), finished))
 
 
-def _train_in(places: Places, config: TrainConfig) -> SavedRun:
+def _train_in(places: Places, config: TrainConfig) -> SavedRun | None:
+    """The stages one after another; the run on the main process, None on the others, which only share the work."""
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
@@ -120,6 +122,7 @@ def _train_in(places: Places, config: TrainConfig) -> SavedRun:
     seconds["search"] = time.perf_counter() - began - seconds["pictures"]
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
+    check_distributed(cut, config)
     mark = time.perf_counter()
     train_data, val_data = training_data(images, split, backbone, cut, config)
     seconds["features"] = time.perf_counter() - mark
@@ -133,8 +136,8 @@ def _train_in(places: Places, config: TrainConfig) -> SavedRun:
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    if not world.leads():
-        return SavedRun(places.target, config, images.classes, backbone, cut, {"metrics": {}})
+    if not distributed.is_main_process():
+        return None
     numbers = test.metrics
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -244,12 +247,12 @@ def _write_run(
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
             **({"unknowns": strange[1]} if strange else {}),
             "metrics": metrics,
-            "hardware": hardware() | ({"processes": world.size()} if world.size() > 1 else {}),
+            "hardware": hardware() | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {}),
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
         run = SavedRun(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
-        with world.apart():  # the others have nothing left to do
+        with distributed.main_process_only():  # the others have nothing left to do
             write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         seconds["report"] = time.perf_counter() - mark
