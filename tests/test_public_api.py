@@ -50,6 +50,7 @@ def test_no_stage_imports_a_later_one() -> None:
         "spill",
         "nearby",
         "world",
+        "process_state",
         "progress",
         "cache",
         "config",

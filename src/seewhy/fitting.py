@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 import os
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -41,12 +39,9 @@ from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
 from seewhy.norms import whole_batch_norm
+from seewhy.process_state import quiet
 from seewhy.progress import progress
 from seewhy.tracking import make_loggers
-
-# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="lightning")
 
 
 @dataclass(frozen=True)
@@ -318,6 +313,8 @@ def fit(
     return Fit(**{**found, "history": tuple(found["history"])})
 
 
+# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
+@quiet("lightning.pytorch", warnings_of="lightning")
 def _fit(
     backbone: Backbone,
     cut: Cut,

@@ -28,7 +28,7 @@ from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
-from seewhy.progress import LOG, log_to, silent
+from seewhy.progress import LOG, lines_in_notebook, log_to, silent
 from seewhy.report import warnings_of, write_report
 from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
@@ -40,6 +40,7 @@ KNOWN_PASS = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
+@lines_in_notebook()
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
     """Trains a classifier on a dataset or folder and returns the saved run.
 
