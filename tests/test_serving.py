@@ -137,6 +137,7 @@ def test_mistakes_are_one_line(demo_onnx: Path, tmp_path: Path, capsys: pytest.C
             ([str(tmp_path / "nothing")], "no run and no file of `seewhy export`"),
             ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot be listened at (Address already in use)"),
             ([str(demo_onnx), "--precision", "0.123"], "knows thresholds for the precisions"),
+            ([str(demo_onnx), "--max-mb", "600"], "--max-mb 512 at most"),
         ]:
             assert run_guarded(lambda arguments=arguments: call(["serve", *arguments])) == 2
             error = capsys.readouterr().err

@@ -12,6 +12,7 @@ import numpy as np
 from seewhy import saved_run, sharing
 from seewhy.config import make_config
 from seewhy.errors import RunError
+from seewhy.progress import lines_in_notebook
 from seewhy.saved_run import SavedRun
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Run(SavedRun):
         return sanity_check(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
 
 
+@lines_in_notebook()
 def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
     """Train a classifier on a dataset or folder and return the saved run.
 

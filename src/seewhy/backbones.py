@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -322,7 +321,3 @@ def _units_in_order(model: nn.Module, ends: Sequence[str]) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(called))
-
-
-# Lightning and timm warn about defaults that are chosen here on purpose.
-warnings.filterwarnings("ignore", message="Overwriting .* in registry", module="timm")

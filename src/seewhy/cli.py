@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -47,6 +48,7 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     show_log_lines()
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be used is named, with the reason
 
 
 # ---------------------------------------------------------------- train: options derived from TrainConfig

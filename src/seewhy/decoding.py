@@ -7,7 +7,6 @@ import io
 import os
 import stat
 import threading
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,10 +27,6 @@ MIN_SIDE = 8  # smaller than this there is nothing to see
 STRIP = 1_000_000  # pixels that are brought to RGB at a time
 
 _ONE_LARGE = threading.Lock()
-
-# Our own pixel limit and reasons replace Pillow's warnings, which would be printed in between progress bars.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def decode(data: bytes, enough: int | None = None, most: int | None = None) -> Image.Image:

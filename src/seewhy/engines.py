@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -197,7 +196,7 @@ def _exported(network: nn.Module, size: int) -> bytes:
         return place.read_bytes()
     LOG.info("preparing the network for ONNX Runtime; done once, then kept in the cache")
     example = torch.zeros(2, size, size, 3, dtype=torch.float32 if isinstance(network, FromPictures) else torch.uint8)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+    with torch.no_grad():
         program = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")

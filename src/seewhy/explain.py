@@ -20,7 +20,7 @@ from seewhy.decoding import read_image
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import square_of
-from seewhy.figures import overlay_heatmap
+from seewhy.heat import overlay_heatmap
 from seewhy.metrics import softmax
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress

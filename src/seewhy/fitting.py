@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 import os
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +36,9 @@ from seewhy.cutting import Cut, parameter_stages
 from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
+from seewhy.process_state import quiet
 from seewhy.progress import progress
 from seewhy.tracking import make_loggers
-
-# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="lightning")
 
 
 @dataclass(frozen=True)
@@ -321,6 +316,8 @@ def fit(
     return cast(Fit, distributed.broadcast(fitted))
 
 
+# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
+@quiet("lightning.pytorch", warnings_of="lightning")
 def _fit(
     backbone: Backbone,
     cut: Cut,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from seewhy.decoding import read_bytes
+from seewhy.process_state import quiet
 from seewhy.shards import shard_of
 
 # cleanvision's name -> ours
@@ -35,6 +35,7 @@ class Pictures:
         return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
+@quiet("cleanvision")
 def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
@@ -45,8 +46,7 @@ def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
 
     paths = [path for path in paths if not _has_two_bands(path)]
 
-    logging.getLogger("cleanvision").setLevel(logging.ERROR)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
+    with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         lab = Imagelab(filepaths=[str(path) for path in paths])
         lab._dataset.fs = Pictures()  # type: ignore[attr-defined]  # what its list of files is opened with
         # With more jobs it forks, in a process with threads, and waits for ever where the caller handles SIGTERM without ending.

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,7 +128,7 @@ def eight_bits(network: onnx.ModelProto, pictures: npt.NDArray[np.uint8]) -> onn
         def get_next(self) -> dict[str, Any] | None:
             return next(batches, None)
 
-    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
+    with tempfile.TemporaryDirectory() as place:
         full, ready, small = (str(Path(place, f"{name}.onnx")) for name in ("full", "ready", "small"))
         onnx.save(network, full)
         # Without its optimisation, which would widen what is kept in half precision; BatchNorm is folded by the exporter already.
@@ -150,7 +149,7 @@ def _network(run: SavedRun) -> onnx.ModelProto:
     """squares_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
     answers = AnswerNetwork(run).eval()
     size = run.backbone.preprocessing.size
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+    with torch.no_grad():
         program = torch.onnx.export(
             answers,
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),

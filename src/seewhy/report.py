@@ -16,12 +16,12 @@ from seewhy.evaluate import Evaluation
 from seewhy.explain import Explanation, explain, view_for_people
 from seewhy.figures import (
     heatmap_gallery,
-    overlay_heatmap,
     reliability_figure,
     risk_coverage_figure,
     save_png,
     training_curves,
 )
+from seewhy.heat import overlay_heatmap
 from seewhy.labels import DOUBTFUL, doubt_labels
 from seewhy.metrics import softmax
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url

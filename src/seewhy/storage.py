@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 from seewhy.errors import DataError, OutputError, one_line
 from seewhy.patience import PatientFile, own_reason, patiently
+from seewhy.process_state import environment
 from seewhy.writing import whole_file
 
 
@@ -23,10 +24,6 @@ def in_amazon(vendor: Path = Path("/sys/class/dmi/id/sys_vendor")) -> bool:
     with suppress(OSError, ValueError):
         return bool(os.environ.get("AWS_EXECUTION_ENV")) or vendor.read_text().startswith("Amazon")
     return False
-
-
-# Elsewhere Amazon's own client waits minutes for the address that gives its machines their credentials.
-os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "false" if in_amazon() else "true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,9 @@ def _system(root: str, options: str) -> tuple[Any, str]:
     if root.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in options:
         options += ("&" if options else "?") + "retry_limit_seconds=20"  # the client's own limit is a quarter of an hour
     try:
-        found, base = fs.FileSystem.from_uri(asked + options)
+        # Outside of Amazon its client would wait minutes for the address that gives Amazon's machines their credentials.
+        with environment(AWS_EC2_METADATA_DISABLED="false" if in_amazon() else "true"):
+            found, base = fs.FileSystem.from_uri(asked + options)
     except (ArrowException, ValueError) as error:  # a scheme that pyarrow does not know
         if options and root.startswith(("http://", "https://")):
             raise DataError(f"{root}: a web server's addresses take no ?options here; leave them out, or download the files") from error
