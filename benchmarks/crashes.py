@@ -237,10 +237,10 @@ def preload() -> None:
     """What jobs import; nothing is computed here, since threads would not survive the fork."""
     import lightning.pytorch
     import onnxruntime
+    import seewhy.parts
 
     import seewhy.cli
     import seewhy.parity
-    import seewhy.parts
     import seewhy.predict
     import seewhy.workflow
 

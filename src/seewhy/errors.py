@@ -22,6 +22,11 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
 
 
+def reason_of(error: BaseException | str, most: int = 160) -> str:
+    """The first `most` characters of what an error of another library says, in one line; its type where it says nothing."""
+    return one_line(" ".join(str(error).split()))[:most] or type(error).__name__
+
+
 class SeewhyError(Exception):
     """Root of every error that seewhy raises on purpose."""
 
