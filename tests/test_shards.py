@@ -38,11 +38,10 @@ from seewhy.errors import DataError, ImageError
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, open_images
 from seewhy.looks import odd_looks
-from seewhy.parts import request_of
 from seewhy.plan import plan
 from seewhy.predictions import find_pictures
-from seewhy.shard_names import Member
-from seewhy.shards import members, read_member, shard_of, stream
+from seewhy.shards import Member, members, read_member, shard_of, stream
+from seewhy.sources import find_sources
 from seewhy.split import split_images
 from seewhy.transforms import Preprocessing
 
@@ -233,10 +232,10 @@ def test_commands_take_shards(
         answers.append([(record["path"], record["top"][0]["class"]) for record in json.loads(found.stdout)])
     assert answers[0] == answers[1]
     assert [path for path, _ in answers[0]] == [str(path) for path in inputs]
-    before = request_of(demo_run.path, inputs)
-    assert request_of(demo_run.path, inputs) == before
+    before = [source.key for source in find_sources([tmp_path])]
+    assert [source.key for source in find_sources([tmp_path])] == before
     os.utime(tmp_path / "a-1.tar", (1, 1))
-    assert request_of(demo_run.path, inputs) != before
+    assert [source.key == key for source, key in zip(find_sources([tmp_path]), before, strict=True)] == [True, False]
 
 
 def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

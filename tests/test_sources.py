@@ -10,8 +10,8 @@ from cheap_saved import jpegs, write_parquet, write_tar
 
 from seewhy import storage
 from seewhy.errors import DataError, OutputError
-from seewhy.predictions import BLOCK, find_pictures
-from seewhy.sources import find_sources, read_source, sources_of
+from seewhy.predictions import find_pictures
+from seewhy.sources import BLOCK, find_sources, read_source, sources_of
 from seewhy.storage import inside, list_files, names_in, remove_file, write_whole
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -22,7 +22,6 @@ from seewhy.shards import stamp
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
-COLUMNS = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"  # of the record
 ASKED_AT_ONCE = 500  # pictures, of the record
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 
@@ -41,6 +40,11 @@ class Checked:
     problem: str
     phash: str = ""
     grey: bool = False
+
+
+FACTS: dict[str, type] = get_type_hints(Checked)  # name and type of each of its fields, in order
+_COLUMNS = ", ".join(["key TEXT PRIMARY KEY", *(f"{name} {'TEXT' if kind is str else 'INT'}" for name, kind in FACTS.items())])
+_INSERT = f"INSERT OR REPLACE INTO checked VALUES ({', '.join('?' * (1 + len(FACTS)))})"
 
 
 def check_file(path: Path) -> Checked:
@@ -94,8 +98,8 @@ def record_checked(paths: Sequence[Path], checked: Sequence[Checked]) -> None:
     rows = [(_stat_key(path), *astuple(each)) for path, each in zip(paths, checked, strict=True) if each.sha256]
     try:
         with closing(sqlite3.connect(file, timeout=60)) as record, record:
-            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
-            record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({_COLUMNS})")
+            record.executemany(_INSERT, rows)
     except (sqlite3.Error, OSError) as error:
         raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
 
@@ -104,7 +108,7 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checke
     found: dict[int, Checked] = {}
     todo = []
     with closing(sqlite3.connect(file, timeout=60)) as record:
-        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({_COLUMNS})")
         for start in range(0, len(paths), ASKED_AT_ONCE):
             keys = [_stat_key(path) for path in paths[start : start + ASKED_AT_ONCE]]
             known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, keys)}
@@ -124,7 +128,7 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checke
                     if checked.sha256:  # an unreadable file may become readable without changing
                         rows.append((key, *astuple(checked)))
                 with record:
-                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                    record.executemany(_INSERT, rows)
     return [found[i] for i in range(len(paths))]
 
 

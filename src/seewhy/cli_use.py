@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +16,13 @@ from seewhy.cli_shared import (
     RayWorkersOption,
     RunArgument,
     SkipBadOption,
-    is_scaled,
+    is_batch,
     print_json,
 )
 from seewhy.errors import one_line
 
 if TYPE_CHECKING:
-    from seewhy.parts import Bad
-    from seewhy.predictions import Columns, Predictions
+    from seewhy.predictions import Predictions
 
 
 def evaluate(
@@ -76,66 +75,45 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
-    from seewhy.predictions import find_pictures, records_of
-
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    if is_scaled(engine, pictures, out):
-        from seewhy.cli_scale import scaled_predict
+    if out is not None or is_batch(engine, address, ray_workers, pictures):
+        from seewhy.cli_scale import Batch, predict_batch
 
-        scaled_predict(run, pictures, out, top_k, abstain_below, precision, engine, address, ray_workers, as_json)
+        batch = Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json)
+        predict_batch(run, top_k, abstain_below, precision, batch)
         return
-    ask, least = _answering(run, skip_bad, precision)
-    paths = find_pictures(pictures)
+    blocks, least = _answers(run, pictures, skip_bad, precision)
     least = abstain_below if least is None else least
-    count = None
-    if out is None:
-        blocks: Iterable[tuple[Columns, Bad]] = ((block.columns(top_k, least), block.bad) for block in ask(paths, 0, 0))
-    else:
-        from seewhy.parts import open_parts, request_of
-
-        with open_parts(Path(out), request_of(run, paths, top_k=top_k, least=least, skip_bad=skip_bad)) as parts:
-            for block in ask(paths, parts.done, parts.rows):
-                parts.add(block.columns(top_k, least), block.bad)
-            blocks = list(parts.blocks()) if as_json else [({}, bad) for _, bad in parts.blocks()]
-            count = parts.join()
     records: list[dict[str, Any]] = []
-    for columns, bad in blocks:
-        for path, reason in bad:
+    for block in blocks:
+        for path, reason in block.bad:
             typer.echo(one_line(f"left out: {path} ({reason})"), err=True)
-        if as_json or out is None:
-            records += records_of(columns)
+        records += block.records(top_k, least)
     if as_json:
         print_json(records)
-    elif out is not None:
-        typer.echo(f"{count} pictures -> {out}")
-    else:
-        for record in records:
-            answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
-            strange = "looks like nothing known: " if record["unknown"] else ""
-            unsure = "unsure: " if least is not None and record["answer"] is None else ""
-            typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
+        return
+    for record in records:
+        answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
+        strange = "looks like nothing known: " if record["unknown"] else ""
+        unsure = "unsure: " if least is not None and record["answer"] is None else ""
+        typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
 
 
-def _answering(
-    run: Path, skip_bad: bool, precision: float | None
-) -> tuple[Callable[[Sequence[Path], int, int], Iterator[Predictions]], float | None]:
-    """What answers about files from the given one on (with so many answered before), by a run or by an exported file, without torch;
+def _answers(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
+    """Answers by a run, or by an exported file without torch, and the threshold for a precision."""
+    from seewhy import runtime
 
-    and the threshold for a precision.
-    """
-    if run.suffix == ".onnx":
-        from seewhy import runtime
-
+    if runtime.is_exported(run):
         model = runtime.load_onnx(run)
         least = model.threshold_for(precision) if precision is not None else None
-        return lambda paths, begin, kept: runtime.answer_files(model, paths, skip_bad, begin, kept), least
+        return runtime.predict_onnx(model, pictures, skip_bad), least
     from seewhy.api import load
-    from seewhy.predict import answer_files
+    from seewhy.predict import predict_blocks
 
     loaded = load(run)
     least = loaded.threshold_for(precision) if precision is not None else None
-    return lambda paths, begin, kept: answer_files(loaded, paths, skip_bad, begin=begin, kept=kept), least
+    return predict_blocks(loaded, pictures, skip_bad), least
 
 
 def explain(
@@ -160,6 +138,7 @@ def explain(
         str,
         typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
     ] = "heatmaps",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="with --engine: leave unusable pictures out instead of stopping")] = False,
     engine: EngineOption = None,
     address: AddressOption = "",
     ray_workers: RayWorkersOption = 0,
@@ -167,15 +146,24 @@ def explain(
 ) -> None:
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.api import load
+    from seewhy.predictions import WRITERS
+    from seewhy.storage import is_address
 
     methods = method or ["gradcam"]
-    if is_scaled(engine, pictures, out):
-        from seewhy.cli_scale import scaled_explain
+    if is_batch(engine, address, ray_workers, pictures) or is_address(out):
+        from seewhy.cli_scale import Batch, explain_batch
 
         if score or compare or layer or shifts > 1 or len(methods) > 1:
-            raise typer.BadParameter("--engine takes one method and the last layer; leave --score, --compare, --layer and --shifts out")
-        scaled_explain(run, pictures, out, methods[0], target, against, engine, address, ray_workers, as_json)
+            raise typer.BadParameter(
+                "a table of heatmaps (--engine, addresses) is of one method and the last layer; "
+                "leave --score, --compare, --layer and --shifts out"
+            )
+        explain_batch(run, methods[0], target, against, Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json))
         return
+    if skip_bad:
+        raise typer.BadParameter("--skip-bad is for tables of heatmaps (--engine); name pictures that can be used")
+    if Path(out).suffix in WRITERS:
+        raise typer.BadParameter(f"{out}: overlays and scores go into a folder; add --engine local for a table of heatmaps")
     if score or compare:
         if target is not None or against is not None:
             raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")

@@ -25,6 +25,11 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
 
 
+def reason_of(error: BaseException | str, most: int = 160) -> str:
+    """The first `most` characters of what an error of another library says, in one line; its type where it says nothing."""
+    return one_line(" ".join(str(error).split()))[:most] or type(error).__name__
+
+
 class SeewhyError(Exception):
     """Root of every error that seewhy raises on purpose."""
 
@@ -48,11 +53,15 @@ class ImageError(DataError):
         self.bad = bad
 
     @staticmethod
-    def of(bad: abc.Sequence[tuple[str, str]], total: int, advice: str) -> ImageError:
-        """bad: (path, reason) of those of `total` images that cannot be used. advice: the next step, the end of the message."""
+    def of(bad: abc.Sequence[tuple[str, str]], total: int, advice: str, count: int | None = None) -> ImageError:
+        """Name the first five of `bad`, (path, reason) each, of `total` images, and the next step.
+
+        count: of all unusable images, where `bad` holds only the first of them.
+        """
+        count = len(bad) if count is None else count
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
-        more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return ImageError(f"{len(bad)} of {total} pictures cannot be used: {shown}{more}; {advice}", tuple(bad))
+        more = f", and {count - 5} more" if count > 5 else ""
+        return ImageError(f"{count} of {total} pictures cannot be used: {shown}{more}; {advice}", tuple(bad))
 
 
 class ReachError(SeewhyError):

@@ -26,7 +26,7 @@ from seewhy.predictions import find_pictures
 from seewhy.progress import progress
 from seewhy.saved_run import SavedRun
 from seewhy.streams import BATCH, in_batches, in_order
-from seewhy.transforms import Preprocessing, eval_view, render
+from seewhy.transforms import Preprocessing, directions, eval_view, render
 
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
 
@@ -155,9 +155,7 @@ def explain(
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
         """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
-        squares = np.stack(batch)
-        ways = [squares, np.ascontiguousarray(squares[:, :, ::-1])] if run.config.test_flip else [squares]
-        return [torch.from_numpy(forward(way)) for way in ways]
+        return [torch.from_numpy(forward(way)) for way in directions(np.stack(batch), run.config.test_flip)]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         held = others[done : done + len(way)] if others is not None else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from seewhy.errors import OutputError
+from seewhy.errors import OutputError, reason_of
 from seewhy.saved_run import SavedRun
 from seewhy.writing import whole_file
 
@@ -22,5 +22,5 @@ def export_state_dict(run: SavedRun, path: Path | str) -> Path:
         try:
             torch.save({"state_dict": run.backbone.model.state_dict(), "classes": list(run.classes)}, work)
         except RuntimeError as error:  # so torch reports a full disk
-            raise OutputError(f"{path}: cannot be written ({' '.join(str(error).split())}); choose another place") from error
+            raise OutputError(f"{path}: cannot be written ({reason_of(error)}); choose another place") from error
     return path

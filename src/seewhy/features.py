@@ -217,9 +217,14 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
+def square_in(picture: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """An RGB picture as the network sees it when it answers: (size, size, 3) uint8."""
+    return render_view(picture, EVAL_VIEW, "", preprocessing)
+
+
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
-    return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+    """`square_in` of a picture file."""
+    return square_in(read_image(path, preprocessing.enough), preprocessing)
 
 
 def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx
 from google.protobuf.message import DecodeError  # comes with onnx
 
-from seewhy.errors import RunError
+from seewhy.errors import RunError, reason_of
 
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})  # operators of ONNX and ONNX Runtime; none of them reads files or talks to others
 ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
@@ -25,7 +25,7 @@ def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> bytes:
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
+        raise RunError(f"{name}: not a readable ONNX file ({reason_of(error, 80)}); export the run again") from error
     for problem in _problems(model, outputs):
         raise RunError(f"{name}: {problem}, which no file of `seewhy export` does; use a file you know")
     checked: bytes = model.SerializeToString()

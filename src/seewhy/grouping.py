@@ -12,7 +12,7 @@ import pandas as pd
 from seewhy import distributed
 from seewhy.duplicates import group_numbers, near_pairs
 from seewhy.embedding import embed
-from seewhy.errors import ConfigError
+from seewhy.errors import ConfigError, reason_of
 from seewhy.images import ImageSet
 
 MANY = 50_000  # pictures up to which features are computed to find near-duplicates
@@ -45,7 +45,7 @@ def _from_table(file: Path, names: list[str]) -> list[str]:
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
         raise ConfigError(f"{file}: cannot be read ({reason}); --group-by takes a .csv with the columns path and group") from error
     if not {"path", "group"} <= set(table.columns):
         raise ConfigError(f"{file}: has the columns {', '.join(map(str, table.columns))}; --group-by needs path and group")

@@ -17,7 +17,7 @@ from seewhy import distributed
 from seewhy.cache import cache_dir
 from seewhy.checking import check_files
 from seewhy.columns import Hashes, Paths
-from seewhy.errors import DataError, ImageError
+from seewhy.errors import DataError, ImageError, reason_of
 from seewhy.shard_names import PART_NAMES, PICTURES
 from seewhy.shards import SOUGHT, find_shards, is_shard, members
 
@@ -251,7 +251,7 @@ def download_caltech101(root: Path) -> None:
             shutil.rmtree(pictures, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError)):
             raise
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         # torchvision makes the folder before it knows that it can fill it.
         for left_over in (root / "caltech101", root):
             if left_over.is_dir() and not any(left_over.iterdir()):

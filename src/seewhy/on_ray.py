@@ -18,13 +18,12 @@ from typing import Any
 
 from seewhy import errors
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
-from seewhy.jobs import Piece, Request, Work, asked_files, make_work
 from seewhy.process_state import environment, quiet
-from seewhy.progress import LOG
-from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
-from seewhy.sources import Source
+from seewhy.progress import LOG, progress
+from seewhy.result_store import Outcome, Piece
+from seewhy.scale import Engine, Request, Work, asked_files, make_work, outcomes_here, outcomes_of
+from seewhy.sources import Source, Tries
 from seewhy.storage import shown
-from seewhy.tries import Tries
 
 INSTALL = "pip install -c constraints.txt -e '.[ray]' in seewhy's folder"
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
@@ -233,10 +232,14 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
             )
         data.context.enable_progress_bars = data.context.print_on_execution_start = False
         try:
-            for row in data.iter_rows():
-                if row["error"]:
-                    raise getattr(errors, row["error"])(row["text"])
-                yield _outcome(row)
+            with progress(f"{request.job}, shards and blocks", len(sources)) as advance:
+                for row in data.iter_rows():
+                    if row["error"]:
+                        raise getattr(errors, row["error"])(row["text"])
+                    outcome = _outcome(row)
+                    yield outcome
+                    if outcome.last:
+                        advance(1)
         except ray.exceptions.RayError as error:
             cause = next((each for each in _causes(error) if isinstance(each, SeewhyError)), None)
             raise cause or RunError(f"the Ray cluster gave up ({_short(error)}); the same command goes on after what is done") from error

@@ -22,7 +22,7 @@ from seewhy.errors import ConfigError
 from seewhy.runtime import FORMAT
 from seewhy.saved_run import SavedRun
 from seewhy.square_graph import IR, OPSET, square_graph
-from seewhy.transforms import Preprocessing
+from seewhy.transforms import Normalize, Preprocessing
 from seewhy.unknowns import NEIGHBOURS, References
 
 
@@ -36,9 +36,7 @@ class AnswerNetwork(nn.Module):
     def __init__(self, run: SavedRun) -> None:
         super().__init__()
         preprocessing, self.model = run.backbone.preprocessing, run.backbone.model
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+        self.normalize = Normalize(preprocessing)
         self.temperature, self.flip = run.temperature, bool(run.config.test_flip)
         self.vectors = run.references is not None
         if self.vectors:
@@ -66,7 +64,7 @@ class AnswerNetwork(nn.Module):
         return torch.einsum("ck,nkhw->nchw", cast(Tensor, self.weight), features).clamp(min=0)
 
     def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
-        pictures = squares.float() * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        pictures = self.normalize(squares)
         logits, features, vector = self._way(pictures)
         maps = self._maps(features) if self.weight is not None else None
         if self.flip:  # the mean over both directions, as `predict` and `explain` have it

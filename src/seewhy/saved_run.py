@@ -18,11 +18,11 @@ from seewhy.backbones import Backbone, rebuild_backbone
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
-from seewhy.errors import RunError, SeewhyError
+from seewhy.errors import RunError, SeewhyError, reason_of
 from seewhy.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.transforms import Preprocessing
 from seewhy.unknowns import References
-from seewhy.writing import remove_tree, to_disk, write_json
+from seewhy.writing import move_folder, remove_tree, write_json
 
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
@@ -111,12 +111,7 @@ def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
     What a resume needs goes after the rename: whatever fails before it, the work can be resumed.
     """
     write_json(work / "run.json", manifest)
-    for path in [*work.rglob("*"), work]:
-        to_disk(path)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    work.rename(target)
-    to_disk(target.parent)
+    move_folder(work, target)
     clean_up(target)
 
 
@@ -154,7 +149,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         state: dict[str, torch.Tensor] = load_file(file)
     except Exception as error:  # safetensors raises its own type for any damage
-        raise RunError(f"{file}: damaged ({' '.join(str(error).split())[:80]}); {AGAIN}") from error
+        raise RunError(f"{file}: damaged ({reason_of(error, 80)}); {AGAIN}") from error
     if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise RunError(f"{file}: damaged ({wrong[0][:60]} holds values that are no numbers); {AGAIN}")
     return state
