@@ -1,4 +1,4 @@
-"""The graph says what the run's network says, in ONNX, in 8 bits and for PyTorch; with maps and metadata."""
+"""The graph says what the run's network says, in ONNX and for PyTorch; with maps and metadata."""
 
 from __future__ import annotations
 
@@ -72,19 +72,6 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
     assert meta["data_sha256"] == demo_run.manifest["data"]["hash"]
     assert meta["unknown_above"] == demo_run.unknown_above
     assert meta["opset"] == portable.OPSET
-
-
-def test_eight_bits_keep_the_interface_and_shrink(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
-    squares = np.stack([square_of(path, demo_run.backbone.preprocessing) for path in demo_pictures])
-    small = portable.build_int8(demo_run, squares).SerializeToString()
-    half = [i for i in onnx.load_from_string(small).graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
-    assert half  # the sample of training features is not widened
-    assert len(small) < 0.45 * len(model)  # the sample of training features stays as it is
-    full, eight = session_of(model), session_of(small)
-    assert [o.name for o in full.get_outputs()] == [o.name for o in eight.get_outputs()]
-    picture = {"pictures": np.asarray(read_image(demo_pictures[0]))[None]}
-    np.testing.assert_array_equal(full.run(["squares"], picture)[0], eight.run(["squares"], picture)[0])
-    assert np.abs(full.run(["logits"], picture)[0] - eight.run(["logits"], picture)[0]).max() > 0
 
 
 def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:

@@ -280,7 +280,9 @@ def test_features_leave_nothing_for_train_to_compute(
     assert "nothing to keep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["audit"], ["audit", "--engine", "local"], ["audit", "--engine", "ray"], ["train"], ["plan"]])
+@pytest.mark.parametrize(
+    "command", [["audit"], ["audit", "--engine", "local"], ["audit", "--engine", "ray"], ["train"], ["train", "--dry-run"]]
+)
 def test_what_needs_pictures_here_refuses_an_address_first(
     command: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,11 +34,11 @@ from seewhy.checking import check_files
 from seewhy.cli import app
 from seewhy.config import TrainConfig
 from seewhy.decoding import read_bytes
+from seewhy.dry_run import dry_run
 from seewhy.errors import DataError, ImageError
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, open_images
 from seewhy.looks import odd_looks
-from seewhy.plan import plan
 from seewhy.predictions import find_pictures
 from seewhy.shards import Member, members, read_member, shard_of, stream
 from seewhy.sources import find_sources
@@ -251,13 +251,14 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
     assert check_files([tar / rows[0][0]])[0].sha256 != first[0].sha256
 
 
-def test_plan_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_dry_run_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
     pq.write_table(hugging_face(rows_of(folder), sorted(CLASSES)), tmp_path / "all.parquet", row_group_size=2)
     config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0, size=64, group_by="exact")
-    rates, cost, count = plan(config)
-    assert count == 18
-    assert rates.check > 0
-    assert cost.total_seconds > 0
+    found = dry_run(config, tmp_path / "run")
+    assert sum(found["classes"].values()) == 18
+    assert sum(found["parts"].values()) == 18
+    assert found["seconds"] > 0
+    assert not cache.exists()
 
 
 # ---------------------------------------------------------------- what a shard says

@@ -64,7 +64,7 @@ class Run(SavedRun):
     def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
         """Writes one file that answers and explains without the run (docs/EXPORT.md), after comparing it with the run.
 
-        path: None for `model` and the kind's suffix in the run's folder. kind: onnx, int8 or pt2. OutputError where both do not agree.
+        path: None for `model` and the kind's suffix in the run's folder. kind: onnx or pt2. OutputError where both do not agree.
         """
         from seewhy.parity import export_file
 

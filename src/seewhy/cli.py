@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from seewhy.cli_out import export, pull, push, serve
-from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.cli_use import evaluate, explain, predict
@@ -72,6 +71,11 @@ def _train(own: dict[str, Any], given: dict[str, Any]) -> Path | None:
     from seewhy import distributed
 
     several = own["devices"] > 1 or own["nodes"] > 1
+    if own["dry_run"]:
+        if several or repeats > 1:
+            raise typer.BadParameter("--dry-run is of one run in one process; leave --devices, --nodes and --repeats out")
+        _dry_run(config, out, resume, as_json)
+        return None
     if repeats > 1:
         if several or distributed.is_distributed():
             raise typer.BadParameter("--repeats trains one run after another in one process; leave out --devices, --nodes and torchrun")
@@ -121,8 +125,15 @@ def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, a
         typer.echo(f"test {name.replace('_', ' '):24} {found['mean']:.2%} ± {found['sd']:.2%} (standard deviation over the splits)")
 
 
-def _plan(own: dict[str, Any], given: dict[str, Any]) -> None:
-    show_plan(_config_of(own, given), own["pictures"], own["machines"], own["budget"], own["json"])
+def _dry_run(config: TrainConfig, out: Path | None, resume: bool, as_json: bool) -> None:
+    from seewhy.dry_run import describe, dry_run
+
+    facts = dry_run(config, out, resume)
+    if as_json:
+        print_json(facts)
+        return
+    for line in describe(facts):
+        typer.echo(one_line(line))
 
 
 def _features(own: dict[str, Any], given: dict[str, Any]) -> None:
@@ -185,20 +196,16 @@ SetOption = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=
 TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
+    (
+        "dry_run",
+        Annotated[bool, typer.Option("--dry-run", help="say what would be trained and about how long it takes; write nothing")],
+        False,
+    ),
     ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
     ("devices", Annotated[int, typer.Option(min=1, help="processes on this machine that share the work: GPUs, or parts of the cores")], 1),
     ("nodes", Annotated[int, typer.Option(min=1, help="machines that share the work; the same command on each")], 1),
     ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines find each other: one of them")], None),
     ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
-    ("config", ConfigOption, None),
-    ("set", SetOption, None),
-    ("json", JsonOption, False),
-]
-PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
-    ("data", DataArgument, None),
-    ("pictures", Annotated[int | None, typer.Option(min=10, help="plan for so many pictures (default: as many as there are)")], None),
-    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work")], 1),
-    ("budget", Annotated[str | None, typer.Option(help="time there is, such as 15m or 2h: what fits, of the ways to train")], None),
     ("config", ConfigOption, None),
     ("set", SetOption, None),
     ("json", JsonOption, False),
@@ -217,10 +224,6 @@ FEATURES_PARAMETERS: list[tuple[str, Any, Any]] = [
 app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
     _with_train_options(TRAIN_PARAMETERS, _train)
 )
-app.command(
-    "plan", help="Say what `train` with the same options will take: time, disk and memory, from rates measured on this machine now."
-)(_with_train_options(PLAN_PARAMETERS, _plan))
-
 app.command("features", help="Compute what `train` with the same options will read from the cache, here or on Ray.")(
     _with_train_options(FEATURES_PARAMETERS, _features)
 )
@@ -238,7 +241,9 @@ def train_from_arguments(arguments: list[str]) -> Run:
     """What `seewhy train ARGUMENTS` does, for scripts; returns the run, whichever processes trained it."""
     if any(argument.split("=")[0] == "--repeats" for argument in arguments):
         raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
-    path: Path = call(["train", *arguments])
+    path: Path | None = call(["train", *arguments])
+    if path is None:
+        raise ConfigError("--dry-run makes no run that this script could go on with; use `seewhy train --dry-run`")
     from seewhy.api import load
 
     return load(path)

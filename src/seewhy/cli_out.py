@@ -16,8 +16,8 @@ from seewhy.errors import ConfigError, OutputError, RunError
 
 def export(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx, model-int8.onnx or model.pt2 in RUN)")] = None,
-    kind: Annotated[str, typer.Option("--format", metavar="onnx|int8|pt2", help="int8: smaller, less exact; pt2: for PyTorch")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx or model.pt2 in RUN)")] = None,
+    kind: Annotated[str, typer.Option("--format", metavar="onnx|pt2", help="pt2: for PyTorch")] = "onnx",
     web: Annotated[Path | None, typer.Option(help="write this folder too: a page that answers in the browser, for any web host")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 1000,
     as_json: JsonOption = False,

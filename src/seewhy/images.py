@@ -216,14 +216,19 @@ def _check_classes(root: Path, names: Sequence[str]) -> None:
         lower[name.lower()] = name
 
 
+def find_caltech101(data_root: str | None) -> tuple[Path, bool]:
+    """The folder that holds caltech101, or the one that it is to be downloaded into, and whether it is there."""
+    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
+    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
+    return root or places[0], root is not None
+
+
 def list_caltech101(data_root: str | None) -> Listing:
     """Caltech-101 through torchvision: used in place, else downloaded; BACKGROUND_Google is no class."""
     from torchvision.datasets import Caltech101  # slow to import, needed here alone
 
-    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
-    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
-    if root is None:
-        root = places[0]
+    root, found = find_caltech101(data_root)
+    if not found:
         download_caltech101(root)
     try:
         dataset = Caltech101(root=str(root))

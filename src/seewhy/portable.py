@@ -1,16 +1,12 @@
-"""Run -> one graph, in ONNX, in 8 bits or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
+"""Run -> one graph, in ONNX or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import tempfile
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import compose, helper
@@ -102,45 +98,18 @@ def build_onnx(run: SavedRun) -> onnx.ModelProto:
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
-    return _with_squares(run, _network(run))
-
-
-def build_int8(run: SavedRun, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """The same with convolutions and linear layers in 8 bits, calibrated on squares (N, S, S, 3) of training pictures."""
-    return _with_squares(run, eight_bits(_network(run), squares.transpose(0, 3, 1, 2)))
-
-
-def eight_bits(network: onnx.ModelProto, pictures: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """A network with one input -> the same in 8 bits: static, a scale a channel, calibrated on (N, ...) of what the network takes.
-
-    Weights keep to 7 bits: on processors without VNNI two products of 8 bits would overflow their sum.
-    """
-    from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    batches = iter([{network.graph.input[0].name: np.ascontiguousarray(pictures[n : n + 8])} for n in range(0, len(pictures), 8)])
-
-    class Reader:
-        """What onnxruntime calls a CalibrationDataReader."""
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(batches, None)
-
-    with tempfile.TemporaryDirectory() as place:
-        full, ready, small = (str(Path(place, f"{name}.onnx")) for name in ("full", "ready", "small"))
-        onnx.save(network, full)
-        # Without its optimisation, which would widen what is kept in half precision; BatchNorm is folded by the exporter already.
-        quant_pre_process(full, ready, skip_symbolic_shape=True, skip_optimization=True)
-        quantize_static(
-            ready,
-            small,
-            Reader(),
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Gemm"],
-        )
-        return onnx.load(small)
+    network, front = _network(run), square_graph(run.backbone.preprocessing)
+    squares = front.graph.output[0]
+    network.ir_version = front.ir_version = IR
+    del front.opset_import[:], network.opset_import[1:]
+    front.opset_import.append(helper.make_opsetid("", OPSET))
+    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
+    whole.graph.output.append(squares)
+    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
+    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
+    whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
+    onnx.checker.check_model(whole, full_check=True)
+    return whole
 
 
 def _network(run: SavedRun) -> onnx.ModelProto:
@@ -161,21 +130,6 @@ def _network(run: SavedRun) -> onnx.ModelProto:
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     return program.model_proto
-
-
-def _with_squares(run: SavedRun, network: onnx.ModelProto) -> onnx.ModelProto:
-    front = square_graph(run.backbone.preprocessing)
-    squares = front.graph.output[0]
-    network.ir_version = front.ir_version = IR
-    del front.opset_import[:], network.opset_import[1:]
-    front.opset_import.append(helper.make_opsetid("", OPSET))
-    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
-    whole.graph.output.append(squares)
-    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
-    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
-    whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
-    onnx.checker.check_model(whole, full_check=True)
-    return whole
 
 
 def metadata(run: SavedRun) -> dict[str, Any]:
