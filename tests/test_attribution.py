@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import sys
 from functools import cache
 from typing import Any
 
@@ -655,12 +654,6 @@ def test_pixel_methods_leave_the_network_as_it_was(method: str) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     with pytest.raises(ConfigError, match="explains pixels, not a layer"):
         attribution.class_activation_maps(model, pictures, method, layers=["layer4"])
-
-
-def test_without_captum_the_pixel_methods_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(ConfigError, match="occlusion is computed by captum, which is not installed; `pip install captum`"):
-        attribution.class_activation_maps(BrightCorner(), torch.zeros(1, 3, 28, 28), "occlusion")
 
 
 # ---------------------------------------------------------------- the large ones of the parity table

@@ -33,12 +33,11 @@ def pictures(demo_set: Path) -> list[str]:
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
     names = {path.name for path in demo_run.path.iterdir()}
-    assert names == FILES | {"figures", "tensorboard"}
+    assert names == FILES | {"figures"}
     assert {path.name for path in (demo_run.path / "figures").iterdir()} == FIGURES
     assert not (demo_run.path / "checkpoints").exists()
     assert not (demo_run.path / "config.json").exists()
     assert [path.name for path in demo_run.path.parent.iterdir()] == [demo_run.path.name]  # no work folder, no lock
-    assert list((demo_run.path / "tensorboard").glob("events*"))
 
 
 def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures: list[str]) -> None:

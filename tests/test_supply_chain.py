@@ -17,9 +17,10 @@ REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "DEPENDENCIES.md"
 HEAD = """# What is installed with seewhy
 
-Everything that `pip install .` brings on Linux, with the licence that each package states. `tests/test_supply_chain.py` keeps this list
-complete and refuses licences that would bind what is built on seewhy (GPL, AGPL). The versions stand in `constraints.txt`; `make audit`
-asks a vulnerability service about them. NVIDIA's packages come with PyTorch's build for GPUs and are not used on machines without one.
+Everything that `pip install "seewhy[all]"` brings on Linux, with the licence that each package states. `tests/test_supply_chain.py` keeps
+this list complete and refuses licences that would bind what is built on seewhy (GPL, AGPL). The versions stand in `constraints.txt`;
+`make audit` asks a vulnerability service about them. NVIDIA's packages come with PyTorch's build for GPUs and are not used on machines
+without one.
 
 | package | licence |
 | --- | --- |
@@ -66,14 +67,11 @@ def licence_of(name: str) -> str:
 
 
 def runtime() -> list[str]:
+    """What the core and every extra of [all] ask for."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    return list(project["dependencies"])
-
-
-def for_mlflow() -> list[str]:
-    """What the extra [mlflow] asks for."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    return list(project["optional-dependencies"]["mlflow"])
+    extras = project["optional-dependencies"]
+    (every,) = extras["all"]
+    return [*project["dependencies"], *(text for extra in sorted(Requirement(every).extras) for text in extras[extra])]
 
 
 def rows() -> dict[str, str]:
@@ -87,14 +85,13 @@ def listed() -> dict[str, str]:
 def test_every_dependency_is_listed_with_its_licence() -> None:
     page = listed()
     found = rows()
-    assert len(found) > 60
+    assert len(found) > 100
     assert sorted(name for name in found.keys() - page.keys() if not re.match(OF_TORCH, name)) == []  # other torch versions bring others
     assert [name for name, licence in page.items() if licence == "not stated"] == []
 
 
 def test_no_licence_binds_what_is_built_on_it() -> None:
-    more = {name: licence_of(name) for name in brought_by(for_mlflow())}
-    for name, licence in (rows() | more).items():
+    for name, licence in rows().items():
         assert not re.search(r"\b(A?GPL|Affero|GNU General)", licence), (name, licence)
     assert re.search(r"\b(A?GPL|Affero|GNU General)", "GNU Affero General Public License v3")  # what it looks for, it would find
 
@@ -102,7 +99,7 @@ def test_no_licence_binds_what_is_built_on_it() -> None:
 def test_every_dependency_is_pinned_and_has_a_lower_bound() -> None:
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
     pinned = {canonicalize_name(name) for name in pins}
-    assert sorted(name for name in brought_by([*runtime(), *for_mlflow()]) - pinned if not re.match(OF_TORCH, name)) == []
+    assert sorted(name for name in brought_by(runtime()) - pinned if not re.match(OF_TORCH, name)) == []
     for text in runtime():
         assert re.search(r"(>=|==)\d", text), text
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from seewhy.duplicates import NearPairs, group_numbers, near_pairs
 from seewhy.embedding import embed
-from seewhy.errors import SplitError
+from seewhy.errors import SplitError, require
 from seewhy.grouping import MANY
 from seewhy.images import ImageSet
 from seewhy.labels import DOUBTFUL, Doubts, discriminant, doubt_labels, out_of_fold
@@ -138,6 +138,7 @@ class Audit:
 
 def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audit:
     """Looks through labelled pictures; all that needs a network uses the one that comes with the package."""
+    require("audit", "seewhy audit", "cleanvision")
     vectors = embed(images, workers=workers)
     near = near_pairs(images, vectors if len(images) <= MANY else None)
     groups = group_numbers(len(images), near.pairs)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from seewhy.cli_shared import JsonOption, RunArgument, print_json
-from seewhy.errors import ConfigError, OutputError, RunError
+from seewhy.errors import ConfigError, OutputError, RunError, require
 
 
 def export(
@@ -67,6 +67,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="pictures under way, of all requests; more get 503")] = 256,
 ) -> None:
     """Answer over HTTP: a page for people, JSON for programs. $SEEWHY_API_KEY, if set, is wanted of every caller."""
+    require("serve", "seewhy serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client")
     from seewhy.serving import serve_forever
     from seewhy.watch import Limits
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from seewhy.cli_shared import AddressOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
+from seewhy.errors import require
 
 
 def audit(
@@ -22,6 +23,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
+    require("audit", "seewhy audit", "cleanvision")  # before any image is read
     from seewhy.audit import audit_images
     from seewhy.audit_page import save_audit
     from seewhy.images import open_images

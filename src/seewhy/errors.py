@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import abc
+from importlib.util import find_spec
 
 
 def one_line(text: str) -> str:
@@ -39,6 +40,20 @@ class SeewhyError(Exception):
 
 class ConfigError(SeewhyError):
     """An option or a config file is wrong."""
+
+
+def require(extra: str, what: str, *packages: str) -> None:
+    """Raise ConfigError naming the extra of seewhy that brings `packages` where one of these top-level modules is not installed."""
+    missing = next((name for name in packages if not _is_installed(name)), None)
+    if missing is not None:
+        raise ConfigError(f'{what} needs {missing}, which is not installed; pip install "seewhy[{extra}]"')
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 class DataError(SeewhyError):

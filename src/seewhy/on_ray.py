@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from seewhy import errors
-from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
+from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, require
 from seewhy.process_state import environment, quiet
 from seewhy.progress import LOG, progress
 from seewhy.result_store import Outcome, Piece
@@ -25,7 +24,6 @@ from seewhy.scale import Engine, Request, Work, asked_files, make_work, outcomes
 from seewhy.sources import Source, Tries
 from seewhy.storage import shown
 
-INSTALL = "pip install -c constraints.txt -e '.[ray]' in seewhy's folder"
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
 BLOCKS = 10_000  # pieces of work that Ray is told of, at most
 DEATHS = 3  # of workers at one source, after which it is taken to be the cause: Ray Data would go on for ever
@@ -138,11 +136,9 @@ def _joined(cluster: Cluster) -> Iterator[Any]:
         "MALLOC_ARENA_MAX": "2",  # or glibc keeps memory for each thread that ever was: a tenth more in each worker
     }
     with environment(**variables):
-        try:
-            import ray
-            import ray.data
-        except ImportError as error:
-            raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: {INSTALL}") from error
+        import ray
+        import ray.data
+
         own = not ray.is_initialized()
         on_sigterm = signal.getsignal(signal.SIGTERM)
         with quiet("ray", "ray.data", level=logging.CRITICAL):
@@ -254,8 +250,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engine:
     """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
-        if find_spec("ray") is None:
-            raise ConfigError(f"--engine ray needs ray, which is not installed: {INSTALL}")
+        require("ray", "--engine ray", "ray")
         return partial(outcomes_on_ray, Cluster(address, workers))
     if name not in (None, "local"):
         raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seewhy.errors import ConfigError
+from seewhy.errors import require
 
 STEPS = 32  # of the path from the mean colour to the picture
 AT_ONCE = 32  # pictures in one pass of the network
@@ -35,10 +35,9 @@ def pixel_maps(
     Both are summed over the colours, and what speaks against the class is cut off, as in the maps of cam.py.
     pictures: (N, 3, S, S) normalised, so that the mean colour is 0. Raises ConfigError where captum is not installed.
     """
-    try:
-        from captum.attr import IntegratedGradients, Occlusion
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{method} is computed by captum, which is not installed; `pip install captum`") from error
+    require("captum", method, "captum")
+    from captum.attr import IntegratedGradients, Occlusion
+
     with torch.inference_mode(False), torch.enable_grad():
         pictures = pictures.clone()  # may be an inference tensor
         with torch.no_grad():

@@ -21,7 +21,7 @@ from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import ConfigError, OutputError, RunError
+from seewhy.errors import ConfigError, OutputError, RunError, require
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, check_distributed, fit
@@ -32,7 +32,7 @@ from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
 from seewhy.saved_run import SavedRun, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
-from seewhy.tracking import check_tracker, tell_of_run, tracked
+from seewhy.tracking import check_tracker, tracked, upload_run
 from seewhy.unknowns import REFERENCES, ROWS, References, in_rows, sample_references
 from seewhy.version import __version__
 from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
@@ -76,12 +76,14 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
         if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
-        tell_of_run(places.target)  # what a tracker has missed
+        upload_run(places.target)  # what a tracker has missed
         _broadcast_places(places, finished=True)
         distributed.barrier()
         return finished
     check_request(config.backbone, config.weights)
-    check_tracker(config, resume)
+    check_tracker(config)
+    if config.search:
+        require("search", "--search", "optuna")
     begun = places.work.exists()
     places, let_go = open_work(places, config, resume, out is None)
     try:
