@@ -45,14 +45,14 @@ def test_paths(run: Any) -> list[Path]:
 
 def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, slow: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of all methods, and what is left of their maps when the classifier is randomised."""
-    from seewhy.cam_quality import MASKED, OUTLINE, REMOVING
+    from seewhy.cam_quality import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
     from seewhy.scoring import sanity_check, score_methods
 
     parts: list[tuple[list[Path], tuple[str, ...], tuple[str, ...]]] = [
-        (paths, FAST, tuple(MASKED)),
-        (paths[:removed], FAST, tuple(REMOVING)),
+        (paths, FAST, tuple(MASKING_METRICS)),
+        (paths[:removed], FAST, tuple(DELETION_METRICS)),
         (outlined, FAST, ()),
-        (paths[:slow], SLOW, tuple(MASKED | REMOVING)),
+        (paths[:slow], SLOW, tuple(MASKING_METRICS | DELETION_METRICS)),
         (outlined[:slow], SLOW, ()),
     ]
     tables = []
@@ -60,7 +60,9 @@ def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, s
         if pictures:
             found = score_methods(run, pictures, methods, scores)
             knowing_nothing = ["random", "centre", "(area)"] if methods == FAST else []
-            tables.append(found[found["score"].isin(scores or list(OUTLINE)) & found["method"].isin([*methods, *knowing_nothing])])
+            tables.append(
+                found[found["score"].isin(scores or list(LOCALIZATION_METRICS)) & found["method"].isin([*methods, *knowing_nothing])]
+            )
     if outlined:
         tables.append(fine_scores(run, outlined))
     checks = [sanity_check(run, paths, FAST), *([sanity_check(run, paths[: min(slow, 16)], SLOW, parts=1)] if slow else [])]

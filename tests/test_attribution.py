@@ -213,7 +213,7 @@ def test_gradcam_plus_plus_of_torch_cam_never_divides() -> None:
     model, pictures, targets = network("resnet18", gain=2e4), noise(2, 96), [3, 5]
     _, _, pairs = attribution.layer_gradients(model, pictures, ["layer4"], torch.tensor(targets))
     activations, gradients = pairs[0]
-    undivided = cam.combine(activations, (gradients**2 * gradients.clamp(min=0)).sum(dim=(2, 3), keepdim=True))
+    undivided = cam.weighted_map(activations, (gradients**2 * gradients.clamp(min=0)).sum(dim=(2, 3), keepdim=True))
     theirs = torchcam_maps("GradCAMpp", model, "layer4", pictures, targets)
     torch.testing.assert_close(theirs, undivided, rtol=1e-3, atol=1e-4 * undivided.max().item())
     ours, _, _ = attribution.class_activation_maps(model, pictures, "gradcam++", torch.tensor(targets))
@@ -534,7 +534,7 @@ def test_ablation_of_a_linear_head_is_its_closed_form() -> None:
     features = attribution.feature_maps(model, pictures).detach()
     # Without channel k the logit is lower by W_k mean(A_k).
     lost = model.get_classifier().weight.detach()[targets] * features.mean(dim=(2, 3)) / logits.gather(1, targets[:, None])
-    expected = cam.combine(features, lost[:, :, None, None])
+    expected = cam.weighted_map(features, lost[:, :, None, None])
     torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
     named, _, _ = attribution.class_activation_maps(model, pictures[:, :, ::2, ::2], "ablationcam", targets, layers=["layer4"])
     default, _, _ = attribution.class_activation_maps(model, pictures[:, :, ::2, ::2], "ablationcam", targets)
@@ -555,7 +555,7 @@ def test_asking_methods_equal_those_of_pytorch_grad_cam(name: str, peer: Any) ->
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-3 * theirs.max())
 
 
-@pytest.mark.parametrize("method", cam.ASKING)
+@pytest.mark.parametrize("method", cam.PERTURBATION_METHODS)
 @pytest.mark.parametrize("name", ["test_mambaout", "test_vit"])
 def test_asking_methods_in_other_layouts(name: str, method: str) -> None:
     model = network(name, gain=30)
@@ -642,7 +642,7 @@ def test_occlusion_of_a_linear_network_is_what_the_windows_hold() -> None:
     assert chosen.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("method", cam.PIXELWISE)
+@pytest.mark.parametrize("method", cam.PIXEL_METHODS)
 def test_pixel_methods_leave_the_network_as_it_was(method: str) -> None:
     model, pictures = network("test_resnet", gain=30).requires_grad_(False), noise(2, 64)
     with torch.inference_mode():

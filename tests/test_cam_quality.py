@@ -187,7 +187,7 @@ def test_a_map_of_zeros_is_scored_too() -> None:
     pictures, maps = torch.ones(1, 3, 16, 16), torch.zeros(1, 16, 16)
     whole, masked = (quality.class_probabilities(top_row_answer, seen, FIRST) for seen in (pictures, pictures * maps[:, None]))
     for name, score in quality.QUALITY.items():
-        values = score.of(whole, masked) if name in quality.MASKED else score.of(top_row_answer, pictures, FIRST, maps)
+        values = score.of(whole, masked) if name in quality.MASKING_METRICS else score.of(top_row_answer, pictures, FIRST, maps)
         assert values.shape == (1,), name
         assert values.isfinite().all(), name
 

@@ -17,7 +17,7 @@ from seewhy.backbones import Backbone
 from seewhy.config import make_config
 from seewhy.cutting import Cut
 from seewhy.errors import ConfigError, DataError, ImageError, OutputError
-from seewhy.explain import class_index, explain, view_for_people
+from seewhy.explain import class_index, display_view, explain
 from seewhy.predict import predict
 from seewhy.run import Run
 from seewhy.transforms import Preprocessing
@@ -192,7 +192,7 @@ def test_overlay_keeps_the_proportions_of_the_picture(left_red_right_blue: Path)
 
 
 def test_overlay_of_a_crop_shows_the_centre(left_red_right_blue: Path) -> None:
-    shown = view_for_people(left_red_right_blue, replace(PREPROCESSING, resize="crop"), long_side=80)
+    shown = display_view(left_red_right_blue, replace(PREPROCESSING, resize="crop"), long_side=80)
     np.testing.assert_array_equal(shown, np.asarray(Image.open(left_red_right_blue))[:, 80:160])
 
 

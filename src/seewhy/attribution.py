@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from seewhy.cam import (
     ALL_CLASSES,
-    ASKING,
     METHODS,
-    PIXELWISE,
+    PERTURBATION_METHODS,
+    PIXEL_METHODS,
     ablationcam_weights,
-    combine,
     fuse,
-    only_finite,
     scale_to_one,
     scorecam_weights,
+    weighted_map,
+    zero_nonfinite,
 )
 from seewhy.errors import BackboneError, ConfigError
 from seewhy.pixels import chosen_classes, class_scores, pixel_maps
@@ -182,13 +182,13 @@ def class_activation_maps(
     model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32. against: (N,) classes the targets are held
     against: evidence for the one and not the other. layers: dotted names; several are fused; none: the last feature maps.
     """
-    if method in PIXELWISE:
+    if method in PIXEL_METHODS:
         if layers:
             raise ConfigError(f"{method} explains pixels, not a layer; leave the layer out or choose another method")
         return pixel_maps(model, pictures, method, targets, against)
     layers = layers or default_layers(model)
-    if method in ASKING:
-        return asking_maps(model, pictures, method, targets, against, layers)
+    if method in PERTURBATION_METHODS:
+        return perturbation_maps(model, pictures, method, targets, against, layers)
     if not layers:
         with torch.no_grad():
             features = feature_maps(model, pictures)
@@ -245,7 +245,7 @@ def maps_of_methods(
             yield method, class_activation_maps(model, pictures, method, targets, layers=layers)[0]
 
 
-def asking_maps(
+def perturbation_maps(
     model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, against: Tensor | None, layers: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`class_activation_maps` by a method that asks the network anew for each channel, in batches of the pictures."""
@@ -263,7 +263,7 @@ def asking_maps(
             features = feature_maps(model, pictures) if layer is None else output_of(model, pictures, layer)
 
             def changed_scores(changed: Tensor, layer: str | None = layer) -> Tensor:
-                answer = cast(Any, model).forward_head(changed) if layer is None else answer_with(model, pictures, layer, changed)
+                answer = cast(Any, model).forward_head(changed) if layer is None else forward_from(model, pictures, layer, changed)
                 return class_scores(answer, chosen, against)
 
             activations = finite_pictures(as_channels_first(model, features))
@@ -271,7 +271,7 @@ def asking_maps(
                 weights = scorecam_weights(activations, masked_scores, pictures.shape[-1])
             else:
                 weights = ablationcam_weights(features, changed_scores, channel_axis(model, features))
-            maps.append(only_finite(combine(activations, weights)))
+            maps.append(zero_nonfinite(weighted_map(activations, weights)))
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
 
 
@@ -291,7 +291,7 @@ def output_of(model: nn.Module, pictures: Tensor, layer: str) -> Tensor:
     return found[0]
 
 
-def answer_with(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
+def forward_from(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
     """Logits of the pictures if a named layer gave `output`."""
     handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, own: output.clone())
     try:
@@ -310,7 +310,7 @@ def finite_pictures(activations: Tensor) -> Tensor:
 
 def _map(model: nn.Module, activations: Tensor, gradients: Tensor, method: str) -> Tensor:
     activations, gradients = finite_pictures(as_channels_first(model, activations)), as_channels_first(model, gradients)
-    return only_finite(combine(activations, METHODS[method](activations, gradients)))
+    return zero_nonfinite(weighted_map(activations, METHODS[method](activations, gradients)))
 
 
 def maps_of_features(

@@ -1,5 +1,5 @@
 """Activations and gradients -> class activation maps: METHODS, one pure function a method; ALL_CLASSES, their closed forms;
-ASKING, those that ask the network again.
+PERTURBATION_METHODS, those that ask the network again.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def scorecam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], siz
     return torch.stack(scores, dim=1).softmax(dim=1)[:, :, None, None]
 
 
-ASKING = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
-PIXELWISE = ("integrated_gradients", "occlusion")  # no activations at all: pixels.py
-ALL_METHODS = (*METHODS, *ASKING, *PIXELWISE)
-SLOW = ("scorecam", *PIXELWISE)  # a forward pass of the network, or more, a channel, step or window
+PERTURBATION_METHODS = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
+PIXEL_METHODS = ("integrated_gradients", "occlusion")  # no activations at all: pixels.py
+ALL_METHODS = (*METHODS, *PERTURBATION_METHODS, *PIXEL_METHODS)
+SLOW = ("scorecam", *PIXEL_METHODS)  # a forward pass of the network, or more, a channel, step or window
 
 
 # ---------------------------------------------------------------- all classes in closed form
@@ -182,12 +182,12 @@ ALL_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # ---------------------------------------------------------------- maps
 
 
-def combine(activations: Tensor, weights: Tensor) -> Tensor:
+def weighted_map(activations: Tensor, weights: Tensor) -> Tensor:
     """relu(sum over channels of weight * activation): (N, K, H, W) and (N, K, 1 or H, 1 or W) -> (N, H, W), at least 0."""
     return (weights * activations).sum(dim=1).clamp(min=0)
 
 
-def only_finite(maps: Tensor) -> Tensor:
+def zero_nonfinite(maps: Tensor) -> Tensor:
     """Zeros in place of each (H, W) map that holds a NaN or an infinity: a network that overflowed shows no evidence."""
     return torch.where(maps.isfinite().all(dim=(1, 2), keepdim=True), maps, torch.zeros_like(maps))
 

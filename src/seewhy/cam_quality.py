@@ -1,6 +1,4 @@
-"""Heatmaps x network -> how far they can be trusted: MASKED, REMOVING and OUTLINE, one pure function a score, beside a random map and a
-centre blob.
-"""
+"""Heatmaps x network -> how far they can be trusted: one pure function a score, beside a random map and a centre blob."""
 
 from __future__ import annotations
 
@@ -88,14 +86,14 @@ def road(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Ten
 
 
 # of: (class probabilities of the pictures (N,), of the pictures times their maps (N,)) -> (N,).
-MASKED = {"average drop": Score(average_drop, "lower"), "increase": Score(increase, "higher")}
+MASKING_METRICS = {"average drop": Score(average_drop, "lower"), "increase": Score(increase, "higher")}
 # of: (answer, pictures (N, 3, S, S), targets (N,), maps (N, S, S) 0..1) -> (N,).
-REMOVING = {
+DELETION_METRICS = {
     "deletion AUC": Score(deletion, "lower"),
     "insertion AUC": Score(insertion, "higher"),
     "ROAD": Score(road, "higher"),
 }
-QUALITY = MASKED | REMOVING
+QUALITY = MASKING_METRICS | DELETION_METRICS
 
 
 # ---------------------------------------------------------------- against the object's outline
@@ -127,7 +125,7 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(total > 0, (maps * masks).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0), 0.0)
 
 
-OUTLINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOCALIZATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pointing": pointing,
     "peak on object": peak_on_object,
     "energy inside": energy_inside,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from seewhy.cam import ASKING, PIXELWISE
+from seewhy.cam import PERTURBATION_METHODS, PIXEL_METHODS
 from seewhy.cli_shared import print_json
 from seewhy.errors import ConfigError, one_line
-from seewhy.explain import class_index, known_method
+from seewhy.explain import check_method, class_index
 from seewhy.jobs import Request, prepared
 from seewhy.on_ray import engine_named
 from seewhy.scale import answer_sources, bad_place, columns_of
@@ -57,8 +57,8 @@ def scaled_explain(
     workers: int,
     as_json: bool,
 ) -> None:
-    known_method(method)
-    if method in (*ASKING, *PIXELWISE):
+    check_method(method)
+    if method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
         raise ConfigError(f"--engine does not ask the network again, which {method} needs; choose gradcam or another closed form")
     out = "heatmaps.parquet" if out == "heatmaps" else out
     if Path(out).suffix in (".csv", ".json"):

@@ -61,7 +61,7 @@ class Evaluation:
     @cached_property
     def sure(self) -> npt.NDArray[np.float64]:
         """(N,) probability of the predicted class."""
-        return metrics.by_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
+        return metrics.map_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -117,9 +117,9 @@ class Evaluation:
     def _calibration(self) -> dict[str, Any]:
         """How far the probabilities can be believed, and what answering only the surest pictures brings."""
         labels, n = self.labels, len(self.labels)
-        plain = metrics.by_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
-        nats = metrics.by_rows(lambda rows: metrics.surprise(labels[rows], self.logits[rows] / self.temperature), n)
-        distances = metrics.by_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
+        plain = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
+        nats = metrics.map_rows(lambda rows: metrics.sample_nll(labels[rows], self.logits[rows] / self.temperature), n)
+        distances = metrics.map_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
         return {
             "negative_log_likelihood": float(nats.mean()),
             "brier_score": float(distances.mean()),

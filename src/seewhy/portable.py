@@ -24,7 +24,7 @@ from seewhy.run import Run
 from seewhy.runtime import FORMAT
 from seewhy.square_graph import IR, OPSET, square_graph
 from seewhy.transforms import Preprocessing
-from seewhy.unknowns import NEIGHBOURS, References
+from seewhy.unknowns import NEIGHBOURS, KNNReference
 
 
 class AnswerNetwork(nn.Module):
@@ -43,9 +43,9 @@ class AnswerNetwork(nn.Module):
         self.temperature, self.flip = run.temperature, bool(run.config.test_flip)
         self.vectors = run.references is not None
         if self.vectors:
-            references = cast(References, run.references)
+            references = cast(KNNReference, run.references)
             self.register_buffer("centre", torch.from_numpy(references.centre))
-            self.register_buffer("directions", torch.from_numpy(references.directions))  # half precision, widened when run
+            self.register_buffer("unit_features", torch.from_numpy(references.unit_features))  # half precision, widened when run
         self.weight = _map_weight(run)
         self.names = (
             "logits",
@@ -78,7 +78,7 @@ class AnswerNetwork(nn.Module):
         found = [logits, (logits / self.temperature).softmax(dim=1)]
         if self.vectors:
             away = vector - cast(Tensor, self.centre)
-            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.directions).float().T
+            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.unit_features).float().T
             nearest = min(NEIGHBOURS, alike.shape[1])
             found.append(1 - alike.topk(nearest, dim=1).values[:, -1])
         if maps is not None:

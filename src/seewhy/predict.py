@@ -14,7 +14,7 @@ from seewhy.engines import Engine, kept_engine
 from seewhy.errors import ImageError
 from seewhy.features import square_of
 from seewhy.metrics import softmax
-from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
+from seewhy.predictions import BLOCK, Predictions, find_pictures, unreadable_error
 from seewhy.progress import progress
 from seewhy.run import Run
 from seewhy.streams import BATCH, in_batches, in_order
@@ -131,4 +131,4 @@ def answer_files(
                 scores = np.concatenate(answers) if answers else np.empty((0, classes), dtype=np.float32)
                 yield as_predictions(run, names, scores, bad[before:])
     if bad and (not skip_bad or not kept):
-        raise refuse_bad(bad, len(paths), kept)
+        raise unreadable_error(bad, len(paths), kept)

@@ -198,7 +198,7 @@ def _members_of(path: Path) -> Iterable[Path]:
     return (path / member.name for member in members(path)) if is_shard(path) else [path]
 
 
-def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:
+def unreadable_error(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:
     """What to raise for pictures that could not be used, (path, reason) each."""
     shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
     more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""

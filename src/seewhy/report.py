@@ -13,7 +13,7 @@ from seewhy.calibration import reliability, risk_coverage
 from seewhy.cam import METHODS
 from seewhy.errors import BackboneError
 from seewhy.evaluate import Evaluation
-from seewhy.explain import Explanation, explain, view_for_people
+from seewhy.explain import Explanation, display_view, explain
 from seewhy.figures import (
     heatmap_gallery,
     overlay_heatmap,
@@ -22,7 +22,7 @@ from seewhy.figures import (
     save_png,
     training_curves,
 )
-from seewhy.labels import DOUBTFUL, doubt_labels
+from seewhy.labels import ISSUE_LOG_ODDS, rank_label_issues
 from seewhy.metrics import softmax
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
 from seewhy.run import Run
@@ -41,7 +41,7 @@ def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation
     explained = _explain_examples(run, test, chosen)
     if explained is not None:
         items = [
-            (view_for_people(test.paths[n], run.backbone.preprocessing, 224), explained[0].maps[chosen.index(n)], _caption(test, n))
+            (display_view(test.paths[n], run.backbone.preprocessing, 224), explained[0].maps[chosen.index(n)], _caption(test, n))
             for title in ("Right and sure", "Wrong and sure")
             for n in examples[title][:4]
         ]
@@ -116,7 +116,7 @@ def _facts(
         "reliability": {theme: data_url(_reliability(test, theme), "png") for theme in ("light", "dark")},
         "coverage": {theme: data_url(_coverage(run, test, theme), "png") for theme in ("light", "dark")},
         "warnings": warnings_of(run),
-        "doubts": _doubts(test)[:12],
+        "label_issues": _label_issues(test)[:12],
         "pairs": [pair | {"images": [thumbnail_url(path, 96) for path in pair["paths"][:3]]} for pair in confused_pairs(test)[:12]],
         "numbered": len(run.classes) > 40,
         "galleries": [
@@ -128,12 +128,12 @@ def _facts(
     }
 
 
-def _doubts(test: Evaluation) -> list[dict[str, Any]]:
+def _label_issues(test: Evaluation) -> list[dict[str, Any]]:
     """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
     wrong = np.flatnonzero(~test.right)
     logits = test.logits[wrong].astype(np.float64) / test.temperature
-    found = doubt_labels(test.labels[wrong], logits)  # log-odds are differences of logits
-    kept = np.flatnonzero(found.log_odds < DOUBTFUL)
+    found = rank_label_issues(test.labels[wrong], logits)  # log-odds are differences of logits
+    kept = np.flatnonzero(found.log_odds < ISSUE_LOG_ODDS)
     return [
         {
             "file": "/".join(Path(test.paths[n]).parts[-2:]),
@@ -152,7 +152,7 @@ def _matrix(test: Evaluation) -> dict[str, Any]:
         {"x": int(x), "y": int(y), "count": int(test.confusion[y, x]), "total": int(totals[y]), "share": test.confusion[y, x] / totals[y]}
         for y, x in np.argwhere(test.confusion)
     ]
-    return {"count": len(test.classes), "cells": cells, "margin": min(7, 1 + max(len(name) for name in test.classes) // 3)}
+    return {"count": len(test.classes), "cells": cells, "margin": min(7, 1 + 2 * max(len(name) for name in test.classes) // 5)}
 
 
 def _reliability(test: Evaluation, theme: str) -> bytes:
@@ -213,7 +213,7 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
 
 def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool) -> dict[str, Any]:
     """What a gallery shows of one picture; images of 288 pixels as data URLs. both: the other class's heatmap too."""
-    picture = view_for_people(test.paths[n], run.backbone.preprocessing, 288)
+    picture = display_view(test.paths[n], run.backbone.preprocessing, 288)
     shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []
     return {
         "picture": jpeg_url(picture),

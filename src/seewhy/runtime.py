@@ -19,7 +19,7 @@ import onnxruntime
 from seewhy.decoding import MAX_SIDE, MIN_SIDE, read_image
 from seewhy.errors import ConfigError, ImageError, RunError
 from seewhy.graph_check import check_graph
-from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
+from seewhy.predictions import BLOCK, Predictions, find_pictures, unreadable_error
 from seewhy.progress import progress
 from seewhy.streams import in_batches, in_order
 
@@ -191,4 +191,4 @@ def answer_files(model: OnnxModel, paths: Sequence[Path], skip_bad: bool, begin:
                 unknown = np.array(strange, dtype=np.float64) > model.unknown_above
                 yield Predictions(tuple(names), rows, model.classes, unknown, tuple(bad[before:]))
     if bad and (not skip_bad or not kept):
-        raise refuse_bad(bad, len(paths), kept)
+        raise unreadable_error(bad, len(paths), kept)

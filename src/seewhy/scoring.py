@@ -18,10 +18,10 @@ from seewhy.backbones import classifier_names
 from seewhy.cam import ALL_METHODS, SLOW
 from seewhy.cam_quality import (
     BASELINES,
-    MASKED,
-    OUTLINE,
+    DELETION_METRICS,
+    LOCALIZATION_METRICS,
+    MASKING_METRICS,
     QUALITY,
-    REMOVING,
     STEPS,
     class_probabilities,
     enlarge,
@@ -31,7 +31,7 @@ from seewhy.cam_quality import (
 )
 from seewhy.engines import FromSquares, float_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.explain import known_method
+from seewhy.explain import check_method
 from seewhy.features import square_of
 from seewhy.figures import method_scores
 from seewhy.metrics import mean_interval
@@ -65,7 +65,7 @@ def score_methods(
     Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
     """
     for method in methods:
-        known_method(method)
+        check_method(method)
     if unknown := [score for score in scores if score not in QUALITY]:
         raise ConfigError(f"unknown score {unknown[0]!r}; use one of {', '.join(QUALITY)}")
     paths = find_pictures(inputs)
@@ -76,7 +76,7 @@ def score_methods(
     def read(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         return square_of(path, preprocessing), outline_of(path, preprocessing)
 
-    asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(REMOVING)) * STEPS)
+    asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(DELETION_METRICS)) * STEPS)
     engine = float_engine(model, size, asked)
 
     def answer(pictures: Tensor) -> Tensor:
@@ -96,13 +96,13 @@ def score_methods(
             for name, maps in itertools.chain(knowing, knowing_nothing):
                 found = next((scored for earlier, scored in known if torch.allclose(earlier, maps, rtol=0, atol=SAME)), None)
                 if found is None:
-                    masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKED) else whole
+                    masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKING_METRICS) else whole
                     found = {
-                        score: QUALITY[score].of(*((whole, masked) if score in MASKED else (answer, pictures, targets, maps)))
+                        score: QUALITY[score].of(*((whole, masked) if score in MASKING_METRICS else (answer, pictures, targets, maps)))
                         for score in scores
                     }
                     if masks is not None:
-                        found |= {score: function(maps[list(outlines)], masks) for score, function in OUTLINE.items()}
+                        found |= {score: function(maps[list(outlines)], masks) for score, function in LOCALIZATION_METRICS.items()}
                     known.append((maps, found))
                 for score, value in found.items():
                     values.setdefault((name, score), []).append(value)
@@ -129,7 +129,7 @@ def sanity_check(
     parts: only so many of them; 1: the classifier alone.
     """
     for method in methods:
-        known_method(method)
+        check_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
     cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))][:parts]
