@@ -158,35 +158,12 @@ def test_scale_to_one_divides_by_each_maximum_and_leaves_zeros() -> None:
 # ---------------------------------------------------------------- all classes
 
 
-def places(*sums: float) -> Tensor:
-    """(1, K, 4) features with the given sums."""
-    return torch.tensor(sums)[None, :, None].expand(-1, -1, 4) / 4
-
-
-def test_all_class_weights_of_gradcam_plus_plus_by_hand() -> None:
-    # One picture, two channels with sum(A) = 4 and 0 over 4 places; W = 2, -1 for class 0 and 0, 4 for class 1.
+def test_gradcam_of_all_classes_by_hand() -> None:
     weight = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
-    # relu(W) / (2 + sum(A) W / 4): 2 / (2 + 2) = 0.5, 0; 0, 4 / 2 = 2.
-    assert cam.gradcam_plus_plus_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 2.0]]]
-
-
-def test_all_class_weights_survive_a_vanishing_denominator() -> None:
-    # sum(A) = -4 over 4 places and W = 2: 2 - 2 = 0, where alpha is 0 by definition.
-    found = cam.gradcam_plus_plus_all_weights(torch.tensor([[2.0], [1.0]]), places(-4.0))
-    assert found.tolist() == [[[0.0], [1.0]]]
-
-
-def test_all_class_weights_by_hand() -> None:
-    weight = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
-    assert cam.gradcam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, -0.25], [0.0, 1.0]]]
-    assert cam.xgradcam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
-    assert cam.layercam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 1.0]]]
-    # All of the features lie along (3, 4) / 5, whichever the class.
-    np.testing.assert_allclose(cam.eigencam_all_weights(weight, places(3.0, 4.0)).numpy(), [[[0.6, 0.8], [0.6, 0.8]]], rtol=1e-6)
-
-
-def test_every_method_has_a_form_for_all_classes() -> None:
-    assert cam.ALL_CLASSES.keys() == cam.METHODS.keys()
+    features = torch.tensor([[[[1.0, 3.0]], [[2.0, 0.0]]]])  # one image, two channels, two places
+    # relu(W A / 2): class 0: (2 1 - 2) / 2, (2 3 - 0) / 2; class 1: 4 2 / 2, 0.
+    assert cam.gradcam_all_classes(weight, features).tolist() == [[[[0.0, 3.0]], [[4.0, 0.0]]]]
+    assert cam.gradcam_all_classes(-weight, features).tolist() == [[[[0.0, 0.0]], [[0.0, 0.0]]]]
 
 
 # ---------------------------------------------------------------- several layers, broken numbers

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from seewhy.cam import (
-    ALL_CLASSES,
     METHODS,
     PERTURBATION_METHODS,
     PIXEL_METHODS,
@@ -319,24 +318,3 @@ def maps_of_features(
     """`class_activation_maps` from the last feature maps that are there already, whichever engine computed them."""
     logits, chosen, gradients = head_gradients(model, features, targets, against)
     return _map(model, features, gradients, method), logits, chosen
-
-
-def all_class_maps(model: nn.Module, features: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Maps (N, C, h, w) >= 0 of every class, with logits (N, C).
-
-    One matrix product for a head of average pooling and a linear layer; else one backward pass through the head a class.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        features = features.detach().clone()
-        logits: Tensor = cast(Any, model).forward_head(features)
-        weight = linear_head(model, features, logits)
-        if weight is not None:
-            flat = finite_pictures(features).flatten(2)  # (N, K, places)
-            weights = ALL_CLASSES[method](weight.detach(), flat)
-            maps = torch.matmul(weights, flat).clamp_(min=0)  # (N, C, K) x (N, K, places)
-            return maps.reshape(*maps.shape[:2], *features.shape[2:]), logits
-    each = []
-    for target in range(logits.shape[1]):
-        maps, _, _ = maps_of_features(model, features, method, torch.full((len(features),), target))
-        each.append(maps)
-    return torch.stack(each, dim=1), logits

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seewhy.attribution import feature_maps, linear_head
+from seewhy.cam import gradcam_all_classes
 from seewhy.errors import ConfigError
 from seewhy.run import Run
 from seewhy.runtime import FORMAT
@@ -62,19 +63,15 @@ class AnswerNetwork(nn.Module):
         vector = model.forward_head(features, pre_logits=True)
         return model.get_classifier()(vector), features, vector
 
-    def _maps(self, features: Tensor) -> Tensor:
-        """Grad-CAM of every class in closed form: relu(W A), to a factor. (N, K, h, w) -> (N, C, h, w)."""
-        return torch.einsum("ck,nkhw->nchw", cast(Tensor, self.weight), features).clamp(min=0)
-
     def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
         pictures = squares.float() * cast(Tensor, self.scale) + cast(Tensor, self.shift)
         logits, features, vector = self._way(pictures)
-        maps = self._maps(features) if self.weight is not None else None
+        maps = gradcam_all_classes(self.weight, features) if self.weight is not None else None
         if self.flip:  # the mean over both directions, as `predict` and `explain` have it
             other, mirrored, _ = self._way(pictures.flip(3))
             logits = (logits + other) / 2
             if maps is not None:
-                maps = (maps + self._maps(mirrored).flip(3)) / 2
+                maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), mirrored).flip(3)) / 2
         found = [logits, (logits / self.temperature).softmax(dim=1)]
         if self.vectors:
             away = vector - cast(Tensor, self.centre)
