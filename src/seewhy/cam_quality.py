@@ -47,7 +47,7 @@ def average_drop(whole: Tensor, masked: Tensor) -> Tensor:
 
 
 def increase(whole: Tensor, masked: Tensor) -> Tensor:
-    """1 where the class is more probable in the picture times its map than in the picture. "Increase in confidence", as above."""
+    """1 where the class is more probable in the picture times its map than in the picture (Sec. 4.1, arXiv:1710.11063)."""
     return (masked > whole).to(whole.dtype)
 
 

@@ -8,14 +8,8 @@ from typing import Any
 
 import yaml
 
+from seewhy.metrics import HEADLINE
 from seewhy.run import Run
-
-HEADLINE = {
-    "accuracy": "accuracy",
-    "mean_per_class_accuracy": "mean per-class accuracy",
-    "top5_accuracy": "top-5 accuracy",
-    "macro_f1": "macro F1",
-}
 
 
 def model_card(run: Run, warnings: list[str]) -> str:

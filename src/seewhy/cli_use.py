@@ -33,6 +33,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a run: accuracy, top-5, per-class numbers."""
+    from seewhy.metrics import HEADLINE
     from seewhy.run import load
 
     evaluation = load(run).evaluate(part, data)
@@ -41,12 +42,9 @@ def evaluate(
         print_json({evaluation.part: numbers})
         return
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
-    names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
-    for name, shown in names.items():
-        low, high = numbers[f"{name}_ci95"]
-        typer.echo(f"{shown:24} {numbers[name]:.2%}   ({low:.2%} to {high:.2%})")
-    low, high = numbers["macro_f1_ci95"]
-    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}   ({low:.4f} to {high:.4f})")
+    for name, shown in HEADLINE.items():
+        value, low, high = (f"{number:{'.4f' if name == 'macro_f1' else '.2%'}}" for number in (numbers[name], *numbers[f"{name}_ci95"]))
+        typer.echo(f"{shown:24} {value}   ({low} to {high})")
     typer.echo(
         f"calibration error        {numbers['expected_calibration_error']:.2%}   "
         f"({numbers['expected_calibration_error_uncalibrated']:.2%} before temperature {evaluation.temperature:.2f})"
@@ -120,9 +118,9 @@ def predict(
 def _answering(
     run: Path, skip_bad: bool, precision: float | None
 ) -> tuple[Callable[[Sequence[Path], int, int], Iterator[Predictions]], float | None]:
-    """What answers about files from the given one on (with so many answered before), by a run or by an exported file, without torch;
+    """What answers about files, and the threshold for a precision; by a run, or by an exported file without torch.
 
-    and the threshold for a precision.
+    The function takes all paths, how many of them are done, and how many of these were answered.
     """
     if run.suffix == ".onnx":
         from seewhy import runtime

@@ -14,9 +14,9 @@ import pandas as pd
 
 from seewhy.config import TrainConfig
 from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import HEADLINE, Evaluation
+from seewhy.evaluate import Evaluation
 from seewhy.images import open_images
-from seewhy.metrics import Comparison, compare_paired
+from seewhy.metrics import HEADLINE, Comparison, compare_paired
 from seewhy.progress import LOG
 from seewhy.run import Run
 from seewhy.split import read_split

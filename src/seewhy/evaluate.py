@@ -25,7 +25,6 @@ from seewhy.store import StoredRows, take_rows
 TOP = 5
 BATCH = 128  # pictures that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
-HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Evaluation:
         if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
         numbers: dict[str, Any] = {"n": n, "groups": count}
-        for name, value, interval in zip(HEADLINE, values, intervals, strict=True):
+        for name, value, interval in zip(metrics.HEADLINE, values, intervals, strict=True):
             numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
             **numbers,

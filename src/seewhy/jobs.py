@@ -104,7 +104,7 @@ def measured_batch(forward: Engine, side: int) -> tuple[Engine, int]:
                 done += size
         except (MemoryError, torch.cuda.OutOfMemoryError):
             break
-        measured.append((size, done / (time.perf_counter() - began if spent < TRIED_S else spent)))
+        measured.append((size, done / spent))
         if len(measured) > 2 and choose_batch(measured) < measured[-2][0]:
             break
     if not measured:

@@ -14,7 +14,13 @@ from scipy.stats import binomtest, bootstrap, rankdata
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
-
+# Headline numbers, each with a 95% interval: key in metrics.json -> name for readers.
+HEADLINE = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "mean_per_class_accuracy": "mean per-class accuracy",
+    "macro_f1": "macro F1",
+}
 ROWS = 4096  # pictures whose (C,) numbers are held in float64 at a time
 
 

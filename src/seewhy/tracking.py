@@ -27,7 +27,6 @@ EXPERIMENT = "seewhy"  # unless $MLFLOW_EXPERIMENT_NAME says another
 RETRY_S = 60.0  # from a call that failed until the next one during a fit
 ARTIFACTS = ("run.json", "metrics.json", "split.json", "history.csv", "README.md", "report.html", "log.txt")  # and figures/; no weights
 LATER = "is told at the end if it answers then; training goes on"
-HEADLINES = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")
 
 # MLflow's own patience is minutes a call, which a training would wait for; it reports on its use, and prints on stdout. What the user
 # has set counts.
@@ -44,9 +43,9 @@ MANNERS = {
 
 
 def check_tracker(config: TrainConfig, resume: bool = False) -> None:
-    """The mistakes that can be seen before any picture is read. Raises ConfigError where MLflow is not installed or does not answer;
+    """Raise ConfigError where MLflow is not installed or does not answer, before any image is read.
 
-    a training that goes on does so without it, and is told at its end.
+    A resumed training goes on without it, and is sent at its end.
     """
     if config.tracker != "mlflow":
         return
@@ -134,7 +133,7 @@ def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     """What MLflow shows of a finished run: test_accuracy, test_accuracy_low and _high (the ends of the 95% interval), ..., seconds_..."""
     found: dict[str, float] = {}
     test = manifest["metrics"]["test"]
-    for name in HEADLINES:
+    for name in (name for name in test if f"{name}_ci95" in test):
         low, high = test[f"{name}_ci95"]
         found |= {f"test_{name}": test[name], f"test_{name}_low": low, f"test_{name}_high": high}
     found |= {"test_pictures": test["n"], "test_expected_calibration_error": test["expected_calibration_error"]}
