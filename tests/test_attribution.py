@@ -581,9 +581,9 @@ def test_the_mean_over_moved_copies_finds_a_place_between_cells() -> None:
     pictures = torch.zeros(1, 3, 56, 56)
     pictures[:, :, 24:32, 28:36] = 1.0  # centred at (28, 32), on the corner of cells: their centres are at 4, 12, 20, 28, 36
     model, targets = Cells(), torch.tensor([1])
-    single, _, _ = attribution.shifted_maps(model, pictures, "gradcam", targets)
+    single, _, _ = attribution.smoothed_maps(model, pictures, "gradcam", targets)
     assert single.shape == (1, 7, 7)
-    fine, logits, chosen = attribution.shifted_maps(model, pictures, "gradcam", targets, shifts=4)
+    fine, logits, chosen = attribution.smoothed_maps(model, pictures, "gradcam", targets, smooth=4)
     assert fine.shape == (1, 56, 56)
     assert chosen.tolist() == [1]
     torch.testing.assert_close(logits, model(pictures))

@@ -289,7 +289,12 @@ def test_held_a_few_pictures_at_a_time_numbers_are_the_same_to_the_last_bit(n: i
 
     def numbers() -> list[Any]:
         fresh = replace(evaluation)  # nothing is remembered
-        return [fresh.sure.tolist(), fresh._calibration(), metrics.in_top_k(labels, logits, 5).tolist(), fit_temperature(labels, logits)]
+        return [
+            fresh.confidence.tolist(),
+            fresh._calibration(),
+            metrics.in_top_k(labels, logits, 5).tolist(),
+            fit_temperature(labels, logits),
+        ]
 
     at_once = numbers()
     monkeypatch.setattr(metrics, "ROWS", 7)

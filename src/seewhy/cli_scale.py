@@ -51,7 +51,7 @@ def scaled_explain(
     out: str,
     method: str,
     target: str | None,
-    against: str | None,
+    contrast: str | None,
     engine: str | None,
     address: str,
     workers: int,
@@ -65,11 +65,11 @@ def scaled_explain(
         raise ConfigError(f"{out}: heatmaps are pictures, which go into .parquet, a folder/ or an address")
     asked = engine_named(engine, address, workers)
     loaded = prepared("explain", run)
-    for name in (target, against):
+    for name in (target, contrast):
         if name is not None:
             class_index(name, loaded.classes)
     del loaded  # workers load their own
-    options = {"method": method, "target": target, "against": against}
+    options = {"method": method, "target": target, "contrast": contrast}
     request = Request("explain", str(run), options)
     _tell(out, *answer_sources(request, columns_of("explain", options, 0), find_sources(pictures), out, asked), as_json)
 

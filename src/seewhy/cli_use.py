@@ -143,17 +143,17 @@ def explain(
         list[str] | None,
         typer.Option(
             help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam, scorecam, integrated_gradients or occlusion; "
-            "more than once for several (default: gradcam, and with --compare all but the three slow last)"
+            "more than once for several (default: gradcam, and with --compare-methods all but the three slow last)"
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
-    against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
+    contrast: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
-    shifts: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
-    score: Annotated[
-        bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
+    smooth: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
+    evaluate_maps: Annotated[
+        bool, typer.Option("--evaluate", help="measure how far this method's maps can be trusted, instead of drawing them")
     ] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="the same for all methods: a table and a figure")] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="the same for all methods: a table and a figure")] = False,
     out: Annotated[
         str,
         typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
@@ -170,18 +170,20 @@ def explain(
     if is_scaled(engine, pictures, out):
         from seewhy.cli_scale import scaled_explain
 
-        if score or compare or layer or shifts > 1 or len(methods) > 1:
-            raise typer.BadParameter("--engine takes one method and the last layer; leave --score, --compare, --layer and --shifts out")
-        scaled_explain(run, pictures, out, methods[0], target, against, engine, address, ray_workers, as_json)
+        if evaluate_maps or compare_methods or layer or smooth > 1 or len(methods) > 1:
+            raise typer.BadParameter(
+                "--engine takes one method and the last layer; leave --evaluate, --compare-methods, --layer and --smooth out"
+            )
+        scaled_explain(run, pictures, out, methods[0], target, contrast, engine, address, ray_workers, as_json)
         return
-    if score or compare:
-        if target is not None or against is not None:
-            raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")
+    if evaluate_maps or compare_methods:
+        if target is not None or contrast is not None:
+            raise typer.BadParameter("scores are of the predicted class; leave --target and --contrast out")
         from seewhy.scoring import COMPARED, save_scores, wide, wide_sanity
 
         loaded = load(run)
-        methods = method or list(COMPARED) if compare else methods
-        table = loaded.score_methods(pictures, methods, layer or (), shifts)
+        methods = method or list(COMPARED) if compare_methods else methods
+        table = loaded.score_methods(pictures, methods, layer or (), smooth)
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, Path(out))
         if as_json:
@@ -198,7 +200,7 @@ def explain(
     records: list[dict[str, Any]] = []
     loaded = load(run)
     for name in methods:
-        explanation = loaded.explain(pictures, name, target, against, layer or (), shifts)
+        explanation = loaded.explain(pictures, name, target, contrast, layer or (), smooth)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         print_json(records)

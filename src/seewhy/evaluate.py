@@ -58,12 +58,12 @@ class Evaluation:
         return best
 
     @cached_property
-    def sure(self) -> npt.NDArray[np.float64]:
+    def confidence(self) -> npt.NDArray[np.float64]:
         """(N,) probability of the predicted class."""
         return metrics.map_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted class is the true one."""
         same: npt.NDArray[np.bool_] = self.predicted == self.labels
         return same
@@ -122,9 +122,9 @@ class Evaluation:
         return {
             "negative_log_likelihood": float(nats.mean()),
             "brier_score": float(distances.mean()),
-            "expected_calibration_error": calibration.expected_calibration_error(self.sure, self.right),
-            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.right),
-            "area_under_risk_coverage": calibration.risk_coverage(self.sure, self.right).area,
+            "expected_calibration_error": calibration.expected_calibration_error(self.confidence, self.correct),
+            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.correct),
+            "area_under_risk_coverage": calibration.risk_coverage(self.confidence, self.correct).area,
         }
 
 

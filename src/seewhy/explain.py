@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, shifted_maps
+from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, smoothed_maps
 from seewhy.cam import ALL_METHODS, PERTURBATION_METHODS, PIXEL_METHODS, scale_to_one
 from seewhy.decoding import read_image
 from seewhy.engines import Engine, FromSquares, kept_engine
@@ -124,18 +124,17 @@ def explain(
     inputs: Sequence[str | Path],
     method: str = "gradcam",
     target: str | Sequence[str] | None = None,
-    against: str | Sequence[str] | None = None,
+    contrast: str | Sequence[str] | None = None,
     layers: Sequence[str] = (),
-    shifts: int = 1,
-    engine: str = "auto",
+    smooth: int = 1,
     workers: int = 2,
 ) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
 
-    target: one class, or one a picture. against: likewise, whose score is taken away: why the one and not the other.
+    target: one class, or one a picture. contrast: likewise, whose score is taken away: why the one and not the other.
     layers: dotted names of layers, fused where there are several; none: the last feature maps, which the engine of `predict`
-    computes, since nothing of a map needs the gradients below the head. shifts: the mean over shifts x shifts moved copies
-    (`attribution.shifted_maps`), finer at that many times the cost.
+    computes, since nothing of a map needs the gradients below the head. smooth: the mean over smooth x smooth moved copies
+    (`attribution.smoothed_maps`), finer at that many times the cost.
 
     Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
@@ -145,12 +144,12 @@ def explain(
         named_layer(model, name)  # refused before any work
     layers = layers if method in PIXEL_METHODS else layers or default_layers(model)
     paths = find_pictures(inputs)
-    wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, against))
+    wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, contrast))
     below = FromSquares(nn.Identity(), preprocessing)
-    if from_pictures := bool(layers) or shifts > 1 or method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
+    if from_pictures := bool(layers) or smooth > 1 or method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
         forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
-        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
+        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths))
     maps, targets, logits = [], [], []
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
@@ -160,10 +159,10 @@ def explain(
         return [torch.from_numpy(forward(way)) for way in ways]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        held = others[done : done + len(way)] if others is not None else None
+        contrasts = others[done : done + len(way)] if others is not None else None
         if from_pictures:
-            return shifted_maps(model, way, method, given, held, layers, shifts)
-        return maps_of_features(model, way, method, given, held)
+            return smoothed_maps(model, way, method, given, contrasts, layers, smooth)
+        return maps_of_features(model, way, method, given, contrasts)
 
     done = 0
     with progress("explaining", len(paths)) as advance:

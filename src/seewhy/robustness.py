@@ -86,7 +86,7 @@ def run_robustness(run: Run, pictures: int, names: Sequence[str] | None = None) 
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:pictures])
     table = robustness(run, images, drawn, tuple(dict.fromkeys(names or CORRUPTIONS)), config.workers)
     evaluation = run.evaluate("test")
-    return table, slices(images, split.test, evaluation.right, np.bincount(images.labels[split.train], minlength=len(images.classes)))
+    return table, slices(images, split.test, evaluation.correct, np.bincount(images.labels[split.train], minlength=len(images.classes)))
 
 
 def save_robustness(table: pd.DataFrame, parts: pd.DataFrame, folder: Path) -> list[Path]:

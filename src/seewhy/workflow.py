@@ -294,11 +294,11 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
     """What makes answers trustworthy, chosen on val, and what came of it on test."""
     rows = []
     for precision in PRECISIONS:
-        threshold = threshold_for(val.sure, val.right, precision)
+        threshold = threshold_for(val.confidence, val.correct, precision)
         row: dict[str, Any] = {"precision": precision, "threshold": threshold}
         if threshold is not None:
             for part, evaluation in (("val", val), ("test", test)):
-                coverage, right = selective_accuracy(evaluation.sure, evaluation.right, threshold)
+                coverage, right = selective_accuracy(evaluation.confidence, evaluation.correct, threshold)
                 row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
         rows.append(row)
     return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
@@ -349,7 +349,7 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
             answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
-            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.sure[n]))])
+            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.confidence[n]))])
 
 
 # ---------------------------------------------------------------- later
