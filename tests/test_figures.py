@@ -164,12 +164,19 @@ def test_gallery_shows_each_picture_beside_its_overlay(drawn: list[Figure]) -> N
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_method_scores_shows_each_method_and_every_baseline(theme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"better": "higher", "low": 0.4, "mean": 0.5, "high": 0.6, "n": 9}
-    places = [("gradcam", "pointing"), ("random", "pointing"), ("gradcam", "energy"), ("(area)", "energy")]
+    places = [
+        ("gradcam", "pointing game"),
+        ("random", "pointing game"),
+        ("gradcam", "energy-based pointing game"),
+        ("object area (chance level)", "energy-based pointing game"),
+    ]
     table = [{"method": method, "score": score, **numbers} for method, score in places]
     drawn: list[Any] = []
     monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or b"")
-    figures.method_scores(table, ["random", "(area)"], theme)
+    figures.method_scores(table, ["random", "object area (chance level)"], theme)
     (figure,) = drawn
-    assert [axis.get_title() for axis in figure.axes] == [f"{score}\nhigher is better, n = 9" for score in ("pointing", "energy")]
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{score}\nhigher is better, n = 9" for score in ("pointing game", "energy-based pointing game")
+    ]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["gradcam"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "(area)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "object area (chance level)"]

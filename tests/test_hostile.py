@@ -129,10 +129,10 @@ def test_deep_and_large_records(copied: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("model.safetensors", lambda s: {k: np.full_like(v, np.nan) for k, v in s.items()}, "no numbers"),
         ("model.safetensors", lambda s: {k: v[:1] for k, v in s.items() if v.ndim}, "differ"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:-1], "directions": s["directions"]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:-1], "unit_features": s["unit_features"]}, "other lengths"),
         ("unknowns.safetensors", lambda s: {"centre": s["centre"]}, "other lengths"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"], "directions": s["directions"][:0]}, "other lengths"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:9], "directions": s["directions"][:, :9]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"], "unit_features": s["unit_features"][:0]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:9], "unit_features": s["unit_features"][:, :9]}, "other lengths"),
     ],
 )
 def test_weights_are_checked_before_they_are_used(copied: Path, file: str, spoil: Callable[[Any], Any], words: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from seewhy import portable
 from seewhy.api import Run
-from seewhy.attribution import all_class_maps, feature_maps
+from seewhy.attribution import feature_maps, maps_of_features
 from seewhy.decoding import read_image
 from seewhy.errors import ConfigError
 from seewhy.features import square_of
@@ -45,7 +45,8 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)
         vector = run.backbone.model.forward_head(features, pre_logits=True)
-    maps, logits = all_class_maps(run.backbone.model, features, "gradcam")
+    each = [maps_of_features(run.backbone.model, features, "gradcam", torch.tensor([c])) for c in range(len(run.classes))]
+    maps, logits = torch.stack([of_class for of_class, _, _ in each], dim=1), each[0][1]
     np.testing.assert_allclose(found["logits"], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(found["probabilities"], (logits / run.temperature).softmax(dim=1).numpy(), atol=1e-5)
     scaled = maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -39,3 +40,15 @@ def test_error_tree_is_drawn_in_its_docstring_and_public() -> None:
 def test_version_is_the_packages() -> None:
     text = (REPOSITORY / "pyproject.toml").read_text()
     assert f'version = "{seewhy.__version__}"' in text
+
+
+def test_the_first_line_of_every_docstring_is_a_sentence() -> None:
+    """What `help()`, editors and the reference show of it."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    cut = [
+        f"{path.name}: {text.splitlines()[0]}"
+        for path in (REPOSITORY / "src" / "seewhy").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and not text.splitlines()[0].endswith(".")
+    ]
+    assert cut == []

@@ -147,7 +147,7 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     val = demo_run.evaluate("val")
     assert demo_run.temperature == pytest.approx(fit_temperature(val.labels, val.logits), rel=1e-3)
     assert val.temperature == demo_run.temperature
-    expected = threshold_for(val.sure, val.right, 0.8)
+    expected = threshold_for(val.confidence, val.correct, 0.8)
     assert expected is not None
     assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation pictures"):

@@ -220,7 +220,7 @@ def test_rows_of_a_folder_are_counted_without_reading_them(run: Run, few: Path, 
         raise AssertionError("a part is read")
 
     monkeypatch.setattr(pq, "read_table", refused)
-    options = {"method": "gradcam", "target": None, "against": None}
+    options = {"method": "gradcam", "target": None, "contrast": None}
     request, columns = Request("explain", str(run.path), options), columns_of("explain", options, 6)
     assert answer_sources(request, columns, find_sources([few / "shards"]), f"{tmp_path}/maps/", outcomes_here, True) == (99, 1)
 

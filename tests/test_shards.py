@@ -38,7 +38,7 @@ from seewhy.dry_run import dry_run
 from seewhy.errors import DataError, ImageError
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, open_images
-from seewhy.looks import odd_looks
+from seewhy.looks import find_image_issues
 from seewhy.predictions import find_pictures
 from seewhy.shards import Member, members, read_member, shard_of, stream
 from seewhy.sources import find_sources
@@ -176,8 +176,10 @@ def test_audit_of_shards_equals_that_of_the_folder(folder: Path, tmp_path: Path,
     with threadpool_limits(1):  # BLAS's threads wait for each other on a busy machine
         wanted, found = (audit_images(open_images(str(data)), seeds=1) for data in (folder, tmp_path / "all.parquet"))
     assert found.summary() == wanted.summary()
-    assert "dark" in set(found.looks["look"])
-    assert list(found.looks["path"].map(lambda path: Path(path).name)) == list(wanted.looks["path"].map(lambda path: Path(path).name))
+    assert "dark" in set(found.image_issues["issue"])
+    assert list(found.image_issues["path"].map(lambda path: Path(path).name)) == list(
+        wanted.image_issues["path"].map(lambda path: Path(path).name)
+    )
     assert list(found.groups_table()["path"]) == list(wanted.groups_table()["path"])
 
 
@@ -189,7 +191,7 @@ def test_grey_pictures_with_transparency_in_a_shard_are_passed_over(tmp_path: Pa
         Image.new(mode, (40, 40)).save(content, "PNG")
         entries.append((name, content.getvalue()))
     tar = write_tar(tmp_path / "x.tar", entries)
-    assert set(odd_looks([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
+    assert set(find_image_issues([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
 
 
 def test_groups_by_pattern_and_table_name_pictures_below_the_data(folder: Path, tmp_path: Path, cache: Path) -> None:

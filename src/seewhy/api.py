@@ -81,31 +81,31 @@ class Run(SavedRun):
         pictures: Sequence[str | Path] | str | Path,
         method: str = "gradcam",
         target: str | Sequence[str] | None = None,
-        against: str | Sequence[str] | None = None,
+        contrast: str | Sequence[str] | None = None,
         layers: Sequence[str] = (),
-        shifts: int = 1,
+        smooth: int = 1,
     ) -> Explanation:
-        """Heatmaps of the predicted class, or of class `target` (and not `against`), of files, folders and patterns.
+        """Heatmaps of the predicted class, or of class `target` (and not `contrast`), of files, folders and patterns.
 
-        target, against: one class, or one a picture.
-        layers: dotted names, several are fused; none: the last feature maps. shifts: the mean over shifts x shifts moved copies.
+        target, contrast: one class, or one a picture.
+        layers: dotted names, several are fused; none: the last feature maps. smooth: the mean over smooth x smooth moved copies.
         """
         from seewhy.explain import explain
 
-        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers, shifts)
+        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, contrast, layers, smooth)
 
     def score_methods(
         self,
         pictures: Sequence[str | Path] | str | Path,
         methods: Sequence[str] | None = None,
         layers: Sequence[str] = (),
-        shifts: int = 1,
+        smooth: int = 1,
     ) -> pd.DataFrame:
         """How far heatmaps of methods (None: all but the slow ones) can be trusted on these pictures: a row a method and score."""
         from seewhy.scoring import COMPARED, score_methods
 
         chosen = [pictures] if isinstance(pictures, str | Path) else pictures
-        return score_methods(self, chosen, methods or COMPARED, layers=layers, shifts=shifts)
+        return score_methods(self, chosen, methods or COMPARED, layers=layers, smooth=smooth)
 
     def sanity_check(
         self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()

@@ -54,13 +54,13 @@ def predict_batch(run: Path, top_k: int, least: float | None, precision: float |
     _answer(Request("predict", str(run), options), types, batch.out, batch)
 
 
-def explain_batch(run: Path, method: str, target: str | None, against: str | None, batch: Batch) -> None:
-    from seewhy.cam import ASKING, PIXELWISE
-    from seewhy.explain import class_index, known_method
+def explain_batch(run: Path, method: str, target: str | None, contrast: str | None, batch: Batch) -> None:
+    from seewhy.cam import PERTURBATION_METHODS, PIXEL_METHODS
+    from seewhy.explain import check_method, class_index
     from seewhy.jobs import prepared
 
-    known_method(method)
-    if method in (*ASKING, *PIXELWISE):
+    check_method(method)
+    if method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
         raise ConfigError(
             f"heatmaps for a table come from one pass of the network, and {method} wants more; choose gradcam or another closed form"
         )
@@ -71,10 +71,10 @@ def explain_batch(run: Path, method: str, target: str | None, against: str | Non
         raise RunError(f"{run}: an exported file answers, it does not explain pictures in numbers; pass its run")
     engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
     classes = prepared("explain", run).classes
-    for name in (target, against):
+    for name in (target, contrast):
         if name is not None:
             class_index(name, classes)
-    options = {"method": method, "target": target, "against": against}
+    options = {"method": method, "target": target, "contrast": contrast}
     _answer(Request("explain", str(run), options), columns_of("explain", options, 0), out, batch)
 
 

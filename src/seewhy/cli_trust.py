@@ -22,7 +22,7 @@ def audit(
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
+    """Look for near-duplicates, leaks, label issues and image issues before training."""
     require("audit", "seewhy audit", "cleanvision")  # before any image is read
     from seewhy.audit import audit_images
     from seewhy.audit_page import save_audit
@@ -49,8 +49,8 @@ def audit(
             f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
             f"near-duplicates kept together ({leak['seeds']} splits)"
         )
-    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
-    typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
+    typer.echo(f"label issues     {counts['label_issues']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
+    typer.echo("image issues     " + (", ".join(f"{number:,} {issue}" for issue, number in counts["image_issues"].items()) or "none"))
     typer.echo("  ".join(map(str, written)))
 
 

@@ -33,6 +33,7 @@ def evaluate(
 ) -> None:
     """Measure a run: accuracy, top-5, per-class numbers."""
     from seewhy.api import load
+    from seewhy.metrics import HEADLINE
 
     evaluation = load(run).evaluate(part, data)
     numbers = evaluation.metrics
@@ -40,12 +41,9 @@ def evaluate(
         print_json({evaluation.part: numbers})
         return
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
-    names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
-    for name, shown in names.items():
-        low, high = numbers[f"{name}_ci95"]
-        typer.echo(f"{shown:24} {numbers[name]:.2%}   ({low:.2%} to {high:.2%})")
-    low, high = numbers["macro_f1_ci95"]
-    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}   ({low:.4f} to {high:.4f})")
+    for name, shown in HEADLINE.items():
+        value, low, high = (f"{number:{'.4f' if name == 'macro_f1' else '.2%'}}" for number in (numbers[name], *numbers[f"{name}_ci95"]))
+        typer.echo(f"{shown:24} {value}   ({low} to {high})")
     typer.echo(
         f"calibration error        {numbers['expected_calibration_error']:.2%}   "
         f"({numbers['expected_calibration_error_uncalibrated']:.2%} before temperature {evaluation.temperature:.2f})"
@@ -123,17 +121,17 @@ def explain(
         list[str] | None,
         typer.Option(
             help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam, scorecam, integrated_gradients or occlusion; "
-            "more than once for several (default: gradcam, and with --compare all but the three slow last)"
+            "more than once for several (default: gradcam, and with --compare-methods all but the three slow last)"
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
-    against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
+    contrast: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
-    shifts: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
-    score: Annotated[
-        bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
+    smooth: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
+    evaluate_maps: Annotated[
+        bool, typer.Option("--evaluate", help="measure how far this method's maps can be trusted, instead of drawing them")
     ] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="the same for all methods: a table and a figure")] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="the same for all methods: a table and a figure")] = False,
     out: Annotated[
         str,
         typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
@@ -153,25 +151,25 @@ def explain(
     if is_batch(engine, address, ray_workers, pictures) or is_address(out):
         from seewhy.cli_scale import Batch, explain_batch
 
-        if score or compare or layer or shifts > 1 or len(methods) > 1:
+        if evaluate_maps or compare_methods or layer or smooth > 1 or len(methods) > 1:
             raise typer.BadParameter(
                 "a table of heatmaps (--engine, addresses) is of one method and the last layer; "
-                "leave --score, --compare, --layer and --shifts out"
+                "leave --evaluate, --compare-methods, --layer and --smooth out"
             )
-        explain_batch(run, methods[0], target, against, Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json))
+        explain_batch(run, methods[0], target, contrast, Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json))
         return
     if skip_bad:
         raise typer.BadParameter("--skip-bad is for tables of heatmaps (--engine); name pictures that can be used")
     if Path(out).suffix in WRITERS:
         raise typer.BadParameter(f"{out}: overlays and scores go into a folder; add --engine local for a table of heatmaps")
-    if score or compare:
-        if target is not None or against is not None:
-            raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")
+    if evaluate_maps or compare_methods:
+        if target is not None or contrast is not None:
+            raise typer.BadParameter("scores are of the predicted class; leave --target and --contrast out")
         from seewhy.scoring import COMPARED, save_scores, wide, wide_sanity
 
         loaded = load(run)
-        methods = method or list(COMPARED) if compare else methods
-        table = loaded.score_methods(pictures, methods, layer or (), shifts)
+        methods = method or list(COMPARED) if compare_methods else methods
+        table = loaded.score_methods(pictures, methods, layer or (), smooth)
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, Path(out))
         if as_json:
@@ -188,7 +186,7 @@ def explain(
     records: list[dict[str, Any]] = []
     loaded = load(run)
     for name in methods:
-        explanation = loaded.explain(pictures, name, target, against, layer or (), shifts)
+        explanation = loaded.explain(pictures, name, target, contrast, layer or (), smooth)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         print_json(records)

@@ -14,9 +14,9 @@ import pandas as pd
 
 from seewhy.config import TrainConfig
 from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import HEADLINE, Evaluation, evaluate_part, evaluate_run
+from seewhy.evaluate import Evaluation, evaluate_part, evaluate_run
 from seewhy.images import open_images
-from seewhy.metrics import Comparison, compare_paired
+from seewhy.metrics import HEADLINE, Comparison, compare_paired
 from seewhy.progress import LOG
 from seewhy.saved_run import SavedRun
 from seewhy.split import read_split

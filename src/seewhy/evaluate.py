@@ -27,7 +27,6 @@ from seewhy.store import StoredRows, take_rows
 TOP = 5
 BATCH = 128  # pictures that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
-HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ class Evaluation:
         return best
 
     @cached_property
-    def sure(self) -> npt.NDArray[np.float64]:
+    def confidence(self) -> npt.NDArray[np.float64]:
         """(N,) probability of the predicted class."""
-        return metrics.by_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
+        return metrics.map_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted class is the true one."""
         same: npt.NDArray[np.bool_] = self.predicted == self.labels
         return same
@@ -99,7 +98,7 @@ class Evaluation:
         if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
         numbers: dict[str, Any] = {"n": n, "groups": count}
-        for name, value, interval in zip(HEADLINE, values, intervals, strict=True):
+        for name, value, interval in zip(metrics.HEADLINE, values, intervals, strict=True):
             numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
             **numbers,
@@ -119,15 +118,15 @@ class Evaluation:
     def _calibration(self) -> dict[str, Any]:
         """How far the probabilities can be believed, and what answering only the surest pictures brings."""
         labels, n = self.labels, len(self.labels)
-        plain = metrics.by_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
-        nats = metrics.by_rows(lambda rows: metrics.surprise(labels[rows], self.logits[rows] / self.temperature), n)
-        distances = metrics.by_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
+        plain = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
+        nats = metrics.map_rows(lambda rows: metrics.sample_nll(labels[rows], self.logits[rows] / self.temperature), n)
+        distances = metrics.map_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
         return {
             "negative_log_likelihood": float(nats.mean()),
             "brier_score": float(distances.mean()),
-            "expected_calibration_error": calibration.expected_calibration_error(self.sure, self.right),
-            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.right),
-            "area_under_risk_coverage": calibration.risk_coverage(self.sure, self.right).area,
+            "expected_calibration_error": calibration.expected_calibration_error(self.confidence, self.correct),
+            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.correct),
+            "area_under_risk_coverage": calibration.risk_coverage(self.confidence, self.correct).area,
         }
 
 

@@ -15,10 +15,9 @@ INPUT = "pictures"
 
 
 def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> bytes:
-    """The graph as it was read here, for ONNX Runtime; RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`,
+    """Return the graph as it was read here, for ONNX Runtime: raw bytes may say two things, so what it gets is what was checked.
 
-    of this rank each, in one pass and from within itself. What ONNX Runtime gets is what was checked: raw bytes may say two things.
-
+    Raises RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`, of this rank each, in one pass.
     Refused are weights in other files, operators from elsewhere, and loops, which could run for ever.
     How much memory and time the allowed operators take is not bounded by this.
     """

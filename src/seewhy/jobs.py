@@ -100,15 +100,15 @@ def _predict(asked: Path, options: dict[str, Any], pictures: int) -> Worker[Colu
 
 
 def _explain(asked: Path, options: dict[str, Any], pictures: int) -> Worker[Columns]:
-    """options: method, target, against. Columns path, class, prob, predicted, heatmap: a grey PNG of the network's last maps, 255 most."""
+    """options: method, target, contrast. Columns path, class, prob, predicted, heatmap: a grey PNG of the network's last maps, 255 most."""
     run = load(asked)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, pictures)
     forward, size = _settled(forward, preprocessing.size, pictures)
-    target, against = (options[name] and class_index(options[name], run.classes) for name in ("target", "against"))
+    target, contrast = (options[name] and class_index(options[name], run.classes) for name in ("target", "contrast"))
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        held = torch.full((len(way),), against) if against is not None else None
+        held = torch.full((len(way),), contrast) if contrast is not None else None
         return maps_of_features(model, way, options["method"], given, held)
 
     def answer(names: list[str], squares: list[npt.NDArray[np.uint8]]) -> Columns:

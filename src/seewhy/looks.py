@@ -1,4 +1,4 @@
-"""Picture files -> those that look odd: dark, light, blurry, empty, grey, oddly sized or shaped, by cleanvision."""
+"""Image files -> image issues: dark, light, blurry, nearly empty, grey, of odd size or aspect ratio, by cleanvision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {
     "low_information": "nearly empty",
     "grayscale": "grey",
     "odd_size": "odd size",
-    "odd_aspect_ratio": "odd ratio",
+    "odd_aspect_ratio": "odd aspect ratio",
 }
 
 
@@ -36,11 +36,11 @@ class Pictures:
 
 
 @quiet("cleanvision")
-def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
+def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
     Grey pictures with transparency are passed over: cleanvision 0.3 cannot take them.
-    'odd size' is far from the median of the set; 'odd ratio' a side more than about three times the other.
+    'odd size' is far from the median of the set; 'odd aspect ratio' a side more than about three times the other.
     """
     from cleanvision import Imagelab  # slow to import
 
@@ -54,9 +54,9 @@ def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
     rows = []
     for theirs, ours in KINDS.items():
         found = lab.issues[lab.issues[f"is_{theirs}_issue"]]
-        rows += [{"path": str(path), "look": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
-    table = pd.DataFrame(rows, columns=["path", "look", "score"])
-    return table.sort_values(["look", "score", "path"], ignore_index=True)
+        rows += [{"path": str(path), "issue": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
+    table = pd.DataFrame(rows, columns=["path", "issue", "score"])
+    return table.sort_values(["issue", "score", "path"], ignore_index=True)
 
 
 def _has_two_bands(path: Path) -> bool:

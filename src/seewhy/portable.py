@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seewhy.attribution import feature_maps, linear_head
+from seewhy.cam import gradcam_all_classes
 from seewhy.errors import ConfigError
 from seewhy.runtime import FORMAT
 from seewhy.saved_run import SavedRun
 from seewhy.square_graph import IR, OPSET, square_graph
 from seewhy.transforms import Normalize, Preprocessing
-from seewhy.unknowns import NEIGHBOURS, References
+from seewhy.unknowns import NEIGHBOURS, KNNReference
 
 
 class AnswerNetwork(nn.Module):
@@ -36,9 +37,9 @@ class AnswerNetwork(nn.Module):
         self.temperature, self.flip = run.temperature, bool(run.config.test_flip)
         self.vectors = run.references is not None
         if self.vectors:
-            references = cast(References, run.references)
+            references = cast(KNNReference, run.references)
             self.register_buffer("centre", torch.from_numpy(references.centre))
-            self.register_buffer("directions", torch.from_numpy(references.directions))  # half precision, widened when run
+            self.register_buffer("unit_features", torch.from_numpy(references.unit_features))  # half precision, widened when run
         self.weight = _map_weight(run)
         self.names = (
             "logits",
@@ -55,23 +56,19 @@ class AnswerNetwork(nn.Module):
         vector = model.forward_head(features, pre_logits=True)
         return model.get_classifier()(vector), features, vector
 
-    def _maps(self, features: Tensor) -> Tensor:
-        """Grad-CAM of every class in closed form: relu(W A), to a factor. (N, K, h, w) -> (N, C, h, w)."""
-        return torch.einsum("ck,nkhw->nchw", cast(Tensor, self.weight), features).clamp(min=0)
-
     def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
         pictures = self.normalize(squares)
         logits, features, vector = self._way(pictures)
-        maps = self._maps(features) if self.weight is not None else None
+        maps = gradcam_all_classes(self.weight, features) if self.weight is not None else None
         if self.flip:  # the mean over both directions, as `predict` and `explain` have it
             other, mirrored, _ = self._way(pictures.flip(3))
             logits = (logits + other) / 2
             if maps is not None:
-                maps = (maps + self._maps(mirrored).flip(3)) / 2
+                maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), mirrored).flip(3)) / 2
         found = [logits, (logits / self.temperature).softmax(dim=1)]
         if self.vectors:
             away = vector - cast(Tensor, self.centre)
-            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.directions).float().T
+            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.unit_features).float().T
             nearest = min(NEIGHBOURS, alike.shape[1])
             found.append(1 - alike.topk(nearest, dim=1).values[:, -1])
         if maps is not None:

@@ -212,7 +212,7 @@ def _members_of(path: Path) -> Iterable[Path]:
     return (path / member.name for member in members(path)) if is_shard(path) else [path]
 
 
-def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int, count: int | None = None, listed: str = "") -> ImageError:
+def unreadable_error(bad: Sequence[tuple[str, str]], total: int, kept: int, count: int | None = None, listed: str = "") -> ImageError:
     """What to raise for pictures that could not be used, (path, reason) each.
 
     total, kept: pictures, and those of them that can be used. count: of all bad ones, if `bad` are only the first. listed: where all stand.
@@ -247,7 +247,7 @@ def answer_files(
                 yield replace(found or nothing, bad=tuple(left_out))
             advance(len(names) + len(left_out))
     if bad and (not skip_bad or not kept):
-        raise refuse_bad(bad, len(paths), kept)
+        raise unreadable_error(bad, len(paths), kept)
 
 
 def as_columns(worker: Worker[Predictions], options: dict[str, Any]) -> Worker[Columns]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seewhy.errors import OutputError
-from seewhy.predictions import WRITERS, Columns, check_table, open_table, refuse_bad
+from seewhy.predictions import WRITERS, Columns, check_table, open_table, unreadable_error
 from seewhy.sources import RECORD
 from seewhy.storage import inside, is_address, names_in, open_file, remove_file, shown, write_whole
 from seewhy.streams import Bad
@@ -250,7 +250,7 @@ def write_results(store: Store, keys: Sequence[str], out: str, skip_bad: bool) -
     if bad and (not skip_bad or not rows):
         if not rows:
             store.finished.clear()
-        raise refuse_bad(first, rows + bad, rows, bad, shown(place))
+        raise unreadable_error(first, rows + bad, rows, bad, shown(place))
     if is_folder(out):
         store.drop_others(keys)
         return rows, bad

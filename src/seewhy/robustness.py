@@ -89,7 +89,7 @@ def run_robustness(run: SavedRun, pictures: int, names: Sequence[str] | None = N
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:pictures])
     table = robustness(run, images, drawn, tuple(dict.fromkeys(names or CORRUPTIONS)), config.workers)
     evaluation = evaluate_run(run, "test")
-    return table, slices(images, split.test, evaluation.right, np.bincount(images.labels[split.train], minlength=len(images.classes)))
+    return table, slices(images, split.test, evaluation.correct, np.bincount(images.labels[split.train], minlength=len(images.classes)))
 
 
 def save_robustness(table: pd.DataFrame, parts: pd.DataFrame, folder: Path) -> list[Path]:

@@ -54,9 +54,9 @@ class OnnxModel:
         return math.inf if above is None else float(above)
 
     def ask(self, pictures: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """(N, H, W, 3) uint8 RGB -> logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8, and where the file has them
+        """Run the file on (N, H, W, 3) uint8 RGB; by name, all outputs or those `wanted`.
 
-        strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone.
+        logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8; where the file has them strangeness (N,), heatmaps (N, C, h, w).
         """
         names = self.outputs if wanted is None else wanted
         return dict(zip(names, self._run(self.session, list(names), pictures), strict=True))
@@ -72,7 +72,7 @@ class OnnxModel:
     def _squares(self) -> Any:
         try:
             return _session(self.facts["square_graph"], 1)
-        except Exception as error:  # as below
+        except Exception as error:  # onnxruntime raises types of its own
             raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
 
     def square(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

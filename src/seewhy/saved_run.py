@@ -21,7 +21,7 @@ from seewhy.engines import Engine
 from seewhy.errors import RunError, SeewhyError, reason_of
 from seewhy.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.transforms import Preprocessing
-from seewhy.unknowns import References
+from seewhy.unknowns import KNNReference
 from seewhy.writing import move_folder, remove_tree, write_json
 
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
@@ -42,7 +42,7 @@ class SavedRun:
     backbone: Backbone
     cut: Cut
     manifest: dict[str, Any]
-    references: References | None = None
+    references: KNNReference | None = None
     engines: dict[str, dict[tuple[str, int], Engine]] = field(
         default_factory=lambda: {"network": {}, "answers": {}, "maps": {}}, compare=False
     )
@@ -99,9 +99,9 @@ def save_weights(backbone: Backbone, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(save(state))  # save_file would make it readable by its owner alone
 
 
-def save_references(references: References, folder: Path) -> None:
+def save_references(references: KNNReference, folder: Path) -> None:
     """To unknowns.safetensors."""
-    state = {"centre": torch.from_numpy(references.centre), "directions": torch.from_numpy(references.directions)}
+    state = {"centre": torch.from_numpy(references.centre), "unit_features": torch.from_numpy(references.unit_features)}
     (folder / "unknowns.safetensors").write_bytes(save(state))
 
 
@@ -155,16 +155,16 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> References | None:
+def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> KNNReference | None:
     if manifest.get("unknowns") is None:
         return None
     file = path / "unknowns.safetensors"
     state = _tensors(file)
-    centre, directions = (state.get(name, torch.empty(0)) for name in ("centre", "directions"))
+    centre, unit_features = (state.get(name, torch.empty(0)) for name in ("centre", "unit_features"))
     width = getattr(cast(Any, backbone.model).get_classifier(), "in_features", None)
-    if centre.ndim != 1 or directions.ndim != 2 or not len(directions) or not len(centre) == directions.shape[1] == width:
+    if centre.ndim != 1 or unit_features.ndim != 2 or not len(unit_features) or not len(centre) == unit_features.shape[1] == width:
         raise RunError(f"{file}: damaged (vectors of other lengths than the network's); {AGAIN}")
-    return References(centre.float().numpy(), directions.half().numpy())
+    return KNNReference(centre.float().numpy(), unit_features.half().numpy())
 
 
 def clean_up(folder: Path) -> None:

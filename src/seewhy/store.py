@@ -69,8 +69,10 @@ def take_rows(store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64])
 
 
 class KnownKeys:
-    """Keys by their first 8 bytes of 32, so that a billion of them are asked from memory. Of 10^9 keys two begin alike with a probability
-    of 0.03 (n^2 / 2^65): the row of one is then not stored, and computed again by whoever looks for it with `FeatureStore.find`.
+    """Keys by their first 8 bytes of 32, so that a billion of them are looked up in memory.
+
+    Of 10^9 keys two begin alike with a probability of 0.03 (n^2 / 2^65): the row of one is then not stored, and computed again by
+    whoever looks for it with `FeatureStore.find`.
     """
 
     def __init__(self, known: npt.NDArray[np.uint64]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from seewhy.config import TrainConfig, dump_config
 from seewhy.errors import ConfigError, require
+from seewhy.metrics import HEADLINE
 from seewhy.progress import LOG
 from seewhy.version import __version__
 from seewhy.writing import whole_file
@@ -23,7 +24,6 @@ from seewhy.writing import whole_file
 RECORD = "mlflow.json"  # run_id: which run of MLflow this is; complete: whether all of it was uploaded
 EXPERIMENT = "seewhy"  # unless $MLFLOW_EXPERIMENT_NAME says another
 ARTIFACTS = ("run.json", "metrics.json", "split.json", "history.csv", "README.md", "report.html", "log.txt")  # and figures/; no weights
-HEADLINES = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")
 MISSED = "misses a part, which is sent at the end of the training"
 
 # MLflow waits for minutes where a server is gone, reports its use, and prints on stdout. The user's own settings win.
@@ -107,8 +107,8 @@ def upload_run(folder: Path) -> None:
 def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     """What MLflow shows of a finished run: test_accuracy, test_accuracy_low and _high (the ends of the 95% interval), ..., seconds_..."""
     test = manifest["metrics"]["test"]
-    found = {f"test_{name}": test[name] for name in (*HEADLINES, "expected_calibration_error")}
-    found |= {f"test_{name}_{end}": test[f"{name}_ci95"][i] for name in HEADLINES for i, end in enumerate(("low", "high"))}
+    found = {f"test_{name}": test[name] for name in (*HEADLINE, "expected_calibration_error")}
+    found |= {f"test_{name}_{end}": test[f"{name}_ci95"][i] for name in HEADLINE for i, end in enumerate(("low", "high"))}
     found |= {"test_pictures": test["n"], "temperature": manifest["calibration"]["temperature"], "best_epoch": manifest["best_epoch"]}
     found |= {f"seconds_{name}": value for name, value in manifest["seconds"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -16,7 +16,7 @@ import numpy as np
 from seewhy import distributed
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
-from seewhy.calibration import answered_at, fit_temperature, threshold_for
+from seewhy.calibration import fit_temperature, selective_accuracy, threshold_for
 from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
@@ -33,11 +33,11 @@ from seewhy.report import warnings_of, write_report
 from seewhy.saved_run import SavedRun, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
 from seewhy.tracking import check_tracker, tracked, upload_run
-from seewhy.unknowns import REFERENCES, ROWS, References, in_rows, sample_references
+from seewhy.unknowns import REFERENCES, ROWS, KNNReference, fit_reference, in_rows
 from seewhy.version import __version__
 from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
 
-KNOWN_PASS = 0.95  # share of val that is not called unknown
+IN_DISTRIBUTION_QUANTILE = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
@@ -205,7 +205,7 @@ def _write_run(
     seconds: dict[str, float],
     began: float,
     found: dict[str, Any],
-    strange: tuple[References, dict[str, Any]] | None,
+    strange: tuple[KNNReference, dict[str, Any]] | None,
     leaked: int,
 ) -> SavedRun:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
@@ -270,11 +270,11 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
     """What makes answers trustworthy, chosen on val, and what came of it on test."""
     rows = []
     for precision in PRECISIONS:
-        threshold = threshold_for(val.sure, val.right, precision)
+        threshold = threshold_for(val.confidence, val.correct, precision)
         row: dict[str, Any] = {"precision": precision, "threshold": threshold}
         if threshold is not None:
             for part, evaluation in (("val", val), ("test", test)):
-                coverage, right = answered_at(evaluation.sure, evaluation.right, threshold)
+                coverage, right = selective_accuracy(evaluation.confidence, evaluation.correct, threshold)
                 row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
         rows.append(row)
     return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
@@ -282,17 +282,17 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
 
 def _unknowns(
     images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
-) -> tuple[References, dict[str, Any]] | None:
-    """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
+) -> tuple[KNNReference, dict[str, Any]] | None:
+    """What tells pictures of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
     vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
     if vectors is None:
         return None
     blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
-    references = sample_references(next(blocks))
+    references = fit_reference(next(blocks))
     val, test = np.split(np.concatenate([references.strangeness(block) for block in blocks]), [len(split.val)])
-    threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
+    threshold = float(np.quantile(val, IN_DISTRIBUTION_QUANTILE, method="inverted_cdf"))
     flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
     return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
 
@@ -325,4 +325,4 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
             answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
-            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.sure[n]))])
+            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.confidence[n]))])
