@@ -30,8 +30,8 @@ from seewhy.backbones import create_backbone
 from seewhy.cli import call, run_guarded
 from seewhy.config import make_config
 from seewhy.cutting import cut_backbone
+from seewhy.data_parallel import check_distributed, check_shards, sync_batch_norm
 from seewhy.errors import ConfigError, RunError
-from seewhy.fitting import _check_shards, check_distributed, sync_batch_norm
 from seewhy.launch import EXIT_PEER_LOST, _failure_priority, _to_error, launch
 from seewhy.store import KEY, FeatureStore, take_rows
 
@@ -162,11 +162,11 @@ def history_of(checkpoint: Path) -> list[dict[str, float]]:
 
 def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    _check_shards(6, 3)
+    check_shards(6, 3)
     with pytest.raises(ConfigError, match="--batch-size 5 is too small for 3 processes"):
-        _check_shards(5, 3)
+        check_shards(5, 3)
     with pytest.raises(ConfigError, match="2 validation pictures are too few for 3 processes"):
-        _check_shards(32, 2)
+        check_shards(32, 2)
     with pytest.raises(ConfigError, match="--nodes needs --rendezvous"):
         launch(make_config(data="scenes"), tmp_path / "run", nodes=2)
 

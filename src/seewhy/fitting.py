@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import os
@@ -21,7 +20,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
@@ -29,10 +27,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from seewhy import distributed
 from seewhy.backbones import Backbone
-from seewhy.batches import Batch, CachedViews, PictureViews, make_loader, trains_on_features
+from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
 from seewhy.callbacks import Diverged, HistoryKeeper, LastCheckpoint, ProgressCallback, WholeCheckpoints
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, parameter_stages
+from seewhy.data_parallel import check_shards, sync_batch_norm
 from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
@@ -160,24 +159,6 @@ class FitModule(LightningModule):
         total = (config.epochs or 1) * self.steps_an_epoch
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises by statistics of the batch."""
-    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
-
-
-def sync_batch_norm(tail: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm layers use statistics of all ranks' shards; it shares the parameters of `tail`, but no buffers.
-
-    `tail` itself for a single process, and where there is no BatchNorm.
-    By timm, since PyTorch's own conversion (and so Lightning's `sync_batchnorm`) drops the activation of timm's BatchNormAct2d.
-    """
-    if distributed.world_size() == 1 or not has_batch_norm(tail):
-        return tail
-    shared = {id(parameter): parameter for parameter in tail.parameters()}
-    synchronised: nn.Module = convert_sync_batchnorm(copy.deepcopy(tail, shared))  # type: ignore[no-untyped-call]
-    return synchronised
 
 
 def below_tail(backbone: Backbone, cut: Cut, engine: str, kept: str = "auto") -> Callable[[Tensor], Tensor]:
@@ -332,7 +313,7 @@ def _fit(
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
-    _check_shards(batch_size, len(val_data))
+    check_shards(batch_size, len(val_data))
     train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
@@ -386,32 +367,6 @@ def _fit(
     cut.tail.eval()
     best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
     return Fit(history, best_epoch, time.perf_counter() - began)
-
-
-def check_distributed(cut: Cut, config: TrainConfig) -> None:
-    """ConfigError where several processes on CPUs would train BatchNorm: PyTorch synchronises its statistics on GPUs only.
-
-    Does not concern a classifier on stored features, which the main process trains alone.
-    """
-    if distributed.world_size() == 1 or torch.cuda.is_available():
-        return
-    if isinstance(cut.tail, nn.Linear):  # StandardisedLinear has a BatchNorm
-        refused, advice = not trains_on_features(cut, config), "fixed views with the cache on"
-    else:
-        refused, advice = has_batch_norm(cut.tail), "a network without BatchNorm, such as convnext_tiny"
-    if refused:
-        raise ConfigError(
-            f"{config.backbone} --unfreeze {config.unfreeze}: several processes on CPUs cannot train BatchNorm, whose statistics PyTorch "
-            f"synchronises on GPUs only; train in one process, which uses all cores, or choose {advice}"
-        )
-
-
-def _check_shards(batch_size: int, val_pictures: int) -> None:
-    """ConfigError where some process would have nothing to do."""
-    if distributed.world_size() > 1 and batch_size < 2 * distributed.world_size():
-        raise ConfigError(f"--batch-size {batch_size} is too small for {distributed.world_size()} processes; give each at least 2 pictures")
-    if val_pictures < distributed.world_size():
-        raise ConfigError(f"{val_pictures} validation pictures are too few for {distributed.world_size()} processes; use fewer --devices")
 
 
 def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:

@@ -21,10 +21,11 @@ from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
+from seewhy.data_parallel import check_distributed
 from seewhy.errors import ConfigError, OutputError, RunError, require
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
 from seewhy.figures import confusion_figure, save_png, training_curves
-from seewhy.fitting import Fit, check_distributed, fit
+from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
