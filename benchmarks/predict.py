@@ -43,7 +43,12 @@ def saved_run(name: str, folder: Path) -> Any:
     save_weights(backbone, work)
     config = make_config(data="caltech101", backbone=name, weights=BACKBONES[name])
     classes = [f"class {n}" for n in range(CLASSES)]
-    facts = {"metrics": {"test": {"accuracy": 0.0, "n": 1}}, "data": {"hash": ""}, "split": {"hash": ""}}  # nothing was measured
+    facts = {
+        "metrics": {"test": {"accuracy": 0.0, "n": 1}},  # nothing was measured
+        "data": {"hash": ""},
+        "split": {"hash": ""},
+        "calibration": {"temperature": 1.0, "abstain": []},
+    }
     finish(work, folder / name, make_manifest(config, classes, backbone, facts))
     return load(folder / name)
 

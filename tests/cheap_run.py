@@ -15,6 +15,7 @@ from seewhy.config import make_config
 from seewhy.cutting import cut_backbone
 from seewhy.transforms import Preprocessing
 
+UNCALIBRATED = {"temperature": 1.0, "abstain": []}
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
 
@@ -30,4 +31,4 @@ def cheap_run(name: str = "resnet18", classes: Sequence[str] = CLASSES, size: in
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=size, resize=resize))
     backbone.model.get_classifier().weight.data.mul_(100)  # the small start would leave all classes as good as equal
     config = make_config(data="x", backbone=name, weights="none", **{"test_flip": False, **options}).resolved()
-    return Run(Path("cheap"), config, tuple(classes), backbone, cut_backbone(backbone, 1), {"metrics": {}})
+    return Run(Path("cheap"), config, tuple(classes), backbone, cut_backbone(backbone, 1), {"metrics": {}, "calibration": UNCALIBRATED})

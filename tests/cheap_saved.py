@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cheap_run import cheap_run
+from cheap_run import UNCALIBRATED, cheap_run
 from PIL import Image
 
 from seewhy.api import Run, load
@@ -23,7 +23,8 @@ def saved_cheap_run(folder: Path, **options: object) -> Run:
     work = folder.parent / f".{folder.name}.work"
     work.mkdir(parents=True)
     save_weights(run.backbone, work)
-    facts = {"metrics": {"test": {"accuracy": 0.5, "n": 6}}, "data": {"hash": "0"}, "split": {"hash": "0"}}
+    metrics = {"test": {"accuracy": 0.5, "n": 6}}
+    facts = {"metrics": metrics, "data": {"hash": "0"}, "split": {"hash": "0"}, "calibration": UNCALIBRATED}
     finish(work, folder, make_manifest(run.config, run.classes, run.backbone, facts))
     return load(folder)
 

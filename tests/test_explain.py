@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cheap_run import CLASSES, cheap_run
+from cheap_run import CLASSES, UNCALIBRATED, cheap_run
 from PIL import Image
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ def colour_run(resize: str = "squash") -> Run:
     model = ColourNetwork().eval()
     backbone = Backbone("colours", "colours", model, replace(PREPROCESSING, resize=resize), (), "none")
     config = make_config(data="x", weights="none").resolved()
-    return Run(Path("cheap"), config, COLOURS, backbone, Cut(None, model, "input"), {"metrics": {}})
+    return Run(Path("cheap"), config, COLOURS, backbone, Cut(None, model, "input"), {"metrics": {}, "calibration": UNCALIBRATED})
 
 
 @pytest.fixture

@@ -154,13 +154,6 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
         demo_run.threshold_for(0.999)
 
 
-def test_a_run_of_an_older_version_is_uncalibrated(demo_run: Run) -> None:
-    import dataclasses
-
-    old = dataclasses.replace(demo_run, manifest={k: v for k, v in demo_run.manifest.items() if k != "calibration"})
-    assert old.temperature == 1.0
-
-
 def test_model_card_tells_the_numbers_of_the_run(demo_run: Run) -> None:
     import yaml
 
