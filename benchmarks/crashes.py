@@ -237,14 +237,14 @@ def preload() -> None:
     """What jobs import; nothing is computed here, since threads would not survive the fork."""
     import lightning.pytorch
     import onnxruntime
-    import seewhy.parts
 
     import seewhy.cli
     import seewhy.parity
     import seewhy.predict
+    import seewhy.scale
     import seewhy.workflow
 
-    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.parts, seewhy.predict, seewhy.workflow))
+    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.scale, seewhy.workflow))
 
 
 if __name__ == "__main__":
