@@ -241,10 +241,10 @@ def preload() -> None:
     import seewhy.cli
     import seewhy.parity
     import seewhy.predict
-    import seewhy.result_store
+    import seewhy.scale
     import seewhy.workflow
 
-    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.result_store, seewhy.workflow))
+    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.scale, seewhy.workflow))
 
 
 if __name__ == "__main__":

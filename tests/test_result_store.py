@@ -16,7 +16,8 @@ from filelock import FileLock
 
 from seewhy.errors import ImageError, OutputError
 from seewhy.result_store import MOST_ROWS, Outcome, Piece, gathered, open_store, write_results
-from seewhy.scale import Request, Source, fill_store
+from seewhy.scale import Request, fill_store
+from seewhy.sources import Source
 
 REQUEST = {"job": "predict", "options": {"top_k": 1}}
 TYPES: dict[str, type] = {"path": str, "class_1": str, "prob_1": float}

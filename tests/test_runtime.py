@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -47,7 +48,7 @@ def installed_by(requirements: Path) -> set[str]:
     return found
 
 
-def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path) -> None:
     """The command in a process that can import no distribution but those that requirements-runtime.txt brings."""
     light = installed_by(REPOSITORY / "requirements-runtime.txt")
     blocked = [
@@ -59,12 +60,17 @@ def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo
     code = (
         f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
         f"from seewhy.cli import call, run_guarded\n"
-        f"sys.exit(run_guarded(lambda: call(['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_pictures]!r}, '--json'])))"
+        f"asked = ['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_pictures]!r}]\n"
+        f"run_guarded(lambda: call([*asked, '--out', {str(tmp_path / 'answers.csv')!r}]))\n"
+        f"sys.exit(run_guarded(lambda: call([*asked, '--json'])))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
+    told, records = done.stdout.splitlines()
+    assert told == f"{len(demo_pictures)} pictures -> {tmp_path / 'answers.csv'}"
+    answers = json.loads(records)
     expected = demo_run.predict(demo_pictures).records()
+    assert pd.read_csv(tmp_path / "answers.csv")["class_1"].tolist() == [e["top"][0]["class"] for e in expected]
     assert [a["top"][0]["class"] for a in answers] == [e["top"][0]["class"] for e in expected]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -242,6 +243,52 @@ def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, caps
         found = np.asarray(Image.open(io.BytesIO(row["heatmap"]))) / 255
         np.testing.assert_allclose(found, wanted.maps[n], atol=0.003)
         assert row["class"] == wanted.classes[wanted.targets[n]]
+
+
+@pytest.mark.parametrize("engine", [[], ["--engine", "local"]])
+def test_skip_bad_means_the_same_by_any_engine(
+    engine: list[str], run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "answers.csv"
+    command = ["predict", str(run.path), str(few / "shards" / "a.tar"), *engine, "--out", str(out)]
+    assert cli.run_guarded(lambda: cli.call(command)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"seewhy: 1 of 60 pictures cannot be used: .*00059\.jpg \(not an image\) .*pass --skip-bad", told)
+    assert not out.exists()
+    assert cli.run_guarded(lambda: cli.call([*command, "--skip-bad", "--json"])) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "out": str(out),
+        "pictures": 59,
+        "left_out": 1,
+        "bad": str(tmp_path / "answers.bad.csv"),
+    }
+
+
+def test_a_table_of_heatmaps_refuses_bad_pictures_too(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["explain", str(run.path), str(few / "shards" / "a.tar"), "--engine", "local", "--out", str(tmp_path / "maps.parquet")]
+    assert cli.run_guarded(lambda: cli.call(command)) == 2
+    assert "1 of 60 pictures cannot be used" in capsys.readouterr().err
+    assert cli.run_guarded(lambda: cli.call([*command, "--skip-bad"])) == 0
+
+
+def test_a_slash_behind_the_folder_changes_nothing(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the shell completes it: overlays where no table was asked for; a table stays in a folder that is there."""
+    picture, maps, answers = str(few / "plain" / "00.jpg"), tmp_path / "maps", tmp_path / "answers"
+    for out in (str(maps), f"{maps}/"):
+        assert cli.run_guarded(lambda out=out: cli.call(["explain", str(run.path), picture, "--out", out])) == 0
+        assert [file.suffix for file in maps.iterdir()] == [".png"]
+    answers.mkdir()
+    for out in (f"{answers}/", str(answers)):
+        assert cli.run_guarded(lambda out=out: cli.call(["predict", str(run.path), picture, "--out", out])) == 0
+        assert len(pq.read_table(answers)) == 1
+    assert cli.run_guarded(lambda: cli.call(["explain", str(run.path), picture, "--out", str(tmp_path / "maps.parquet")])) == 2
+    assert "overlays and scores go into a folder; add --engine local" in capsys.readouterr().err
+
+
+def test_few_pictures_are_not_worth_measuring(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "measured_batch", lambda *given: pytest.fail("measured"))
+    out = str(tmp_path / "answers.csv")
+    assert answer_sources(request_for(run), COLUMNS, find_sources([few / "plain"]), out, outcomes_here) == (20, 0)
 
 
 # ---------------------------------------------------------------- features

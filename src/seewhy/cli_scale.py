@@ -46,7 +46,7 @@ def predict_batch(run: Path, top_k: int, least: float | None, precision: float |
     else:
         from seewhy.jobs import prepared
 
-        loaded = prepared("predict", run)
+        loaded = prepared("predict", run, batch.engine == "ray")
     least = loaded.threshold_for(precision) if precision is not None else least
     options = {"top_k": top_k, "least": least}
     types = columns_of("predict", options, len(loaded.classes))
@@ -70,7 +70,7 @@ def explain_batch(run: Path, method: str, target: str | None, contrast: str | No
     if is_exported(run):
         raise RunError(f"{run}: an exported file answers, it does not explain pictures in numbers; pass its run")
     engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
-    classes = prepared("explain", run).classes
+    classes = prepared("explain", run, batch.engine == "ray").classes
     for name in (target, contrast):
         if name is not None:
             class_index(name, classes)

@@ -180,11 +180,11 @@ def _features(asked: Path, options: dict[str, Any], pictures: int) -> Worker[Col
 JOBS: dict[str, Callable[[Path, dict[str, Any], int], Worker[Columns]]] = {"predict": _predict, "explain": _explain, "features": _features}
 
 
-def prepared(job: str, asked: Path) -> SavedRun:
-    """A run, loaded once here: so that mistakes are told of before any worker starts, and the export of the network is at hand."""
+def prepared(job: str, asked: Path, workers: bool) -> SavedRun:
+    """A run, loaded before any work, so that mistakes are told of first. workers: whether many will want the export of its network."""
     run = load(asked)
-    if job == "predict":
+    if workers and job == "predict":
         answers_engine(run, MANY_ASKED)
-    else:
+    elif workers:
         kept_engine(run.engines["maps"], FeatureMaps(run.backbone.model), run.backbone.preprocessing, MANY_ASKED)
     return run

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -48,13 +46,11 @@ def fetch_runtime() -> Path:
     if npm is None:
         raise OutputError(f"onnxruntime-web is fetched by npm, and there is none; {advice}")
     package, _, version = RUNTIME.rpartition("-")
-    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        done = subprocess.run([npm, "pack", "--silent", f"{package}@{version}"], cwd=place, capture_output=True, text=True, check=False)
-        found = list(Path(place).glob("*.tgz"))
-        if done.returncode or not found:
-            reason = reason_of(done.stderr or "nothing came", 120)
-            raise OutputError(f"onnxruntime-web could not be fetched by npm ({reason}); {advice}")
-        os.replace(found[0], archive)
+    command = [npm, "pack", "--silent", "--pack-destination", str(archive.parent), f"{package}@{version}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not archive.is_file():
+        reason = reason_of(done.stderr or "nothing came", 120)
+        raise OutputError(f"onnxruntime-web could not be fetched by npm ({reason}); {advice}")
     return archive
 
 
