@@ -116,12 +116,12 @@ def _estimate(config: TrainConfig, images: ImageSet, split: Split, backbone: Bac
         work()
         return (time.perf_counter() - began) / SAMPLE
 
-    paths, given = [images.paths[i] for i in np.resize(split.train, SAMPLE)], backbone.preprocessing
+    paths, given = [images.paths[i] for i in np.resize(split.train, SAMPLE).tolist()], backbone.preprocessing
     squares = torch.randn(SAMPLE, 3, given.size, given.size)
     inputs = squares if cut.trunk is None else torch.randn(SAMPLE, *feature_shape(cut.trunk, given))
     below = timed(lambda: [square_of(path, given) for path in paths]) / max(1, config.workers)  # what comes before the layers that train
-    if cut.trunk is not None:
-        below += timed(torch.inference_mode()(lambda: cut.trunk.eval()(squares)))
+    if (trunk := cut.trunk) is not None:
+        below += timed(torch.inference_mode()(lambda: trunk.eval()(squares)))
     step = timed(lambda: cut.tail.train()(inputs).sum().backward())
     train, val, test = (len(split.part(part)) for part in PARTS)
     epochs, answers = int(config.epochs or 1), (val + test) * (2 if config.test_flip else 1)
