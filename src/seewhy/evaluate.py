@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,20 +15,22 @@ from torch import nn
 from seewhy import calibration, metrics, world
 from seewhy.backbones import Backbone
 from seewhy.columns import Paths
+from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
-from seewhy.features import Features, extract_features
+from seewhy.features import Features, FeatureSpec, extract_features
 from seewhy.images import ImageSet
 from seewhy.progress import progress
 from seewhy.spill import spilled_zeros
 from seewhy.store import StoredRows, take_rows
+from seewhy.transforms import EVAL_VIEW, MIRRORED_VIEW
 
 TOP = 5
 BATCH = 128  # pictures that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
-HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
+HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval; top-5 of more than 5 classes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What a network says of N labelled pictures.
 
@@ -79,17 +81,18 @@ class Evaluation:
         """The entry of `metrics.json` (docs/METRICS.md): headline numbers with bootstrap intervals over groups, and one row a class."""
         n = len(self.labels)
         rows = metrics.per_class(self.confusion)
+        names = [name for name in HEADLINE if name != "top5_accuracy" or len(self.classes) > TOP]
         among = metrics.in_top_k(self.labels, self.logits, TOP)
 
         def headline(weights: npt.NDArray[np.int64]) -> list[float]:
             confusion = metrics.confusion_matrix(self.labels, self.predicted, len(self.classes), weights)
-            right = float(np.diag(confusion).sum() / confusion.sum())
-            return [
-                right,
-                float(np.average(among, weights=weights)),
-                metrics.mean_per_class_accuracy(confusion),
-                metrics.macro_f1(confusion),
-            ]
+            found = {
+                "accuracy": float(np.diag(confusion).sum() / confusion.sum()),
+                "top5_accuracy": float(np.average(among, weights=weights)),
+                "mean_per_class_accuracy": metrics.mean_per_class_accuracy(confusion),
+                "macro_f1": metrics.macro_f1(confusion),
+            }
+            return [found[name] for name in names]
 
         values = headline(np.ones(n, dtype=np.int64))
         intervals = metrics.group_bootstrap(headline, self.groups)
@@ -97,7 +100,7 @@ class Evaluation:
         if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
         numbers: dict[str, Any] = {"n": n, "groups": count}
-        for name, value, interval in zip(HEADLINE, values, intervals, strict=True):
+        for name, value, interval in zip(names, values, intervals, strict=True):
             numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
             **numbers,
@@ -129,36 +132,33 @@ class Evaluation:
         }
 
 
-def evaluate_network(
-    backbone: Backbone,
-    cut: Cut,
+def evaluate_part(
     images: ImageSet,
     indices: npt.NDArray[np.int64],
     part: str,
-    engine: str = "auto",
-    workers: int = 2,
-    keep: bool = True,
-    flip: bool = False,
+    backbone: Backbone,
+    cut: Cut,
+    config: TrainConfig,
     groups: npt.NDArray[np.int64] | None = None,
     temperature: float = 1.0,
-    kept: str = "auto",
 ) -> Evaluation:
-    """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache.
+    """The pictures at `indices` as a run of this config answers them; the frozen part comes from the cache.
 
     Processes that train together share the pictures, and each gets all logits.
 
-    flip: logits are the mean of those of the picture and of its mirror image.
-    groups: (N,) numbers of the pictures at `indices`; None: each is a group of its own.
+    With test_flip, logits are the mean of those of the picture and of its mirror image.
+    groups: (N,) a number a picture of all `images`; None: each is a group of its own.
     """
-    trained_whole = cut.trunk is None
-    halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
-    views = 2 if flip else 1  # view 1 is the mirrored one
+    halves, spec = cut, FeatureSpec.of(config)
+    if cut.trunk is None:  # trained as a whole
+        halves, spec = Cut(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
+    views = MIRRORED_VIEW + 1 if config.test_flip else EVAL_VIEW + 1
     mine = world.share(indices)
     asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
-    features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
-    logits = tail_logits(halves.tail, features.store, features.rows[:, 0])
-    if flip:
-        logits += tail_logits(halves.tail, features.store, features.rows[:, 1])
+    features = extract_features(images, asked, views, halves, backbone.preprocessing, spec)
+    logits = tail_logits(halves.tail, features.store, features.rows[:, EVAL_VIEW])
+    if config.test_flip:
+        logits += tail_logits(halves.tail, features.store, features.rows[:, MIRRORED_VIEW])
         logits /= views
     return Evaluation(
         part=part,
@@ -166,7 +166,7 @@ def evaluate_network(
         labels=images.labels[indices],
         logits=world.gathered(logits[: len(mine)], len(indices)),
         classes=images.classes,
-        groups=np.arange(len(indices)) if groups is None else groups,
+        groups=np.arange(len(indices)) if groups is None else groups[indices],
         temperature=temperature,
     )
 
@@ -176,10 +176,7 @@ def classifier_vectors(
     cut: Cut,
     images: ImageSet,
     indices: npt.NDArray[np.int64],
-    engine: str = "auto",
-    workers: int = 2,
-    keep: bool = True,
-    kept: str = "auto",
+    spec: FeatureSpec,
 ) -> Iterator[npt.NDArray[np.float32]] | None:
     """(B, K) what the classifier reads of the pictures at `indices` (evaluation view), block after block, (N, K) in all, for every process.
 
@@ -189,10 +186,12 @@ def classifier_vectors(
     tail = with_vector(backbone, backbone.model if trained_whole else cut.tail)
     if tail is None:
         return None
-    halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
+    halves = Cut(cut.trunk, tail, cut.place)
+    if trained_whole:
+        halves, spec = Cut(tail, nn.Identity(), "vectors"), replace(spec, cache=False)
     mine = world.share(indices)
     asked = mine if len(mine) else indices[:1]
-    features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
+    features = extract_features(images, asked, EVAL_VIEW + 1, halves, backbone.preprocessing, spec)
     return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
 
 

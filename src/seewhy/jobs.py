@@ -27,7 +27,7 @@ from seewhy.decoding import decode
 from seewhy.engines import MANY, Engine, kept_engine, make_engine, steady
 from seewhy.errors import RunError
 from seewhy.explain import class_index, maps_both_ways
-from seewhy.features import EVAL_VIEW, feature_shape, render_view, rounded
+from seewhy.features import eval_square, feature_shape, render_view, rounded
 from seewhy.metrics import softmax
 from seewhy.predict import answers_engine, as_predictions, logits_of
 from seewhy.predictions import Columns, Predictions
@@ -46,7 +46,7 @@ GAIN = 1.05  # what twice the batch has to be faster by, to be worth its memory
 TRIED_S = 0.15  # a batch size
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """Rows of answers in the order of the pictures, columns by name, and what was left out."""
 
@@ -168,7 +168,7 @@ def _gathered(small: Iterable[Piece]) -> Iterator[Piece]:
 
 def _square_from(preprocessing: Preprocessing) -> Callable[[bytes], npt.NDArray[np.uint8]]:
     """Bytes -> the square that the network answers about."""
-    return lambda data: render_view(decode(data, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+    return lambda data: eval_square(decode(data, preprocessing.enough), preprocessing)
 
 
 # ---------------------------------------------------------------- predict

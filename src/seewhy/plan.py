@@ -18,12 +18,11 @@ from seewhy.backbones import Backbone, create_backbone
 from seewhy.checking import check_file
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.decoding import read_image
 from seewhy.embedding import EMBEDDER
 from seewhy.engines import MANY as SIDE_BY_SIDE
 from seewhy.engines import Engine, make_engine, settled_engine
 from seewhy.errors import DataError
-from seewhy.features import EVAL_VIEW, feature_shape, render_view
+from seewhy.features import feature_shape, square_of
 from seewhy.fitting import FitModule
 from seewhy.grouping import MANY
 from seewhy.images import list_data
@@ -143,7 +142,7 @@ def _pipeline_rate(paths: Sequence[Path], trunk: Any, preprocessing: Preprocessi
     run: Engine = make_engine(trunk, preprocessing, SIDE_BY_SIDE, engine)
 
     def square(path: Path) -> npt.NDArray[np.uint8]:
-        return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+        return square_of(path, preprocessing)
 
     def work() -> None:
         batches = in_batches(in_order(square, paths, workers), BATCH)

@@ -22,7 +22,8 @@ from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
+from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
+from seewhy.features import FeatureSpec
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
@@ -134,10 +135,9 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
     mark = time.perf_counter()
-    train_data, val_data = training_data(images, split, backbone, cut, config)
+    data = training_data(images, split, backbone, cut, config)
     seconds["features"] = time.perf_counter() - mark
-    labels = images.labels[split.train]
-    fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
+    fitted = fit(backbone, cut, data, config, places.work)
     seconds["fit"] = fitted.seconds
     mark = time.perf_counter()
     val = evaluate_part(images, split.val, "val", backbone, cut, config, split.groups)
@@ -196,22 +196,6 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
     if split.torn:
         shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
-
-
-def evaluate_part(
-    images: ImageSet,
-    indices: Any,
-    part: str,
-    backbone: Backbone,
-    cut: Cut,
-    config: TrainConfig,
-    groups: Any = None,
-    temperature: float = 1.0,
-) -> Evaluation:
-    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
-    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
-    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
-    return evaluate_network(backbone, cut, images, indices, part, *how)
 
 
 # ---------------------------------------------------------------- writing
@@ -310,7 +294,7 @@ def _unknowns(
     """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
-    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
+    vectors = classifier_vectors(backbone, cut, images, indices, FeatureSpec.of(config))
     if vectors is None:
         return None
     blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
@@ -374,5 +358,5 @@ def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evalu
         )
     if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
         place = np.array([run.classes.index(name) for name in images.classes])
-        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
+        images = replace(images, classes=run.classes, labels=place[images.labels])
     return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)
