@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -148,3 +149,26 @@ def test_no_stage_imports_a_later_one() -> None:
         found = re.findall(r"^from seewhy\.(\w+) import|^import seewhy\.(\w+)", text, flags=re.MULTILINE)
         for imported in {a or b for a, b in found}:
             assert order.index(imported) < number, f"{name} imports {imported}"
+
+
+ARRAYS = r"NDArray|ndarray|DataFrame|\bTensor"
+
+
+def test_what_holds_arrays_is_compared_by_identity() -> None:
+    """Comparing the fields of such dataclasses raises ValueError, and hashing them TypeError."""
+    held: dict[str, tuple[bool, list[str]]] = {}
+    for file in (REPOSITORY / "src" / "seewhy").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and (made := [d for d in map(ast.unparse, node.decorator_list) if d.startswith("dataclass")]):
+                kinds = [ast.unparse(field.annotation) for field in node.body if isinstance(field, ast.AnnAssign)]
+                held[node.name] = "eq=False" in made[0], [kind for kind in kinds if "Callable" not in kind]
+    arrays: set[str] = set()
+    while (
+        more := {
+            name for name, (_, kinds) in held.items() if re.search("|".join([ARRAYS, *(rf"\b{a}\b" for a in arrays)]), " ".join(kinds))
+        }
+        - arrays
+    ):
+        arrays |= more
+    assert {"ImageSet", "Split", "Evaluation", "Predictions", "Explanation", "Run"} <= arrays
+    assert sorted(name for name in arrays if not held[name][0]) == []

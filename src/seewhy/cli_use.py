@@ -43,6 +43,8 @@ def evaluate(
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
     names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
     for name, shown in names.items():
+        if name not in numbers:  # top-5 of five classes
+            continue
         low, high = numbers[f"{name}_ci95"]
         typer.echo(f"{shown:24} {numbers[name]:.2%}   ({low:.2%} to {high:.2%})")
     low, high = numbers["macro_f1_ci95"]

@@ -23,7 +23,7 @@ from seewhy.shards import SOUGHT, find_shards, is_shard, members
 from seewhy.spill import spilled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled pictures of one dataset, all of them decodable.
 

@@ -28,7 +28,7 @@ BLOCK = 1024  # pictures that are answered and kept at a time
 Columns = dict[str, list[Any]]  # name -> a value a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """Class probabilities of N pictures.
 

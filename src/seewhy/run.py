@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A fitted classifier with its record.
 

@@ -47,7 +47,7 @@ class Members(Column[Member]):
         return Members(self.names.take(positions), self.labels.take(positions))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index:
     """What is in a shard, and where.
 

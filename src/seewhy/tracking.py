@@ -134,7 +134,7 @@ def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     """What MLflow shows of a finished run: test_accuracy, test_accuracy_low and _high (the ends of the 95% interval), ..., seconds_..."""
     found: dict[str, float] = {}
     test = manifest["metrics"]["test"]
-    for name in HEADLINES:
+    for name in filter(test.__contains__, HEADLINES):
         low, high = test[f"{name}_ci95"]
         found |= {f"test_{name}": test[name], f"test_{name}_low": low, f"test_{name}_high": high}
     found |= {"test_pictures": test["n"], "test_expected_calibration_error": test["expected_calibration_error"]}

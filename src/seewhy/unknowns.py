@@ -20,7 +20,7 @@ ROWS = 1024  # vectors held against the references at a time
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """What is known of N training pictures: vectors (N, K) before the classifier, logits (N, C), labels (N,)."""
 
@@ -111,7 +111,7 @@ SCORES: dict[str, Callable[[Known], Measure]] = {
 # ---------------------------------------------------------------- what runs use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class References:
     """A sample of the training pictures to hold others against.
 
