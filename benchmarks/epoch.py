@@ -85,7 +85,7 @@ def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.mem
 def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     """Seconds of each epoch of seewhy's fit."""
     from seewhy.backbones import create_backbone
-    from seewhy.batches import CachedViews
+    from seewhy.batches import CachedViews, TrainingData
     from seewhy.config import make_config
     from seewhy.cutting import cut_backbone
     from seewhy.features import Features, extract_features
@@ -98,7 +98,7 @@ def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     train = CachedViews(features, images.labels[indices])
     val = CachedViews(Features(features.store, features.rows[:BATCH, :1], 0), images.labels[indices][:BATCH])
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(backbone, cut, train, val, images.labels[indices], CLASSES, config, Path(folder))
+        fitted = fit(backbone, cut, TrainingData(train, val, images.labels[indices], CLASSES), config, Path(folder))
     return [row["seconds"] for row in fitted.history]
 
 

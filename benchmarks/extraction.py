@@ -53,7 +53,7 @@ def candidates_of(name: str, images: Any, indices: Any, count: int, cache: Path)
     from seewhy.cutting import cut_backbone
     from seewhy.decoding import read_image
     from seewhy.engines import Engine, make_engine
-    from seewhy.features import extract_features, render_view
+    from seewhy.features import FeatureSpec, extract_features, render_view
     from seewhy.streams import in_order
 
     backbone = create_backbone(name, 2, BACKBONES[name])
@@ -66,7 +66,7 @@ def candidates_of(name: str, images: Any, indices: Any, count: int, cache: Path)
     def extract(views: int) -> Callable[[], Any]:
         def run() -> None:
             shutil.rmtree(cache / "features", ignore_errors=True)
-            extract_features(images, indices[: len(indices) // views], views, cut, backbone.preprocessing, "onnx")
+            extract_features(images, indices[: len(indices) // views], views, cut, backbone.preprocessing, FeatureSpec("onnx"))
 
         return run
 

@@ -24,7 +24,7 @@ from seewhy.backbones import create_backbone
 from seewhy.batches import make_loader, training_data
 from seewhy.config import make_config, parse_settings
 from seewhy.cutting import cut_backbone
-from seewhy.evaluate import evaluate_network
+from seewhy.evaluate import evaluate_part
 from seewhy.fitting import FitModule
 from seewhy.images import ImageSet, open_images
 from seewhy.search import fit_candidate
@@ -36,7 +36,8 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
     backbone, cut, fitted = fit_candidate(images, split, config)
-    plain, both = (evaluate_network(backbone, cut, images, split.val, "val", flip=flip).metrics["accuracy"] for flip in (False, True))
+    ways = [config.model_copy(update={"test_flip": flip}) for flip in (False, True)]
+    plain, both = (evaluate_part(images, split.val, "val", backbone, cut, way).metrics["accuracy"] for way in ways)
     return {
         "val_accuracy": plain,
         "val_accuracy_flip": both,
@@ -55,7 +56,7 @@ def suggested_lr(images: ImageSet, options: dict[str, Any], seed: int) -> float:
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
-    train_data, _ = training_data(images, split, backbone, cut, config)
+    train_data = training_data(images, split, backbone, cut, config).train
     loader = make_loader(train_data, int(config.batch_size or 32), config.seed, config.workers)
     module = FitModule(backbone, cut, config, len(images.classes), None, len(loader))
     module.lr = 0.0  # type: ignore[assignment]  # the tuner asks for the attribute; its rates go to the optimiser directly

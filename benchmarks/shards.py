@@ -75,7 +75,7 @@ def candidates_of(places: dict[str, Path], cache: Path, extract: bool) -> dict[s
     from seewhy.backbones import create_backbone
     from seewhy.cutting import cut_backbone
     from seewhy.decoding import read_bytes
-    from seewhy.features import extract_features
+    from seewhy.features import FeatureSpec, extract_features
     from seewhy.images import open_images
     from seewhy.streams import in_order
 
@@ -92,7 +92,7 @@ def candidates_of(places: dict[str, Path], cache: Path, extract: bool) -> dict[s
 
         def features(images: Any = images) -> None:
             shutil.rmtree(cache / "features", ignore_errors=True)
-            extract_features(images, np.arange(len(images)), 1, cut, backbone.preprocessing, "onnx")
+            extract_features(images, np.arange(len(images)), 1, cut, backbone.preprocessing, FeatureSpec("onnx"))
 
         candidates |= {f"{kind} | reading, in order": read(images.paths), f"{kind} | reading, a random tenth": read(few)}
         if extract:

@@ -26,7 +26,7 @@ from cheap_run import normalised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seewhy.backbones import BACKBONES, Backbone, create_backbone, read_weights, rebuild_backbone, weights_hash
+from seewhy.backbones import BACKBONES, Backbone, create_backbone, network_hash, read_weights, rebuild_backbone
 from seewhy.cutting import cut_backbone, parameter_stages
 from seewhy.decoding import read_image
 from seewhy.errors import BackboneError, ConfigError, WeightsError
@@ -259,8 +259,8 @@ def test_classifier_starts_small_and_by_seed() -> None:
     assert weight.shape == (50, 1280)
     assert weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert one.model.get_classifier().bias.abs().max() == 0
-    assert weights_hash(one.model) == weights_hash(two.model)
-    assert weights_hash(one.model) != weights_hash(other.model)
+    assert network_hash(one.model) == network_hash(two.model)
+    assert network_hash(one.model) != network_hash(other.model)
     assert torch.equal(one.model.get_submodule("blocks.6.0.conv_pw").weight, other.model.get_submodule("blocks.6.0.conv_pw").weight)
 
 
@@ -280,19 +280,19 @@ def test_creating_leaves_the_global_generator_and_gives_eval_mode() -> None:
     assert not any(module.training for module in backbone.model.modules())
 
 
-def test_weights_hash_sees_every_value_and_nothing_else() -> None:
+def test_network_hash_sees_every_value_and_nothing_else() -> None:
     one, two = (create_backbone(SMALL, 5, weights="none") for _ in range(2))
-    before = weights_hash(one.model)
+    before = network_hash(one.model)
     assert re.fullmatch("[0-9a-f]{64}", before)
-    assert weights_hash(two.model) == before
+    assert network_hash(two.model) == before
     cut_backbone(two, 1)
     two.model.train()
-    assert weights_hash(two.model) == before
+    assert network_hash(two.model) == before
     with torch.no_grad():
         two.model.get_submodule("layer4.0.conv1").weight[0, 0, 0, 0] += 1e-4
-    assert weights_hash(two.model) != before
+    assert network_hash(two.model) != before
     one.model.get_submodule("bn1").running_var[3] = 1.5
-    assert weights_hash(one.model) not in (before, weights_hash(two.model))
+    assert network_hash(one.model) not in (before, network_hash(two.model))
 
 
 def test_rebuild_takes_exactly_its_own_state() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -296,3 +298,21 @@ def test_pictures_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats:
     assert unknowns["test_flagged"] <= 0.15
     _, out, _ = call("predict", demo_run.path, tmp_path / "noise.png")
     assert "looks like nothing known: " in out
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer; check the network"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "Name or service not known; check the network"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out; check the network"),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "No route to host; check the network"),
+        (OSError(errno.EIO, "Input/output error", "a.jpg"), "a.jpg: Input/output error; check the disk and its permissions"),
+    ],
+)
+def test_a_network_that_fails_is_not_called_a_disk(error: OSError, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert cli.run_guarded(fail) == 2
+    assert capsys.readouterr().err == f"seewhy: {line}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +100,21 @@ def test_an_export_is_kept_and_taken_by_auto(cache: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(make_engine(small_network(), TINY, 1, "auto")(squares(2, 16)), first)
 
 
+class Hidden(nn.Module):
+    """An activation that `repr` does not show."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.activation(inputs)
+
+
 def test_other_weights_structure_or_preprocessing_are_other_exports(cache: Path) -> None:
     cut_pooled, cut_map = (cut_backbone(create_backbone("resnet18", 5, "none"), n).trunk for n in (0, 1))
     networks = [small_network(), small_network(1), nn.Sequential(small_network(), nn.Flatten()), cut_pooled, cut_map]
+    networks += [Hidden(torch.relu), Hidden(torch.tanh)]  # the same tensors and repr
     networks += [create_backbone("resnet18", 5, "none").model, FeatureMaps(create_backbone("resnet18", 5, "none").model)]
     places = {engines._export_place(FromSquares(network, TINY), 16) for network in networks}
     places |= {engines._export_place(FromSquares(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}

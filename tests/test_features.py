@@ -6,7 +6,9 @@ import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from seewhy import features
-from seewhy.cutting import Cut
+from seewhy.backbones import create_backbone
+from seewhy.cutting import Cut, cut_backbone
 from seewhy.decoding import read_image
 from seewhy.engines import Engine
 from seewhy.errors import OutputError
-from seewhy.features import FeatureStore, extract_features, render_view, row_key
+from seewhy.features import FeatureSpec, FeatureStore, extract_features, render_view, row_key
 from seewhy.images import ImageSet, open_images
 from seewhy.store import as_keys
 from seewhy.transforms import Preprocessing, view_of
@@ -134,7 +137,7 @@ def test_equal_pictures_of_one_dataset_are_computed_once(pictures: ImageSet) -> 
     shutil.copy(pictures.paths[0], pictures.root / "dog" / "copy.png")
     twice = open_images(str(pictures.root))
     for keep in (True, False):
-        found = extract_features(twice, np.arange(9), 2, tiny_cut(), TINY, keep=keep)
+        found = extract_features(twice, np.arange(9), 2, tiny_cut(), TINY, FeatureSpec(cache=keep))
         assert found.computed == 16
         copy = [str(path.name) for path in twice.paths].index("copy.png")
         np.testing.assert_array_equal(found.rows[copy], found.rows[0])
@@ -150,6 +153,61 @@ def test_other_weights_place_or_preprocessing_take_another_store(pictures: Image
     ):
         assert extract_features(pictures, ALL, 1, cut, preprocessing).computed == 8
     assert len(list((cache / "features").iterdir())) == 5
+
+
+class Activated(nn.Module):
+    """A convolution and an activation held as a plain function, which neither `state_dict` nor `repr` shows."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.convolution = tiny_cut().trunk[0]
+        self.activation = activation
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.convolution(inputs))
+
+
+def scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: values * factor
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (nn.Sequential(tiny_cut().trunk[0], nn.GELU()), nn.Sequential(tiny_cut().trunk[0], nn.ReLU())),
+        (nn.Sequential(tiny_cut().trunk[0], nn.LeakyReLU(0.1)), nn.Sequential(tiny_cut().trunk[0], nn.LeakyReLU(0.5))),
+        (Activated(torch.relu), Activated(torch.tanh)),
+        (Activated(nn.functional.relu), Activated(nn.functional.gelu)),
+        (Activated(scaled(2.0)), Activated(scaled(3.0))),
+        (Activated(partial(torch.clamp, min=0.1)), Activated(partial(torch.clamp, min=0.2))),
+    ],
+)
+def test_equal_weights_in_another_structure_take_another_store(pictures: ImageSet, cache: Path, one: nn.Module, two: nn.Module) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    found = []
+    for trunk in (one, two):
+        features = extract_features(pictures, ALL, 1, Cut(trunk, nn.Identity(), "tiny"), TINY)
+        assert features.computed == 8
+        found.append(features.get(ALL))
+        expected = expected_features(pictures, Cut(trunk, nn.Identity(), "tiny"), 1)
+        np.testing.assert_allclose(found[-1], expected[:, 0], rtol=2e-3, atol=1e-3)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    assert len(list((cache / "features").iterdir())) == 2
+    assert extract_features(pictures, ALL, 1, Cut(deepcopy(one), nn.Identity(), "tiny"), TINY).computed == 0
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "efficientvit_b0.r224_in1k", "repvit_m0_9.dist_300e_in1k"])
+def test_seeds_and_classes_share_a_store(name: str) -> None:
+    one, two = (create_backbone(name, classes, "none", seed=5) for classes in (3, 4))
+    own = two.model.state_dict()
+    two.model.load_state_dict({key: t if t.shape == own[key].shape else own[key] for key, t in one.model.state_dict().items()})
+    names = [features.store_name(cut_backbone(backbone, 0), backbone.preprocessing, "torch") for backbone in (one, two)]
+    assert names[0] == names[1]
+    cut = cut_backbone(one, 0)
+    with torch.no_grad():
+        for parameter in cut.tail.parameters():  # a fit moves the classifier
+            parameter += 1
+    assert features.store_name(cut, one.preprocessing, "torch") == names[0]
 
 
 def test_interruption_keeps_the_finished_batches(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,14 +272,14 @@ def test_features_that_a_shared_disk_shows_late_are_waited_for(
     monkeypatch.setattr("time.sleep", slept.append)
     if looks is None:
         with pytest.raises(OutputError, match="lacks features that another machine has computed"):
-            extract_features(pictures, ALL, 1, tiny_cut(), TINY, together=True)
+            extract_features(pictures, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True))
     else:
-        assert extract_features(pictures, ALL, 1, tiny_cut(), TINY, together=True).rows.min() == 0
+        assert extract_features(pictures, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True)).rows.min() == 0
     assert len(slept) == (features.SHOWN_LATE if looks is None else looks - 1)
 
 
 def test_without_keeping_the_disk_stays_empty(pictures: ImageSet, cache: Path) -> None:
-    found = extract_features(pictures, ALL, 2, tiny_cut(), TINY, keep=False)
+    found = extract_features(pictures, ALL, 2, tiny_cut(), TINY, FeatureSpec(cache=False))
     assert found.computed == 16
     assert not (cache / "features").exists()
     kept = extract_features(pictures, ALL, 2, tiny_cut(), TINY)
@@ -233,7 +291,7 @@ def test_trunk_is_left_as_it_was(pictures: ImageSet) -> None:
     cut = tiny_cut()
     weight = cut.trunk[0].weight
     strides = weight.stride()
-    extract_features(pictures, ALL, 1, cut, TINY, engine="torch")
+    extract_features(pictures, ALL, 1, cut, TINY, FeatureSpec("torch"))
     assert cut.trunk[0].weight is weight
     assert weight.stride() == strides  # the engine's layout and device are its own
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from seewhy import fitting
 from seewhy.backbones import Backbone, create_backbone
-from seewhy.batches import CachedViews, EpochBatches, PictureViews
+from seewhy.batches import CachedViews, EpochBatches, PictureViews, TrainingData, training_data
 from seewhy.config import TrainConfig, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.errors import ConfigError
-from seewhy.features import Features, extract_features
+from seewhy.features import Features, FeatureSpec, extract_features
 from seewhy.fitting import Fit, FitModule, StandardisedLinear, cosine_with_warmup, fit
 from seewhy.images import ImageSet, open_images
 from seewhy.split import Split, split_images
@@ -134,12 +134,13 @@ def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tupl
     train_data: CachedViews | PictureViews
     val_data: CachedViews | PictureViews
     if cached:
-        train_data = CachedViews(extract_features(images, split.train, 3, cut, backbone.preprocessing, "torch"), images.labels[split.train])
-        val_data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch"), images.labels[split.val])
+        spec = FeatureSpec("torch")
+        train_data = CachedViews(extract_features(images, split.train, 3, cut, backbone.preprocessing, spec), images.labels[split.train])
+        val_data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, spec), images.labels[split.val])
     else:
         train_data = PictureViews(images, split.train, backbone.preprocessing, config.views, 1, config.augment)
         val_data = PictureViews(images, split.val, backbone.preprocessing, 1, 1, "standard")
-    result = fit(backbone, cut, train_data, val_data, images.labels[split.train], 3, config, folder)
+    result = fit(backbone, cut, TrainingData(train_data, val_data, images.labels[split.train], 3), config, folder)
     return result, {k: v.clone() for k, v in backbone.model.state_dict().items()}
 
 
@@ -196,7 +197,7 @@ def test_best_epoch_is_restored(setup: Callable[[int], Setup], tmp_path: Path) -
     result, _ = run_fit(parts, tmp_path, cached=True, unfreeze=0, epochs=12, lr=0.5, patience=2)
     losses = [row["val_loss"] for row in result.history]
     assert result.best_epoch == 1 + int(np.argmin(losses))
-    features = extract_features(images, split.val, 1, cut, backbone.preprocessing, "torch")
+    features = extract_features(images, split.val, 1, cut, backbone.preprocessing, FeatureSpec("torch"))
     logits = cut.tail(torch.from_numpy(features.get(np.arange(len(split.val)))))
     loss = nn.functional.cross_entropy(logits, torch.from_numpy(images.labels[split.val])).item()
     assert loss == pytest.approx(min(losses), abs=1e-4)
@@ -266,6 +267,39 @@ def test_cached_features_mix_too(setup: Callable[[int], Setup], tmp_path: Path, 
     again, _ = run_fit(setup(1), tmp_path / "again", cached=True, unfreeze=1, epochs=1, mix=mix)
     assert mixed.history[0]["train_loss"] != pytest.approx(plain.history[0]["train_loss"], abs=1e-6)
     assert mixed.history[0]["train_loss"] == again.history[0]["train_loss"]
+
+
+def test_mixup_of_vectors_and_tokens_by_hand(setup: Callable[[int], Setup], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, backbone, _ = setup(1)
+    config = make_config(data="x", mix="mixup").resolved()
+    module = FitModule(backbone, Cut(None, nn.Identity(), "input"), config, 3, None, 1).train()
+    monkeypatch.setattr(module.mixer, "make_params", lambda inputs: {"lam": 0.75})
+    # 0.75 of each and 0.25 of the one before it, the last for the first.
+    vectors = torch.tensor([[4.0, 0.0], [8.0, 4.0], [0.0, 12.0]])
+    mixed, targets = module(vectors, torch.tensor([0, 1, 2]))
+    assert mixed.tolist() == [[3.0, 3.0], [7.0, 3.0], [2.0, 10.0]]
+    assert targets.tolist() == [[0.75, 0.0, 0.25], [0.25, 0.75, 0.0], [0.0, 0.25, 0.75]]
+    tokens = torch.stack([vectors, 2 * vectors], dim=1)  # (3, 2, 2)
+    assert module(tokens, torch.tensor([0, 1, 2]))[0].tolist() == [[[3, 3], [6, 6]], [[7, 3], [14, 6]], [[2, 10], [4, 20]]]
+    assert torch.equal(module.eval()(vectors, torch.tensor([0, 1, 2]))[0], vectors)
+
+
+def test_mixup_trains_the_classifier_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
+    options = {"unfreeze": 0, "epochs": 10, "lr": 0.05}
+    plain, _ = run_fit(setup(0), tmp_path / "plain", cached=True, **options)
+    mixed, _ = run_fit(setup(0), tmp_path / "mixed", cached=True, mix="mixup", **options)
+    losses = [row["train_loss"] for row in mixed.history]
+    assert losses[-1] < losses[0]
+    assert losses[-1] > plain.history[-1]["train_loss"]  # mixed targets have an entropy, which no fit gets below
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "swin_tiny_patch4_window7_224.ms_in1k"])
+def test_cutmix_of_what_is_no_map_is_refused(setup: Callable[[int], Setup], name: str) -> None:
+    images, split, _, _ = setup(1)
+    backbone = create_backbone(name, 3, "none")
+    config = make_config(data="x", backbone=name, unfreeze=1, mix="cutmix").resolved()
+    with pytest.raises(ConfigError, match=r"^mix=cutmix cuts pieces of maps, and .* has none behind its trunk; use mix=mixup"):
+        training_data(images, split, backbone, cut_backbone(backbone, 1), config)
 
 
 def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], Setup]) -> None:

@@ -303,3 +303,15 @@ def test_held_a_few_pictures_at_a_time_numbers_are_the_same_to_the_last_bit(n: i
     assert at_once[1]["brier_score"] == float(((whole - truth) ** 2).sum(axis=1).mean())
     scores = (logits / 1.3).astype(np.float64)
     assert at_once[1]["negative_log_likelihood"] == float(np.mean(scipy.special.logsumexp(scores, axis=1) - scores[truth == 1]))
+
+
+@pytest.mark.parametrize(("classes", "there"), [(5, False), (6, True)])
+def test_top5_is_a_number_of_more_than_five_classes_alone(classes: int, there: bool) -> None:
+    """Among five classes the true one is always one of the first five."""
+    logits = np.eye(classes, dtype=np.float32)[[0, 1, 2, 3]] + np.arange(classes, dtype=np.float32) / 100
+    labels = np.array([0, 1, 2, 0])
+    evaluation = Evaluation("test", ["a"] * 4, labels, logits, tuple("abcdef"[:classes]), np.arange(4))
+    assert ("top5_accuracy" in evaluation.metrics) == ("top5_accuracy_ci95" in evaluation.metrics) == there
+    if there:
+        assert evaluation.metrics["top5_accuracy"] == 0.75  # of six, class a is the last where it is not said
+    assert evaluation.metrics["accuracy"] == 0.75

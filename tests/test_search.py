@@ -11,8 +11,11 @@ import pytest
 
 import seewhy
 from seewhy import search as search_module
+from seewhy.callbacks import Diverged
 from seewhy.config import dump_config, make_config
-from seewhy.errors import ConfigError
+from seewhy.errors import BackboneError, ConfigError
+from seewhy.features import extract_features
+from seewhy.fitting import Fit
 from seewhy.images import open_images
 from seewhy.search import search
 from seewhy.split import split_images
@@ -88,3 +91,78 @@ def test_resumed_run_does_not_search_again(
     monkeypatch.setattr("seewhy.search.search", interrupted)
     run = seewhy.train(folder, out=tmp_path / "run", search=2, resume=True, **OPTIONS)
     assert len(run.manifest["search"]["trials"]) == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_trials_are_measured_with_the_features_they_were_trained_on(
+    make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(str(make_folder({"ant": 10, "bee": 10})))
+    config = make_config(data="x", **OPTIONS, feature_dtype="float32").resolved()
+    rows = []
+
+    def computed(*arguments: Any) -> Any:
+        found = extract_features(*arguments)
+        rows.append(found.computed)
+        return found
+
+    monkeypatch.setattr("seewhy.evaluate.extract_features", computed)
+    _, trials = search(images, split_images(images), config, 1)
+    assert len(list((cache / "features").iterdir())) == 1
+    assert rows == [0]  # val comes from the store that the fit has filled
+    assert 0 <= trials[0]["val_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("error", "left_out"), [(Diverged("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
+def test_only_what_diverged_is_left_out(
+    make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch, error: ConfigError, left_out: bool
+) -> None:
+    images = open_images(str(make_folder({"ant": 10, "bee": 10})))
+    fits = iter([Fit(({"epoch": 1, "val_loss": 0.1},), 1, 0.1)])
+
+    def fail_once(*arguments: Any) -> Fit:
+        fitted = next(fits, None)
+        if fitted is None:
+            raise error
+        return fitted
+
+    monkeypatch.setattr(search_module, "fit", fail_once)
+    config = make_config(data="x", **OPTIONS).resolved()
+    if left_out:
+        assert len(search(images, split_images(images), config, 3)[1]) == 1
+    else:
+        with pytest.raises(ConfigError, match=r"^needs a C\+\+ compiler$"):
+            search(images, split_images(images), config, 3)
+
+
+def test_a_network_that_cannot_be_cut_behind_its_pooling_is_searched_as_asked(
+    make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(str(make_folder({"ant": 10, "bee": 10})))
+    seen = []
+
+    def attempt(images: object, split: object, candidate: seewhy.TrainConfig) -> dict[str, float]:
+        seen.append(candidate.unfreeze)
+        if candidate.unfreeze == refused:
+            raise BackboneError("cannot be cut")
+        return {"val_accuracy": 0.5, "val_nll": 1.0, "best_epoch": 1, "seconds": 0.0}
+
+    monkeypatch.setattr(search_module, "_try", attempt)
+    config = make_config(data="x", **OPTIONS).resolved()
+    refused = 0
+    assert all(row["unfreeze"] == 1 for row in search(images, split_images(images), config, 12)[1])
+    assert 0 in seen
+    refused = 1
+    with pytest.raises(BackboneError, match="cannot be cut"):
+        search(images, split_images(images), config, 12)
+
+
+def test_cutmix_is_not_tried_on_vectors(make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_images(str(make_folder({"ant": 10, "bee": 10})))
+    found = {"val_accuracy": 0.5, "val_nll": 1.0, "best_epoch": 1, "seconds": 0.0}
+    monkeypatch.setattr(search_module, "_try", lambda images, split, candidate: found)
+    rows = {
+        mix: search(images, split_images(images), make_config(data="x", **OPTIONS, mix=mix).resolved(), 12)[1] for mix in ("cutmix", "none")
+    }
+    assert {row["unfreeze"] for row in rows["cutmix"]} == {1}
+    assert {row["unfreeze"] for row in rows["none"]} == {0, 1}

@@ -509,3 +509,9 @@ def test_groups_are_found_again_by_content(tmp_path: Path) -> None:
     found = read_split(tmp_path, images)
     assert np.array_equal(found.groups, split.groups)
     assert np.array_equal(np.unique(groups, return_inverse=True)[1], np.unique(found.groups, return_inverse=True)[1])
+
+
+@pytest.mark.parametrize("protocol", ["caltech-30", "folders", ""])
+def test_an_unknown_protocol_is_refused(protocol: str) -> None:
+    with pytest.raises(SplitError, match=f"^unknown protocol '{protocol}'; use one of ratio, caltech30$"):
+        split_images(image_set(plain({"a": 40, "b": 40})), protocol=protocol)

@@ -18,6 +18,7 @@ from seewhy import fitting, workflow
 from seewhy.api import Run
 from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
+from seewhy.places import choose_places
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -268,3 +269,15 @@ def test_a_spoiled_record_of_an_unfinished_run_is_one_line(folder: Path, tmp_pat
     (tmp_path / ".mine.partial" / "config.json").write_text("")
     with pytest.raises(RunError, match=r"config\.json: damaged"):
         seewhy.train(folder, out=tmp_path / "mine", resume=True, **SMALL)
+
+
+def test_names_that_are_all_taken_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(data="scenes", seed=3)
+    first = choose_places(config, None, False).target
+    for name in [first.name, *(f"{first.name}-{number}" for number in range(2, 999))]:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert choose_places(config, None, False).target == first.with_name(f"{first.name}-999")
+    (tmp_path / "runs" / f"{first.name}-999").mkdir()
+    with pytest.raises(OutputError, match=r"999 runs of this name are there already; name another place with --out$"):
+        choose_places(config, None, False)

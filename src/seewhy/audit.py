@@ -39,7 +39,7 @@ class Leak:
     on_others: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Audit:
     """What is worth knowing of N labelled pictures before they are trained on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut
 from seewhy.decoding import read_image
-from seewhy.features import Features, extract_features, render_view
+from seewhy.errors import ConfigError
+from seewhy.features import Features, FeatureSpec, extract_features, feature_shape, render_view
 from seewhy.images import ImageSet
 from seewhy.split import Split
-from seewhy.transforms import Preprocessing
+from seewhy.transforms import FIRST_RANDOM_VIEW, Preprocessing
 
-FIRST_RANDOM_VIEW = 2  # views 0 and 1 are the plain and the mirrored one
 VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
 
 Batch = tuple[Tensor, Tensor]
@@ -141,18 +142,35 @@ def trains_on_features(cut: Cut, config: TrainConfig) -> bool:
     return cut.trunk is not None and not config.fresh_views and config.cache
 
 
-def training_data(
-    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
-) -> tuple[CachedViews | PictureViews, CachedViews | PictureViews]:
-    """To train and to validate on: stored features where something is frozen and views are fixed, pictures otherwise."""
-    preprocessing, labels = backbone.preprocessing, images.labels
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """What a fit reads: data sets to train and to validate on, (N,) labels of the one to train on, and the number of classes."""
+
+    train: CachedViews | PictureViews
+    val: CachedViews | PictureViews
+    labels: npt.NDArray[np.int64]
+    classes: int
+
+
+def training_data(images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig) -> TrainingData:
+    """Stored features where something is frozen and views are fixed, pictures otherwise.
+
+    Raises ConfigError where mix=cutmix would have no maps of (channels, height, width) to cut pieces from.
+    """
+    preprocessing, labels, classes = backbone.preprocessing, images.labels[split.train], len(images.classes)
+    if config.mix == "cutmix" and cut.trunk is not None:
+        channels_last = getattr(backbone.model, "output_fmt", "NCHW") == "NHWC"
+        if len(feature_shape(cut.trunk, preprocessing)) != 3 or channels_last:
+            raise ConfigError(
+                f"mix=cutmix cuts pieces of maps, and {backbone.name} has none behind its trunk; use mix=mixup, or --unfreeze all"
+            )
     if not trains_on_features(cut, config):
         views = 0 if config.fresh_views else config.views
         train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
-        return train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard")
-    arguments = (cut, preprocessing, config.engine, config.workers, True, config.feature_dtype, True)
-    train_features = extract_features(images, split.train, config.views, *arguments)
+        return TrainingData(train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard"), labels, classes)
+    spec = FeatureSpec.of(config, distributed=True)
+    train_features = extract_features(images, split.train, config.views, cut, preprocessing, spec)
     # Test features are computed here too: one pass over the pictures, one export of the trunk.
-    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, *arguments)
+    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, cut, preprocessing, spec)
     val_features = Features(rest.store, rest.rows[: len(split.val), :1], rest.computed)  # the fit watches the plain view
-    return CachedViews(train_features, labels[split.train]), CachedViews(val_features, labels[split.val])
+    return TrainingData(CachedViews(train_features, labels), CachedViews(val_features, images.labels[split.val]), labels, classes)

@@ -19,7 +19,7 @@ TRIED = 10  # coverages among which a threshold is chosen
 LEAST, MOST = 0.05, 20.0  # temperatures between which the fit looks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reliability:
     """Equal-width bins of confidence (the largest probability of a picture), empty ones left out. Arrays of one length.
 
@@ -87,7 +87,7 @@ def fit_temperature(labels: Labels, logits: Floats) -> float:
 # ---------------------------------------------------------------- saying nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RiskCoverage:
     """What answering only the surest pictures costs and brings; arrays of one length, the surest first.
 

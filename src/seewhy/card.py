@@ -15,6 +15,7 @@ from seewhy.saved_run import SavedRun
 def model_card(run: SavedRun, warnings: list[str]) -> str:
     """Markdown with a YAML head, as huggingface.co reads it; every number is of the test part."""
     manifest, test = run.manifest, run.metrics["test"]
+    headline = {name: shown for name, shown in HEADLINE.items() if name in test}
     data = {"type": "image-folder", "name": manifest["data"]["name"]}
     head: dict[str, Any] = {
         "library_name": "seewhy",
@@ -29,7 +30,7 @@ def model_card(run: SavedRun, warnings: list[str]) -> str:
                         "task": {"type": "image-classification"},
                         "dataset": data,
                         "metrics": [
-                            {"type": name, "value": round(test[name], 4), "name": f"test {shown}"} for name, shown in HEADLINE.items()
+                            {"type": name, "value": round(test[name], 4), "name": f"test {shown}"} for name, shown in headline.items()
                         ],
                     }
                 ],
@@ -38,7 +39,7 @@ def model_card(run: SavedRun, warnings: list[str]) -> str:
     }
     rows = [
         f"| {shown} | {_shown(name, test[name])} | {' to '.join(_shown(name, v) for v in test[f'{name}_ci95'])} |"
-        for name, shown in HEADLINE.items()
+        for name, shown in headline.items()
     ]
     stages = "stage" if run.config.unfreeze == 1 else f"{run.config.unfreeze} stages"
     trained = {0: "its classifier", "all": "all of it"}.get(run.config.unfreeze, f"its last {stages} and its classifier")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import shlex
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -299,11 +301,12 @@ def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
         if (error.name or "seewhy").split(".")[0] == "seewhy":
             raise
         return _complain(f"this needs {error.name}, which is not installed; the full installation (README) brings it")
-    except OSError as error:  # of a disk, mostly; one raised by a mistake of ours has no number
+    except OSError as error:  # one raised by a mistake of ours has no number
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{one_line(where)}{error.strerror}; check the disk and its permissions")
+        advice = "check the network" if _of_network(error) else "check the disk and its permissions"
+        return _complain(f"{one_line(where)}{error.strerror}; {advice}")
     except Exception as error:
         # typer's own errors (unknown options, missing arguments) carry their text in format_message.
         if not hasattr(error, "format_message"):
@@ -311,6 +314,12 @@ def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
         context = getattr(error, "ctx", None)
         where = f"; see {context.command_path} --help" if context is not None else ""
         return _complain(f"{' '.join(error.format_message().split()).rstrip('.')}{where}")
+
+
+def _of_network(error: OSError) -> bool:
+    """Whether a network failed, and not a disk; a broken pipe is of the process that reads our output."""
+    failed = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) and not isinstance(error, BrokenPipeError)
+    return failed or error.errno in (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
 def _how_to_go_on(command: Sequence[str]) -> str:

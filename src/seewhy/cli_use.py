@@ -42,6 +42,8 @@ def evaluate(
         return
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
     for name, shown in HEADLINE.items():
+        if name not in numbers:  # top-5 of five classes
+            continue
         value, low, high = (f"{number:{'.4f' if name == 'macro_f1' else '.2%'}}" for number in (numbers[name], *numbers[f"{name}_ci95"]))
         typer.echo(f"{shown:24} {value}   ({low} to {high})")
     typer.echo(

@@ -24,7 +24,7 @@ from seewhy.workflow import train_run
 from seewhy.writing import csv_text, write_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunComparison:
     """a, b: what each run says of the same pictures. paired: their comparison; difference is b - a."""
 
@@ -100,7 +100,8 @@ def repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool = F
         seed = config.seed + number
         LOG.info(f"repeat {number + 1} of {repeats}: seed {seed}")
         run = train_run(config.model_copy(update={"seed": seed}), folder / f"seed{seed}", resume)
-        rows.append({"seed": seed, **{f"{part}_{name}": run.metrics[part][name] for part in ("val", "test") for name in HEADLINE}})
+        numbers = {f"{part}_{name}": run.metrics[part].get(name) for part in ("val", "test") for name in HEADLINE}
+        rows.append({"seed": seed, **{name: value for name, value in numbers.items() if value is not None}})
     table = pd.DataFrame(rows)
     try:
         (folder / "repeats.csv").write_text(csv_text(table), encoding="utf-8")

@@ -30,18 +30,21 @@ class Cut:
 
 def _without(model: nn.Module, units: Sequence[str]) -> nn.Module:
     """A shallow copy that shares all parameters, with `units` replaced by identities."""
-    clone = copy.copy(model)
-    clone._modules = dict(model._modules)
+    clone = _shallow(model)
     for unit in units:
-        owner, name = clone, unit
-        if "." in unit:
-            container, name = unit.split(".", 1)
-            owner = clone._modules[container]  # type: ignore[assignment]  # present: units come from named_children
-            if owner is model._modules[container]:
-                owner = copy.copy(owner)
-                owner._modules = dict(owner._modules)
-                clone._modules[container] = owner
+        *containers, name = unit.split(".")
+        owner = clone
+        for container in containers:
+            inner = _shallow(cast(nn.Module, owner._modules[container]))
+            owner._modules[container] = inner
+            owner = inner
         owner._modules[name] = nn.Identity()
+    return clone
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
     return clone
 
 
@@ -59,9 +62,6 @@ class _Trunk(nn.Module):
         if self.pooled:
             features = network.forward_head(features, pre_logits=True)
         return features
-
-    def extra_repr(self) -> str:
-        return f"pooled={self.pooled}"  # a kept export is found by what repr shows
 
 
 class _Tail(nn.Module):
@@ -89,7 +89,8 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     if unfreeze == "all":
         return Cut(None, model, "input")
     if unfreeze == 0:
-        cut = Cut(_Trunk(_without(model, classifier_names(model)), pooled=True), classifier, "pooled")
+        trained = [*classifier_names(model), *(name for name, module in model.named_modules() if module is classifier)]
+        cut = Cut(_Trunk(_without(model, trained), pooled=True), classifier, "pooled")
         _check_cut(backbone, cut)
         return cut
     count = int(unfreeze)

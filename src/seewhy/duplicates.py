@@ -26,7 +26,7 @@ KINDS = ("exact", "hash", "features")  # the nearest first
 Pairs = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NearPairs:
     """P pairs of pictures that show the same thing, the nearest kind of each pair.
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from seewhy.backbones import create_backbone
 from seewhy.cutting import cut_backbone
-from seewhy.features import extract_features
+from seewhy.features import FeatureSpec, extract_features
 from seewhy.images import ImageSet
 
 EMBEDDER = "efficientnet_lite0"
@@ -23,5 +23,6 @@ def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, worker
     chosen = np.arange(len(images)) if indices is None else indices
     backbone = create_backbone(EMBEDDER, 2)
     cut = cut_backbone(backbone, 0)
-    features = extract_features(images, chosen, 1, cut, backbone.preprocessing, workers=workers, keep=keep, together=keep)
+    spec = FeatureSpec(workers=workers, cache=keep, distributed=keep)
+    features = extract_features(images, chosen, 1, cut, backbone.preprocessing, spec)
     return features.get(np.arange(len(chosen)))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from seewhy.backbones import weights_hash
+from seewhy.backbones import network_hash
 from seewhy.cache import cache_dir
 from seewhy.errors import OutputError
 from seewhy.progress import LOG
@@ -27,7 +27,7 @@ ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than 
 MANY = 64  # pictures from which batches run side by side
 IN_CACHE = 4  # pictures a core takes at once: the maps of more do not fit its cache (benchmarks/engines.py)
 FEW = 8  # pictures from which a batch's bits no longer depend on its size
-FORMAT = 1  # of the kept exports
+FORMAT = 2  # of the kept exports
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,6 @@ def _exported(network: nn.Module, size: int) -> bytes:
 
 
 def _export_place(network: nn.Module, size: int) -> Path:
-    """Where the export of this very network stands: its structure, weights, input and the exporter's version decide."""
-    facts: list[Any] = [FORMAT, version("torch"), version("timm"), size, repr(network), weights_hash(network)]
+    """Where the export of this very network stands: the network, the size of its input and the exporter's version decide."""
+    facts = [FORMAT, size, network_hash(network)]
     return cache_dir() / "engines" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.onnx"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,19 +17,20 @@ from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
 from seewhy.errors import DataError
-from seewhy.features import Features, extract_features
+from seewhy.features import Features, FeatureSpec, extract_features
 from seewhy.images import ImageSet, open_images
 from seewhy.progress import progress
 from seewhy.saved_run import SavedRun
 from seewhy.split import read_split
 from seewhy.store import StoredRows, take_rows
+from seewhy.transforms import EVAL_VIEW, MIRRORED_VIEW
 
 TOP = 5
 BATCH = 128  # pictures that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What a network says of N labelled pictures.
 
@@ -80,17 +81,18 @@ class Evaluation:
         """The entry of `metrics.json` (docs/METRICS.md): headline numbers with bootstrap intervals over groups, and one row a class."""
         n = len(self.labels)
         rows = metrics.per_class(self.confusion)
+        names = [name for name in metrics.HEADLINE if name != "top5_accuracy" or len(self.classes) > TOP]
         among = metrics.in_top_k(self.labels, self.logits, TOP)
 
         def headline(weights: npt.NDArray[np.int64]) -> list[float]:
             confusion = metrics.confusion_matrix(self.labels, self.predicted, len(self.classes), weights)
-            right = float(np.diag(confusion).sum() / confusion.sum())
-            return [
-                right,
-                float(np.average(among, weights=weights)),
-                metrics.mean_per_class_accuracy(confusion),
-                metrics.macro_f1(confusion),
-            ]
+            found = {
+                "accuracy": float(np.diag(confusion).sum() / confusion.sum()),
+                "top5_accuracy": float(np.average(among, weights=weights)),
+                "mean_per_class_accuracy": metrics.mean_per_class_accuracy(confusion),
+                "macro_f1": metrics.macro_f1(confusion),
+            }
+            return [found[name] for name in names]
 
         values = headline(np.ones(n, dtype=np.int64))
         intervals = metrics.group_bootstrap(headline, self.groups)
@@ -98,7 +100,7 @@ class Evaluation:
         if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
         numbers: dict[str, Any] = {"n": n, "groups": count}
-        for name, value, interval in zip(metrics.HEADLINE, values, intervals, strict=True):
+        for name, value, interval in zip(names, values, intervals, strict=True):
             numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
             **numbers,
@@ -130,36 +132,33 @@ class Evaluation:
         }
 
 
-def evaluate_network(
-    backbone: Backbone,
-    cut: Cut,
+def evaluate_part(
     images: ImageSet,
     indices: npt.NDArray[np.int64],
     part: str,
-    engine: str = "auto",
-    workers: int = 2,
-    keep: bool = True,
-    flip: bool = False,
+    backbone: Backbone,
+    cut: Cut,
+    config: TrainConfig,
     groups: npt.NDArray[np.int64] | None = None,
     temperature: float = 1.0,
-    kept: str = "auto",
 ) -> Evaluation:
-    """Runs the pictures at `indices` (evaluation view) through the network; the frozen part comes from the cache.
+    """The pictures at `indices` as a run of this config answers them; the frozen part comes from the cache.
 
     Processes that train together share the pictures, and each gets all logits.
 
-    flip: logits are the mean of those of the picture and of its mirror image.
-    groups: (N,) numbers of the pictures at `indices`; None: each is a group of its own.
+    With test_flip, logits are the mean of those of the picture and of its mirror image.
+    groups: (N,) a number a picture of all `images`; None: each is a group of its own.
     """
-    trained_whole = cut.trunk is None
-    halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
-    views = 2 if flip else 1  # view 1 is the mirrored one
+    halves, spec = cut, FeatureSpec.of(config)
+    if cut.trunk is None:  # trained as a whole
+        halves, spec = Cut(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
+    views = MIRRORED_VIEW + 1 if config.test_flip else EVAL_VIEW + 1
     mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
-    features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
-    logits = tail_logits(halves.tail, features.store, features.rows[:, 0])
-    if flip:
-        logits += tail_logits(halves.tail, features.store, features.rows[:, 1])
+    features = extract_features(images, asked, views, halves, backbone.preprocessing, spec)
+    logits = tail_logits(halves.tail, features.store, features.rows[:, EVAL_VIEW])
+    if config.test_flip:
+        logits += tail_logits(halves.tail, features.store, features.rows[:, MIRRORED_VIEW])
         logits /= views
     return Evaluation(
         part=part,
@@ -167,7 +166,7 @@ def evaluate_network(
         labels=images.labels[indices],
         logits=distributed.all_gather(logits[: len(mine)], len(indices)),
         classes=images.classes,
-        groups=np.arange(len(indices)) if groups is None else groups,
+        groups=np.arange(len(indices)) if groups is None else groups[indices],
         temperature=temperature,
     )
 
@@ -177,10 +176,7 @@ def classifier_vectors(
     cut: Cut,
     images: ImageSet,
     indices: npt.NDArray[np.int64],
-    engine: str = "auto",
-    workers: int = 2,
-    keep: bool = True,
-    kept: str = "auto",
+    spec: FeatureSpec,
 ) -> Iterator[npt.NDArray[np.float32]] | None:
     """(B, K) what the classifier reads of the pictures at `indices` (evaluation view), block after block, (N, K) in all, for every process.
 
@@ -193,7 +189,7 @@ def classifier_vectors(
     halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
     mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]
-    features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
+    features = extract_features(images, asked, EVAL_VIEW + 1, halves, backbone.preprocessing, spec)
     return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
 
 
@@ -223,22 +219,6 @@ def tail_logits(
             found[start : start + batch] = logits
             advance(len(features))
     return found
-
-
-def evaluate_part(
-    images: ImageSet,
-    indices: Any,
-    part: str,
-    backbone: Backbone,
-    cut: Cut,
-    config: TrainConfig,
-    groups: Any = None,
-    temperature: float = 1.0,
-) -> Evaluation:
-    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
-    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
-    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
-    return evaluate_network(backbone, cut, images, indices, part, *how)
 
 
 def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> Evaluation:

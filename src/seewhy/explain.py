@@ -31,7 +31,7 @@ from seewhy.transforms import Preprocessing, directions, eval_view, render
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """Why the network says what it says of N pictures.
 

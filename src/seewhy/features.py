@@ -9,18 +9,20 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from seewhy import distributed
-from seewhy.backbones import weights_hash
+from seewhy.backbones import network_hash
 from seewhy.cache import cache_dir
+from seewhy.config import TrainConfig
 from seewhy.cutting import Cut
 from seewhy.decoding import read_image
 from seewhy.engines import make_engine, runtime_of, settled_engine, steady
@@ -29,14 +31,33 @@ from seewhy.images import ImageSet
 from seewhy.progress import progress
 from seewhy.store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.streams import BATCH, in_batches, in_order
-from seewhy.transforms import Preprocessing, render, view_of
+from seewhy.transforms import EVAL_VIEW, MIRRORED_VIEW, Preprocessing, eval_view, render, view_of
 
-EVAL_VIEW = 0  # its number among the views
-FORMAT = 3
+FORMAT = 4
 SHOWN_LATE = 60  # s until a disk that machines share shows the files of others
 
 
 @dataclass(frozen=True)
+class FeatureSpec:
+    """How features are computed and kept.
+
+    runtime: onnx, torch or auto. workers: threads that decode. cache: keep them on disk, or in memory alone. dtype: see `stored_dtype`.
+    distributed: all processes of a training ask for the same, and each computes its share of it.
+    """
+
+    runtime: str = "auto"
+    workers: int = 2
+    cache: bool = True
+    dtype: str = "auto"
+    distributed: bool = False
+
+    @staticmethod
+    def of(config: TrainConfig, distributed: bool = False) -> FeatureSpec:
+        """What this config asks for."""
+        return FeatureSpec(config.engine, config.workers, config.cache, config.feature_dtype, distributed)
+
+
+@dataclass(frozen=True, eq=False)
 class Features:
     """What the frozen trunk says of each picture and view.
 
@@ -55,9 +76,9 @@ class Features:
 
 
 def store_name(cut: Cut, preprocessing: Preprocessing, engine: str, kept: str = "auto") -> str:
-    """The content key of a store: trunk weights, where it is cut, preprocessing, what computes, what it is kept as, and format."""
+    """The content key of a store: trunk (structure and weights), cut point, preprocessing, what computes, what it is kept as, format."""
     assert cut.trunk is not None  # callers have a trunk, or nothing to store
-    facts = {"format": FORMAT, "weights": weights_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(engine)}
+    facts = {"format": FORMAT, "network": network_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(engine)}
     facts |= preprocessing.as_dict() | ({} if kept == "auto" else {"kept": kept})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -76,20 +97,14 @@ def extract_features(
     views: int,
     cut: Cut,
     preprocessing: Preprocessing,
-    engine: str = "auto",
-    workers: int = 2,
-    keep: bool = True,
-    kept: str = "auto",
-    together: bool = False,
+    spec: FeatureSpec = FeatureSpec(),
 ) -> Features:
     """Features of `views` views of the pictures at `indices`; what the cache holds is not computed again.
 
-    Interrupted at any moment, the finished rows are kept. `keep=False` leaves the disk alone and
-    holds the features in memory. kept: see `stored_dtype`.
-    together: all processes of a training ask for the same, and each computes its share of it.
+    Interrupted at any moment, the finished rows are kept.
     """
     assert cut.trunk is not None
-    engine = settled_engine(engine, len(images))
+    spec = replace(spec, runtime=settled_engine(spec.runtime, len(images)))
     shape = feature_shape(cut.trunk, preprocessing)
     keys = (row_key(images.hashes[i], v) for i in indices for v in range(views))
     wanted = np.fromiter(keys, dtype=KEY, count=len(indices) * views)
@@ -97,22 +112,22 @@ def extract_features(
     def compute(todo: npt.NDArray[np.int64], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
         assert cut.trunk is not None
         mine = todo if every else todo[np.isin(todo // views, distributed.shard(np.unique(todo // views)))]
-        return _compute(images, _jobs(indices, mine, views), len(mine), cut.trunk, preprocessing, engine, workers, kept)
+        return _compute(images, _jobs(indices, mine, views), len(mine), cut.trunk, preprocessing, spec)
 
-    if not keep:
+    if not spec.cache:
         unique, place = np.unique(wanted, return_inverse=True)
-        store = np.empty((len(unique), *shape), dtype=stored_dtype(shape, kept))
+        store = np.empty((len(unique), *shape), dtype=stored_dtype(shape, spec.dtype))
         for names, features in compute(_firsts(wanted, np.ones(len(wanted), dtype=bool)), True):
             store[np.searchsorted(unique, as_keys(names))] = features
         return Features(store, place.reshape(-1, views), len(unique))
-    folder = cache_dir() / "features" / store_name(cut, preprocessing, engine, kept)
-    alone = not together or distributed.world_size() == 1
+    folder = cache_dir() / "features" / store_name(cut, preprocessing, spec.runtime, spec.dtype)
+    alone = not spec.distributed or distributed.world_size() == 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        feature_store = FeatureStore(folder, shape, kept)
+        feature_store = FeatureStore(folder, shape, spec.dtype)
         rows = feature_store.find(wanted)
         missing = bool((rows < 0).any())
-        if not (distributed.all_reduce_scalar(missing) if together else missing):  # without the lock, which may be held for long
+        if not (distributed.all_reduce_scalar(missing) if spec.distributed else missing):  # without the lock, which may be held for long
             return Features(feature_store.open_rows(), rows.reshape(-1, views), 0)
         with feature_store.lock() if alone or distributed.is_main_process() else nullcontext():
             if not alone:
@@ -170,22 +185,20 @@ def _compute(
     count: int,
     trunk: nn.Module,
     preprocessing: Preprocessing,
-    engine: str,
-    workers: int,
-    kept: str,
+    spec: FeatureSpec,
 ) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
     """Batches of (keys, features) of the missing views, `count` in all, each picture read once for all of its views."""
     if not count:
         return
-    run = make_engine(trunk, preprocessing, count, engine)
-    dtype = stored_dtype(feature_shape(trunk, preprocessing), kept)
+    run = make_engine(trunk, preprocessing, count, spec.runtime)
+    dtype = stored_dtype(feature_shape(trunk, preprocessing), spec.dtype)
 
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
         picture = read_image(images.paths[i], preprocessing.enough)
         squares: dict[int, npt.NDArray[np.uint8]] = {}
         for v in todo:
-            mirrored = v == 1 and EVAL_VIEW in squares  # the same pixels the other way round
+            mirrored = v == MIRRORED_VIEW and EVAL_VIEW in squares  # the same pixels the other way round
             squares[v] = (
                 np.ascontiguousarray(squares[EVAL_VIEW][:, ::-1]) if mirrored else render_view(picture, v, images.hashes[i], preprocessing)
             )
@@ -194,7 +207,7 @@ def _compute(
     def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
         return [name for name, _ in batch], rounded(steady(run, np.stack([square for _, square in batch])), dtype)
 
-    squares = itertools.chain.from_iterable(in_order(squares_of, jobs, workers))
+    squares = itertools.chain.from_iterable(in_order(squares_of, jobs, spec.workers))
     with progress("features", count) as advance:
         for names, features in in_order(features_of, in_batches(squares, BATCH), run.lanes, ahead=run.lanes):
             yield names, features
@@ -210,21 +223,22 @@ def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[
     return rounded
 
 
-def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def render_view(picture: Image.Image, view: int, picture_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """One numbered view of an RGB picture as the network's square, (size, size, 3) uint8."""
     chosen = view_of(view, picture_hash, picture.width, picture.height, preprocessing)
     size = preprocessing.size
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
-def square_in(picture: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def eval_square(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """An RGB picture as the network sees it when it answers: (size, size, 3) uint8."""
-    return render_view(picture, EVAL_VIEW, "", preprocessing)
+    view = eval_view(picture.width, picture.height, preprocessing)
+    return render(picture, view, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
 
 
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """`square_in` of a picture file."""
-    return square_in(read_image(path, preprocessing.enough), preprocessing)
+    """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
+    return eval_square(read_image(path, preprocessing.enough), preprocessing)
 
 
 def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:

@@ -27,7 +27,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from seewhy import distributed
 from seewhy.backbones import Backbone
-from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
+from seewhy.batches import Batch, CachedViews, PictureViews, TrainingData, make_loader
 from seewhy.callbacks import Diverged, HistoryKeeper, LastCheckpoint, ProgressCallback, WholeCheckpoints
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, parameter_stages
@@ -108,7 +108,9 @@ class FitModule(LightningModule):
         if inputs.dtype == torch.uint8:
             inputs = self.below_tail(inputs)
         if self.mixer is not None and targets is not None and self.training:
-            inputs, targets = self.mixer(inputs, targets)
+            maps = inputs if inputs.ndim == 4 else inputs.reshape(len(inputs), 1, 1, -1)  # MixUp of vectors and tokens, value by value
+            mixed, targets = self.mixer(maps, targets)
+            inputs = mixed.reshape(inputs.shape)
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=self.memory_format)
         full = self.training and len(inputs) == self.config.batch_size  # other sizes would each be compiled anew
@@ -268,16 +270,7 @@ def inverse_size_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
 # ---------------------------------------------------------------- the fit
 
 
-def fit(
-    backbone: Backbone,
-    cut: Cut,
-    train_data: CachedViews | PictureViews,
-    val_data: CachedViews | PictureViews,
-    train_labels: npt.NDArray[np.int64],
-    classes: int,
-    config: TrainConfig,
-    folder: Path,
-) -> Fit:
+def fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
     """Trains the tail of `cut` in place and restores the weights of the best epoch.
 
     config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
@@ -286,40 +279,30 @@ def fit(
     stored vectors, since its steps take less time than an all-reduce would.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
-    arguments = (backbone, cut, train_data, val_data, train_labels, classes, config, folder)
-    if distributed.world_size() == 1 or not (isinstance(train_data, CachedViews) and isinstance(cut.tail, nn.Linear)):
-        return _fit(*arguments)
+    if distributed.world_size() == 1 or not (isinstance(data.train, CachedViews) and isinstance(cut.tail, nn.Linear)):
+        return _fit(backbone, cut, data, config, folder)
     fitted = None
     if distributed.is_main_process():
         with distributed.main_process_only():
-            fitted = _fit(*arguments)
+            fitted = _fit(backbone, cut, data, config, folder)
     distributed.broadcast_tensors(list(cut.tail.eval().state_dict().values()))
     return cast(Fit, distributed.broadcast(fitted))
 
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 @quiet("lightning.pytorch", warnings_of="lightning")
-def _fit(
-    backbone: Backbone,
-    cut: Cut,
-    train_data: CachedViews | PictureViews,
-    val_data: CachedViews | PictureViews,
-    train_labels: npt.NDArray[np.int64],
-    classes: int,
-    config: TrainConfig,
-    folder: Path,
-) -> Fit:
+def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
     if config.compile and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
-    check_shards(batch_size, len(val_data))
-    train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
-    val_loader = make_loader(val_data, 256, None, config.workers)
-    weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
+    check_shards(batch_size, len(data.val))
+    train_loader = make_loader(data.train, batch_size, config.seed, config.workers)
+    val_loader = make_loader(data.val, 256, None, config.workers)
+    weights = inverse_size_weights(data.labels, data.classes) if config.class_weights else None
     steps = len(train_loader)
-    pictures = len(train_data.images) if isinstance(train_data, PictureViews) else 0
-    module = FitModule(backbone, cut, config, classes, weights, steps, settled_engine(config.engine, pictures))
+    pictures = len(data.train.images) if isinstance(data.train, PictureViews) else 0
+    module = FitModule(backbone, cut, config, data.classes, weights, steps, settled_engine(config.engine, pictures))
     keeper = HistoryKeeper(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)

@@ -22,7 +22,7 @@ from seewhy.shard_names import PART_NAMES, PICTURES
 from seewhy.shards import SOUGHT, find_shards, is_shard, members
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled pictures of one dataset, all of them decodable.
 

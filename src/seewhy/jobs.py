@@ -24,7 +24,7 @@ from seewhy.decoding import decode
 from seewhy.engines import MANY, Engine, kept_engine, make_engine, steady
 from seewhy.errors import RunError
 from seewhy.explain import class_index, maps_both_ways
-from seewhy.features import feature_shape, render_view, rounded, square_in
+from seewhy.features import eval_square, feature_shape, render_view, rounded
 from seewhy.metrics import softmax
 from seewhy.predict import answers_engine, worker_of
 from seewhy.predictions import Columns, as_columns
@@ -124,7 +124,7 @@ def _explain(asked: Path, options: dict[str, Any], pictures: int) -> Worker[Colu
             "heatmap": [_png(each) for each in maps],
         }
 
-    return Worker(lambda data: square_in(decode(data, preprocessing.enough), preprocessing), answer, forward.lanes, size)
+    return Worker(lambda data: eval_square(decode(data, preprocessing.enough), preprocessing), answer, forward.lanes, size)
 
 
 def _png(heatmap: npt.NDArray[np.float32]) -> bytes:

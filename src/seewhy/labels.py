@@ -57,7 +57,7 @@ def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels
     return log_probs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelIssues:
     """The labels of N pictures, the least believable first.
 

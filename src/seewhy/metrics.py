@@ -78,7 +78,7 @@ def confusion_matrix(labels: Labels, predicted: Labels, classes: int, weights: L
     return counts.astype(np.int64).reshape(classes, classes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerClass:
     """(C,) arrays; precision is 0 for a class never predicted, recall 0 for one without pictures."""
 

@@ -39,7 +39,10 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Pa
             target = unfinished[0]
         elif not resume:
             first = candidates.index(after) + 1 if after is not None else 0
-            target = next(place for place in candidates[first:] if not place.exists())
+            free = next((place for place in candidates[first:] if not place.exists()), None)
+            if free is None:
+                raise OutputError(f"{target}: {len(candidates)} runs of this name are there already; name another place with --out")
+            target = free
     if not resume and _taken(target):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
     return Places(_work_of(target), target)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from seewhy.cutting import WithVector
 from seewhy.decoding import decode
 from seewhy.engines import Engine, kept_engine
-from seewhy.features import square_in
+from seewhy.features import eval_square
 from seewhy.metrics import softmax
 from seewhy.predictions import Predictions, answer_files, find_pictures
 from seewhy.saved_run import SavedRun
@@ -75,7 +75,7 @@ def worker_of(run: SavedRun, forward: Engine) -> Worker[Predictions]:
     def answer(names: list[str], squares: list[npt.NDArray[np.uint8]]) -> Predictions:
         return as_predictions(run, names, logits_of(run, forward, np.stack(squares)))
 
-    return Worker(lambda data: square_in(decode(data, preprocessing.enough), preprocessing), answer, forward.lanes)
+    return Worker(lambda data: eval_square(decode(data, preprocessing.enough), preprocessing), answer, forward.lanes)
 
 
 def predict_blocks(

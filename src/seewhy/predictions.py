@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Columns = dict[str, list[Any]]  # name -> a value a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """Class probabilities of N pictures.
 

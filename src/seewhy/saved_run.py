@@ -27,7 +27,7 @@ from seewhy.writing import move_folder, remove_tree, write_json
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedRun:
     """A fitted classifier with its record.
 

@@ -59,10 +59,11 @@ def score_methods(
 ) -> pd.DataFrame:
     """One row a method (and baseline) and score: method, score, better, mean, low, high, n.
 
-    Maps are of the predicted class, in the plain direction. low, high: 95% bootstrap interval of the mean over pictures.
+    low, high: 95% bootstrap interval of the mean over pictures.
     LOCALIZATION_METRICS are there where outlines are known (outlines.py), over those pictures; so is a row of method AREA for the
     energy-based pointing game: the share of the picture that the object covers, which a flat map would score.
-    Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
+    Maps are of the predicted class, in the plain direction. Probabilities are the softmax of the network's own logits, not divided by
+    the run's temperature as its answers are: the papers' scores are defined so, and published numbers can be compared.
     """
     for method in methods:
         check_method(method)

@@ -10,10 +10,11 @@ import optuna
 
 from seewhy.backbones import Backbone, create_backbone
 from seewhy.batches import training_data
+from seewhy.callbacks import Diverged
 from seewhy.config import RECIPES, TrainConfig
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import ConfigError
-from seewhy.evaluate import evaluate_network
+from seewhy.errors import BackboneError, ConfigError
+from seewhy.evaluate import evaluate_part
 from seewhy.fitting import Fit, fit
 from seewhy.images import ImageSet
 from seewhy.metrics import accuracy, negative_log_likelihood
@@ -40,7 +41,9 @@ def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> 
         candidate = _suggest(trial, config)
         try:
             row = _try(images, split, candidate)
-        except ConfigError as error:  # the loss of this candidate exploded
+        except (Diverged, BackboneError) as error:
+            if isinstance(error, BackboneError) and candidate.unfreeze == config.unfreeze:
+                raise  # else the network cannot be cut where the search wanted to, and not the user
             LOG.info(f"trial left out: {error}")
             raise optuna.TrialPruned from error
         rows.append({**trial.params, **row})
@@ -59,7 +62,8 @@ def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
     """A config of the space: a decade around the given rate and decay, smoothing, views up to twice as many, frozen or as asked."""
     assert config.lr is not None
     assert config.weight_decay is not None
-    trial.suggest_categorical("unfreeze", sorted({0, int(config.unfreeze)}))
+    frozen = set() if config.mix == "cutmix" else {0}  # vectors have no pieces to cut
+    trial.suggest_categorical("unfreeze", sorted(frozen | {int(config.unfreeze)}))
     trial.suggest_float("lr", config.lr / 3.2, config.lr * 3.2, log=True)
     trial.suggest_float("weight_decay", min(config.weight_decay, 0.01), max(config.weight_decay, 0.3))
     trial.suggest_float("label_smoothing", 0.0, max(0.2, config.label_smoothing or 0.0))
@@ -78,14 +82,14 @@ def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[
     cut = cut_backbone(backbone, config.unfreeze)
     data = training_data(images, split, backbone, cut, config)
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(backbone, cut, *data, images.labels[split.train], len(images.classes), config, Path(folder))
+        fitted = fit(backbone, cut, data, config, Path(folder))
     return backbone, cut, fitted
 
 
 def _try(images: ImageSet, split: Split, config: TrainConfig) -> dict[str, float]:
     """Fits one candidate and measures on val what a run of it would answer."""
     backbone, cut, fitted = fit_candidate(images, split, config)
-    val = evaluate_network(backbone, cut, images, split.val, "val", config.engine, config.workers, flip=bool(config.test_flip))
+    val = evaluate_part(images, split.val, "val", backbone, cut, config)
     return {
         "val_accuracy": accuracy(val.labels, val.predicted),
         "val_nll": negative_log_likelihood(val.labels, val.logits),

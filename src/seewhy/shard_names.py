@@ -30,7 +30,7 @@ class Member:
     label: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index:
     """What is in a shard, and where.
 

@@ -14,13 +14,14 @@ from seewhy.errors import SplitError
 from seewhy.images import ImageSet, digest_of_lines
 
 PARTS = ("train", "val", "test")
+PROTOCOLS = ("ratio", "caltech30")
 TRAIN = PARTS.index("train")
 NOWHERE = len(PARTS)  # the part of a picture to which none is given
 CALTECH30_TRAIN = 30  # pictures a class of the protocol; 3 of them are kept for validation
 CALTECH30_VAL = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Which picture is used for what.
 
@@ -99,8 +100,10 @@ def split_images(
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
     caltech30: 27 train + 3 val pictures of each class, the rest test.
     Parts that the folders already give are kept; missing ones are cut out of train.
-    Raises SplitError where a class has too few different pictures.
+    Raises SplitError for an unknown protocol, and where a class has too few different pictures.
     """
+    if protocol not in PROTOCOLS:
+        raise SplitError(f"unknown protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
     rng = np.random.default_rng(seed)
     parts = _given_parts(images)
     given = {PARTS[part] for part in np.unique(parts).tolist() if part < NOWHERE}
@@ -121,7 +124,9 @@ def split_images(
     for label, own in enumerate(dealt.shuffled(rng)):
         name = images.classes[label]
         if given:
-            wanted = _divide_given(images, parts, name, dealt, own, given, val_fraction, test_fraction, where)
+            _take_given(images, parts, name, dealt, own, given, where)
+            wanted = _ratio_sizes(dealt.count(own[where[own] == TRAIN]), val_fraction, test_fraction)
+            wanted["train"] += sum(wanted.pop(part) for part in ("val", "test") if part in given)
         elif protocol == "caltech30":
             wanted = {"val": CALTECH30_VAL, "train": CALTECH30_TRAIN - CALTECH30_VAL, "test": dealt.count(own) - CALTECH30_TRAIN}
         else:
@@ -140,7 +145,7 @@ def _given_parts(images: ImageSet) -> npt.NDArray[np.uint8]:
     return np.array([PARTS.index(part) if part else NOWHERE for part in images.parts], dtype=np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Groups:
     """G groups of N pictures, each with the class it is dealt with: the commonest among its pictures.
 
@@ -232,18 +237,16 @@ def _ratio_sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str,
     return {"test": test, "val": val, "train": n - test - val}
 
 
-def _divide_given(
+def _take_given(
     images: ImageSet,
     parts: npt.NDArray[np.uint8],
     name: str,
     dealt: _Groups,
     own: npt.NDArray[np.int64],
     given: set[str],
-    val_fraction: float,
-    test_fraction: float,
     where: npt.NDArray[np.uint8],
-) -> dict[str, int]:
-    """Takes over the given parts of a class's groups (into `where`); how many of the train folder go where is returned."""
+) -> None:
+    """Takes over the given parts of a class's groups, into `where`."""
     for group in own[dealt.sizes[own] > 1].tolist():
         found = {PARTS[part] for part in parts[dealt.of(group)].tolist()}
         if len(found) > 1:
@@ -253,11 +256,6 @@ def _divide_given(
     missing = sorted(part for part in given if not np.any(where[own] == PARTS.index(part)))
     if missing:
         raise SplitError(f"class {name!r} has no picture in the {missing[0]} folder; add some, or remove the class from the others")
-    wanted = _ratio_sizes(dealt.count(own[where[own] == TRAIN]), val_fraction, test_fraction)
-    for part in ("val", "test"):
-        if part in given:
-            wanted["train"] += wanted.pop(part)
-    return wanted
 
 
 def _check_enough(name: str, n: int, wanted: dict[str, int], protocol: str) -> None:

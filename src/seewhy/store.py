@@ -33,10 +33,11 @@ def stored_dtype(shape: Sequence[int], kept: str = "auto") -> type[np.float16] |
     """
     if kept == "auto":
         return np.float32 if len(shape) == 1 else np.float16
-    return np.float16 if kept == "float16" else np.float32
+    kinds: dict[str, type[np.float16 | np.float32]] = {"float16": np.float16, "float32": np.float32}
+    return kinds[kept]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredRows:
     """The rows of all files of a store, (R, *shape), memory-mapped: file number -> its rows."""
 

@@ -107,8 +107,9 @@ def upload_run(folder: Path) -> None:
 def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     """What MLflow shows of a finished run: test_accuracy, test_accuracy_low and _high (the ends of the 95% interval), ..., seconds_..."""
     test = manifest["metrics"]["test"]
-    found = {f"test_{name}": test[name] for name in (*HEADLINE, "expected_calibration_error")}
-    found |= {f"test_{name}_{end}": test[f"{name}_ci95"][i] for name in HEADLINE for i, end in enumerate(("low", "high"))}
+    names = [name for name in HEADLINE if name in test]  # no top-5 of five classes or fewer
+    found = {f"test_{name}": test[name] for name in (*names, "expected_calibration_error")}
+    found |= {f"test_{name}_{end}": test[f"{name}_ci95"][i] for name in names for i, end in enumerate(("low", "high"))}
     found |= {"test_pictures": test["n"], "temperature": manifest["calibration"]["temperature"], "best_epoch": manifest["best_epoch"]}
     found |= {f"seconds_{name}": value for name, value in manifest["seconds"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -20,6 +20,12 @@ RESAMPLING = {
 }
 
 
+# Numbers of views: how the network answers, the same mirrored, and from FIRST_RANDOM_VIEW on random ones.
+EVAL_VIEW = 0
+MIRRORED_VIEW = 1
+FIRST_RANDOM_VIEW = 2
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a network expects: a (size, size, 3) RGB square, scaled to 0..1, minus mean, over std.
@@ -103,13 +109,13 @@ def random_view(width: int, height: int, rng: np.random.Generator) -> View:
 
 
 def view_of(number: int, picture_hash: str, width: int, height: int, preprocessing: Preprocessing) -> View:
-    """View 0 is the evaluation view, 1 its mirror image, 2 and above random ones.
+    """The view of this number: EVAL_VIEW, MIRRORED_VIEW, or a random one.
 
     A random view depends on the picture's content and its number alone, so that it is the
     same in every run, cached or not, in one process or many.
     """
-    if number < 2:
-        return eval_view(width, height, preprocessing, flip=number == 1)
+    if number < FIRST_RANDOM_VIEW:
+        return eval_view(width, height, preprocessing, flip=number == MIRRORED_VIEW)
     seed = np.random.SeedSequence([int(picture_hash[:16], 16), number])
     return random_view(width, height, np.random.default_rng(seed))
 

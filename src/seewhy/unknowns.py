@@ -17,7 +17,7 @@ REFERENCES = 4096  # training pictures that are kept; fewer are worse at strange
 ROWS = 1024  # vectors held against the references at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KNNReference:
     """A sample of the training pictures to hold others against.
 

@@ -24,6 +24,7 @@ from seewhy.cutting import Cut, cut_backbone
 from seewhy.data_parallel import check_distributed
 from seewhy.errors import ConfigError, OutputError, RunError, require
 from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
+from seewhy.features import FeatureSpec
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
@@ -127,10 +128,9 @@ def _train_in(places: Places, config: TrainConfig) -> SavedRun | None:
     cut = cut_backbone(backbone, config.unfreeze)
     check_distributed(cut, config)
     mark = time.perf_counter()
-    train_data, val_data = training_data(images, split, backbone, cut, config)
+    data = training_data(images, split, backbone, cut, config)
     seconds["features"] = time.perf_counter() - mark
-    labels = images.labels[split.train]
-    fitted = fit(backbone, cut, train_data, val_data, labels, len(images.classes), config, places.work)
+    fitted = fit(backbone, cut, data, config, places.work)
     seconds["fit"] = fitted.seconds
     mark = time.perf_counter()
     val = evaluate_part(images, split.val, "val", backbone, cut, config, split.groups)
@@ -287,7 +287,7 @@ def _unknowns(
     """What tells pictures of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
-    vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
+    vectors = classifier_vectors(backbone, cut, images, indices, FeatureSpec.of(config))
     if vectors is None:
         return None
     blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
