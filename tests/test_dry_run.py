@@ -89,7 +89,7 @@ def test_what_it_says_to_people(folder: Path, capsys: pytest.CaptureFixture[str]
     assert f"skipped   {folder}/bee/torn.png (not an image)" in lines
     assert "          1 images cannot be used; without --skip-bad training stops at them" in lines
     assert any(line.startswith("options   epochs 8, batch_size 32, lr 0.002,") for line in lines)
-    assert any(line.startswith("time      about ") and "timed in PyTorch on this CPU" in line for line in lines)
+    assert any(line.startswith("time      about ") and "timed now in PyTorch on this CPU" in line for line in lines)
     assert lines[-1] == "run       runs/pictures-test_resnet.r160_in1k-unfreeze1-seed0 (not written)"
 
 

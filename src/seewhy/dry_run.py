@@ -85,7 +85,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters",
         "options   " + ", ".join(f"{name} {value}" for name, value in facts["recipe"].items()),
         f"time      about {time_text} for all epochs and an empty cache: image counts times the seconds of {SAMPLE} images, "
-        "timed in PyTorch on this CPU",
+        "timed now in PyTorch on this CPU",
         f"run       {facts['run']} (not written)",
     ]
 
