@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import seewhy
-from seewhy.cli import run_guarded
+from seewhy.cli.guard import run_guarded
 
 
 def main() -> None:

@@ -77,11 +77,11 @@ def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import extract_features
-    from seewhy.images import open_images
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import extract_features
+    from seewhy.models.trunk_tail import cut_backbone
 
     images = open_images("caltech101", data_root)
     backbone = create_backbone("efficientnet_lite0", len(images.classes))
@@ -138,7 +138,7 @@ def main() -> None:
     if arguments.quick:
         print(json.dumps(quick(arguments.data_root)))
         return
-    from seewhy.saved_run import hardware
+    from seewhy.models.saved_run import hardware
 
     notes = [
         "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "

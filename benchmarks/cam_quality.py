@@ -37,8 +37,8 @@ ALONE = ("ablationcam",)  # timed on one picture, once: pytorch-grad-cam's takes
 
 def test_paths(run: Any) -> list[Path]:
     """Files of the test part of a run, in the order of its split."""
-    from seewhy.images import open_images
-    from seewhy.split import read_split
+    from seewhy.curation.split import read_split
+    from seewhy.data.image_set import open_images
 
     images = open_images(run.config.data, run.config.data_root)
     return [Path(images.paths[i]) for i in read_split(run.path / "split.json", images).test]
@@ -46,8 +46,8 @@ def test_paths(run: Any) -> list[Path]:
 
 def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, slow: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of all methods, and what is left of their maps when the classifier is randomised."""
-    from seewhy.cam_quality import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
-    from seewhy.scoring import AREA, sanity_check, score_methods
+    from seewhy.explain.faithfulness import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
+    from seewhy.explain.method_comparison import AREA, sanity_check, score_methods
 
     parts: list[tuple[list[Path], tuple[str, ...], tuple[str, ...]]] = [
         (paths, FAST, tuple(MASKING_METRICS)),
@@ -70,7 +70,7 @@ def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, s
 
 def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
     """Grad-CAM at the layer that points best on validation, as the mean over 16 moved copies of each picture."""
-    from seewhy.scoring import score_methods
+    from seewhy.explain.method_comparison import score_methods
 
     layers = FINE[run.config.backbone]
     table = score_methods(run, outlined, ("gradcam",), (), layers, smooth=4).query("method == 'gradcam'")
@@ -79,7 +79,7 @@ def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
 
 def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a method: mean, interval and star of each score, and the rank correlation after randomising the classifier."""
-    from seewhy.scoring import wide
+    from seewhy.explain.method_comparison import wide
 
     shown = wide(table, "{mean:.2f} ({low:.2f}–{high:.2f})")
     first = sanity.drop_duplicates("method").set_index("method")["spearman_mean"].to_dict()
@@ -99,7 +99,7 @@ def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def ours(model: nn.Module, pictures: Tensor, method: str) -> Callable[[], Any]:
-    from seewhy.attribution import class_activation_maps
+    from seewhy.explain.attribution import class_activation_maps
 
     return lambda: class_activation_maps(model, pictures, method)
 
@@ -135,7 +135,7 @@ def peers(model: nn.Module, pictures: Tensor, layer: nn.Module) -> dict[str, dic
 
 def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Milliseconds a map of each method, and how far ahead of each peer; random weights, 101 classes: the work is the same."""
-    from seewhy.backbones import create_backbone
+    from seewhy.models.backbones import create_backbone
 
     rows, ratios = [], {}
     for name in names:
@@ -172,7 +172,7 @@ def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tu
 
 
 def trained(data: str, name: str, extra: list[str], place: Path) -> Any:
-    from seewhy.cli import train_from_arguments
+    from seewhy.cli.main import train_from_arguments
 
     return train_from_arguments([data, "--backbone", name, "--unfreeze", "0", *extra, "--out", str(place / f"{data}-{name}")])
 
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["quality", "cost"])
     parser.add_argument("--quick", action="store_true", help="one network on part of the demo set")
     arguments = parser.parse_args()
-    from seewhy.outlines import outline_of
+    from seewhy.explain.masks import outline_of
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

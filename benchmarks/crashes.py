@@ -55,7 +55,8 @@ def start(command: list[str], cache: Path, log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ["SEEWHY_CACHE"] = str(cache)
-        from seewhy.cli import call, run_guarded
+        from seewhy.cli.guard import run_guarded
+        from seewhy.cli.main import call
 
         os._exit(run_guarded(lambda: call(command)))
     finally:
@@ -239,12 +240,22 @@ def preload() -> None:
     import onnxruntime
 
     import seewhy.cli
-    import seewhy.parity
-    import seewhy.predict
-    import seewhy.scale
-    import seewhy.workflow
+    import seewhy.deploy.export
+    import seewhy.inference.batch_runner
+    import seewhy.inference.predict
+    import seewhy.training.pipeline
 
-    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.scale, seewhy.workflow))
+    assert all(
+        (
+            lightning.pytorch,
+            onnxruntime,
+            seewhy.cli,
+            seewhy.deploy.export,
+            seewhy.inference.predict,
+            seewhy.inference.batch_runner,
+            seewhy.training.pipeline,
+        )
+    )
 
 
 if __name__ == "__main__":

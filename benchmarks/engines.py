@@ -55,10 +55,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="lite0 alone, without torch.compile")
     arguments = parser.parse_args()
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.engines import FromSquares, make_engine
-    from seewhy.streams import in_order
+    from seewhy.core.parallel import in_order
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.executors import FromSquares, make_engine
+    from seewhy.models.trunk_tail import cut_backbone
 
     names = ["efficientnet_lite0"] if arguments.quick else ["resnet18", "efficientnet_lite0"]
     rounds = 2 if arguments.quick else arguments.rounds

@@ -60,10 +60,10 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
 
 def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.memory_format | None = None, compiled: bool = False) -> Any:
     """The limit: the step alone, in the memory format that seewhy would choose or in a given one."""
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import feature_shape
-    from seewhy.fitting import best_memory_format
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import feature_shape
+    from seewhy.models.trunk_tail import cut_backbone
+    from seewhy.training.module import best_memory_format
 
     backbone = create_backbone(name, CLASSES, "none")
     cut = cut_backbone(backbone, 1)
@@ -84,12 +84,12 @@ def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.mem
 
 def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     """Seconds of each epoch of seewhy's fit."""
-    from seewhy.backbones import create_backbone
-    from seewhy.batches import CachedViews, TrainingData
     from seewhy.config import make_config
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import Features, extract_features
-    from seewhy.fitting import fit
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import Features, extract_features
+    from seewhy.models.trunk_tail import cut_backbone
+    from seewhy.training.fit import fit
+    from seewhy.training.loaders import CachedViews, TrainingData
 
     config = make_config(data=images.name, backbone="resnet18", weights="none", epochs=epochs, patience=epochs).resolved()
     backbone = create_backbone("resnet18", CLASSES, "none")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
     arguments = parser.parse_args()
     count, rounds = (192, 2) if arguments.quick else (arguments.pictures // BATCH * BATCH, arguments.rounds)
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SEEWHY_CACHE"] = cache

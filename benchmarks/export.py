@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
     parser.add_argument("--quick", action="store_true", help="demo pictures, efficientnet_lite0")
     arguments = parser.parse_args()
-    from seewhy.cli import train_from_arguments
-    from seewhy.parity import export_file
+    from seewhy.cli.main import train_from_arguments
+    from seewhy.deploy.export import export_file
 
     data = "scenes" if arguments.quick else "caltech101"
     root = ["--data-root", arguments.data_root] if arguments.data_root else []

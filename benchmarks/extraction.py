@@ -49,12 +49,12 @@ def eager_peer(timm_name: str, paths: list[Path]) -> Callable[[], Any]:
 
 def candidates_of(name: str, images: Any, indices: Any, count: int, cache: Path) -> dict[str, Callable[[], Any]]:
     """seewhy and the limits on all of `indices`, the peer on the first `count`."""
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.decoding import read_image
-    from seewhy.engines import Engine, make_engine
-    from seewhy.features import FeatureSpec, extract_features, render_view
-    from seewhy.streams import in_order
+    from seewhy.core.parallel import in_order
+    from seewhy.data.decode import read_image
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.executors import Engine, make_engine
+    from seewhy.models.features import FeatureSpec, extract_features, render_view
+    from seewhy.models.trunk_tail import cut_backbone
 
     backbone = create_backbone(name, 2, BACKBONES[name])
     cut = cut_backbone(backbone, 0)
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
     arguments = parser.parse_args()
     count, rounds = (64, 2) if arguments.quick else (arguments.pictures // 64 * 64, arguments.rounds)
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SEEWHY_CACHE"] = cache

@@ -48,10 +48,10 @@ def small_run() -> Any:
     from dataclasses import replace
 
     from seewhy.api import Run
-    from seewhy.backbones import create_backbone
     from seewhy.config import make_config
-    from seewhy.cutting import cut_backbone
-    from seewhy.saved_run import make_manifest
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.saved_run import make_manifest
+    from seewhy.models.trunk_tail import cut_backbone
 
     backbone = create_backbone("test_resnet.r160_in1k", 3, weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=64))
@@ -79,14 +79,14 @@ def picture_bytes() -> bytes:
 
 
 def _record() -> tuple[list[bytes], Target]:
-    from seewhy.manifest import check_manifest
+    from seewhy.models.manifest import check_manifest
 
     return [json.dumps(small_run().manifest).encode()], lambda data: answers(lambda: check_manifest(data, "run.json"))
 
 
 def _graph() -> tuple[list[bytes], Target]:
-    from seewhy.portable import build_onnx
-    from seewhy.runtime import load_onnx
+    from seewhy.deploy.onnx_export import build_onnx
+    from seewhy.inference.onnx_model import load_onnx
 
     return [build_onnx(small_run()).SerializeToString()], lambda data: answers(lambda: load_onnx(data))
 
@@ -95,7 +95,7 @@ def _weights() -> tuple[list[bytes], Target]:
     import torch
     from safetensors.torch import save
 
-    from seewhy.backbones import read_weights
+    from seewhy.models.weights import read_weights
 
     state = {"a.weight": torch.ones(2, 3), "b": torch.tensor([1.0])}
     file = io.BytesIO()
@@ -113,7 +113,7 @@ def _weights() -> tuple[list[bytes], Target]:
 def _picture() -> tuple[list[bytes], Target]:
     from torture import seeds
 
-    from seewhy.decoding import decode
+    from seewhy.data.decode import decode
 
     def target(data: bytes) -> None:
         with suppress(ValueError):
@@ -126,9 +126,9 @@ def _upload() -> tuple[list[bytes], Target]:
     """The first line of the input is the path with its query and the content type, the rest is the body."""
     from fastapi.testclient import TestClient
 
-    from seewhy.portable import build_onnx
-    from seewhy.serve import create_app
-    from seewhy.watch import Limits
+    from seewhy.deploy.app import create_app
+    from seewhy.deploy.middleware import Limits
+    from seewhy.deploy.onnx_export import build_onnx
 
     app = create_app(build_onnx(small_run()).SerializeToString(), 1, Limits(request_bytes=1_000_000, pixels=1_000_000))
     client = TestClient(app)  # which raises what the server does not catch
@@ -167,7 +167,7 @@ def _tar() -> tuple[list[bytes], Target]:
     import io
     import tarfile
 
-    from seewhy.shards import members, stream
+    from seewhy.data.shards import members, stream
 
     place = Path(tempfile.mkdtemp()) / "x.tar"
     beginnings = []

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small sizes of the demo set")
     arguments = parser.parse_args()
     sizes = [240, 480] if arguments.quick else arguments.sizes
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
     found = []

@@ -32,9 +32,9 @@ def enlarge(maps: Tensor) -> Tensor:
 
 def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dict[str, Callable[[], Any]]:
     """Our candidates, by row."""
-    from seewhy.attribution import FeatureMaps, maps_of_features
-    from seewhy.cam import gradcam_all_classes
-    from seewhy.engines import make_engine
+    from seewhy.explain.attribution import FeatureMaps, maps_of_features
+    from seewhy.explain.cam import gradcam_all_classes
+    from seewhy.models.executors import make_engine
 
     forward = make_engine(FeatureMaps(model), preprocessing, len(squares), engine)
 
@@ -95,8 +95,8 @@ def captum_peer(model: nn.Module, layer: str, pictures: Tensor) -> Callable[[], 
 
 def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows of one backbone, and how far ahead of each peer."""
-    from seewhy.backbones import create_backbone
-    from seewhy.engines import FromSquares
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.executors import FromSquares
 
     def fresh() -> nn.Module:
         """A network of its own for each library: some leave hooks in it. The same weights by the same seed."""

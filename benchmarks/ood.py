@@ -40,8 +40,9 @@ def without_classes(images: Any, names: set[str]) -> tuple[Any, Any]:
 
 def background(data_root: str | None) -> Any:
     """BACKGROUND_Google as an ImageSet of one class."""
-    from seewhy.checking import check_files
-    from seewhy.images import ImageSet, list_caltech101, list_pictures
+    from seewhy.data.image_set import ImageSet
+    from seewhy.data.listing import list_caltech101, list_pictures
+    from seewhy.data.verify import check_files
 
     folder = list_caltech101(data_root).root / "BACKGROUND_Google"
     paths = list_pictures(folder)
@@ -65,11 +66,11 @@ def background(data_root: str | None) -> Any:
 def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) -> dict[str, dict[str, tuple[float, float]]]:
     """score -> unknown set -> (AUROC, FPR@95)."""
     from seewhy.config import make_config
-    from seewhy.embedding import embed
-    from seewhy.evaluate import tail_logits
-    from seewhy.metrics import auroc, fpr_at_tpr
-    from seewhy.search import fit_candidate
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.evaluation.evaluate import tail_logits
+    from seewhy.evaluation.metrics import auroc, fpr_at_tpr
+    from seewhy.models.features import embed
+    from seewhy.training.search import fit_candidate
 
     kept, out = without_classes(images, held_out)
     split = split_images(kept, seed=seed)
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="the demo set, two of its classes held out")
     arguments = parser.parse_args()
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
     others = {} if arguments.quick else {"BACKGROUND_Google": background(arguments.data_root)}

@@ -11,7 +11,7 @@ from scipy.linalg import eigh
 from scipy.special import logsumexp
 from sklearn.covariance import ledoit_wolf
 
-from seewhy.unknowns import Array, Score, fit_reference
+from seewhy.models.ood import Array, Score, fit_reference
 
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 

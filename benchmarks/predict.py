@@ -33,9 +33,9 @@ CLASSES = 101
 def saved_run(name: str, folder: Path) -> Any:
     """A run of random or package weights, saved and loaded as a trained one would be."""
     from seewhy.api import load
-    from seewhy.backbones import create_backbone
     from seewhy.config import make_config
-    from seewhy.saved_run import finish, make_manifest, save_weights
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.saved_run import finish, make_manifest, save_weights
 
     backbone = create_backbone(name, CLASSES, BACKBONES[name])
     work = folder / f".{name}"
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
     arguments = parser.parse_args()
     count, singles, rounds = (224, 30, 1) if arguments.quick else (arguments.pictures, arguments.singles, arguments.rounds)
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}

@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = "scenes"
         if not arguments.quick:
-            from seewhy.images import open_images
+            from seewhy.data.image_set import open_images
 
             folder = str(Path(place) / "pictures")
             repeat_pictures(open_images("caltech101", arguments.data_root), arguments.pictures, Path(folder))

@@ -20,15 +20,15 @@ from typing import Any
 
 from common import RESULTS, record
 
-from seewhy.backbones import create_backbone
-from seewhy.batches import make_loader, training_data
 from seewhy.config import make_config, parse_settings
-from seewhy.cutting import cut_backbone
-from seewhy.evaluate import evaluate_part
-from seewhy.fitting import FitModule
-from seewhy.images import ImageSet, open_images
-from seewhy.search import fit_candidate
-from seewhy.split import split_images
+from seewhy.curation.split import split_images
+from seewhy.data.image_set import ImageSet, open_images
+from seewhy.evaluation.evaluate import evaluate_part
+from seewhy.models.backbones import create_backbone
+from seewhy.models.trunk_tail import cut_backbone
+from seewhy.training.loaders import make_loader, training_data
+from seewhy.training.module import FitModule
+from seewhy.training.search import fit_candidate
 
 
 def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ BACKBONES = ("efficientnet_lite0", "resnet18")
 def measure(data: str, name: str, options: dict[str, Any], pictures: int, names: list[str] | None) -> Any:
     """The table of one backbone."""
     import seewhy
-    from seewhy.robustness import run_robustness
+    from seewhy.evaluation.robustness import run_robustness
 
     with tempfile.TemporaryDirectory() as place:
         run = seewhy.train(data, out=Path(place) / "run", backbone=name, unfreeze=0, **options)
@@ -56,7 +56,7 @@ def main() -> None:
     half = 100 * float(table["high"].sub(table["low"]).max()) / 2
     notes = [
         f"Accuracy in % on {arguments.pictures} test pictures (seed 0), classifier trained; 95% intervals are ± {half:.0f} points "
-        "at most. Strengths are ImageNet-C's (arXiv:1903.12261) for blur, noise, JPEG and brightness, see src/seewhy/corruptions.py.",
+        "at most. Strengths are ImageNet-C's (arXiv:1903.12261) for blur, noise, JPEG and brightness, see evaluation/corruptions.py.",
         "resnet18 with the stand-in weights where --weights was given: read its row with care.",
     ]
     command = f"python benchmarks/robustness.py --pictures {arguments.pictures}"

@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="demo pictures, one round")
     arguments = parser.parse_args()
-    from seewhy.cli import train_from_arguments
-    from seewhy.images import open_images
+    from seewhy.cli.main import train_from_arguments
+    from seewhy.data.image_set import open_images
 
     data = "scenes" if arguments.quick else "caltech101"
     count, rounds = (480, 1) if arguments.quick else (arguments.pictures, arguments.rounds)

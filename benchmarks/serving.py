@@ -207,7 +207,7 @@ def cpu_seconds(pid: int) -> float:
 
 def latency(commands: dict[str, list[str]], model_file: Path, files: list[Path], count: int, rounds: int) -> dict[str, list[list[float]]]:
     """Seconds of single requests in each round, one client, A B A B; `bare`: the exported file asked in this process with all cores."""
-    from seewhy.runtime import load_onnx
+    from seewhy.inference.onnx_model import load_onnx
 
     model = load_onnx(model_file, threads=os.cpu_count() or 1)
     wanted = [name for name in model.outputs if name not in ("logits", "squares")]
@@ -278,10 +278,10 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.requests, arguments.rounds, arguments.soak = 96, 1, 100
-    from seewhy.cli import train_from_arguments
-    from seewhy.images import open_images
-    from seewhy.parity import export_file
-    from seewhy.split import read_split
+    from seewhy.cli.main import train_from_arguments
+    from seewhy.curation.split import read_split
+    from seewhy.data.image_set import open_images
+    from seewhy.deploy.export import export_file
 
     data = "scenes" if arguments.quick else "caltech101"
     with tempfile.TemporaryDirectory() as place:

@@ -33,7 +33,7 @@ LARGE_BYTES = 10_000
 READ_ALL = """
 import sys
 from pathlib import Path
-from seewhy import shards
+from seewhy.data import shards
 shard, how = Path(sys.argv[1]), sys.argv[2]
 import pyarrow.parquet  # part of the base that is taken off
 if how == "by name":
@@ -72,12 +72,12 @@ def write_parquet(file: Path, entries: Iterable[tuple[str, bytes]], rows: int) -
 
 def candidates_of(places: dict[str, Path], cache: Path, extract: bool) -> dict[str, Callable[[], Any]]:
     """Reading in order and at random, and features, from each place."""
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.decoding import read_bytes
-    from seewhy.features import FeatureSpec, extract_features
-    from seewhy.images import open_images
-    from seewhy.streams import in_order
+    from seewhy.core.parallel import in_order
+    from seewhy.data.decode import read_bytes
+    from seewhy.data.image_set import open_images
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import FeatureSpec, extract_features
+    from seewhy.models.trunk_tail import cut_backbone
 
     backbone = create_backbone("efficientnet_lite0", 2)
     cut = cut_backbone(backbone, 0)
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set, and a smaller shard")
     arguments = parser.parse_args()
     count, rounds, large = (64, 2, 2000) if arguments.quick else (arguments.pictures, arguments.rounds, LARGE)
-    from seewhy.images import list_data
+    from seewhy.data.listing import list_data
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -53,7 +53,8 @@ def network(weights: str | None, classes: int) -> Any:
     """timm's ResNet-18 with the given weights and a new classifier; without weights, lite0 with those of its package."""
     import timm
 
-    from seewhy.backbones import create_backbone, load_state, read_weights
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.weights import load_state, read_weights
 
     if weights is None:
         return create_backbone("efficientnet_lite0", classes).model
@@ -167,7 +168,7 @@ def fastai_fine_tune(weights: str | None, images: Any, split: Any, goal: float, 
     learner = vision_learner(data, resnet18, metrics=accuracy, pretrained=False)
     if weights:
         body = resnet18()
-        from seewhy.backbones import read_weights
+        from seewhy.models.weights import read_weights
 
         body.load_state_dict(read_weights(Path(weights)), strict=False)
         theirs = [module.state_dict() for module in list(body.children())[:-2]]
@@ -276,9 +277,9 @@ def main() -> None:
     parser.add_argument("--goal", type=float, default=GOAL, help="validation accuracy at which --peer stops")
     parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
     arguments = parser.parse_args()
-    from seewhy.images import open_images
-    from seewhy.saved_run import hardware
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.saved_run import hardware
 
     extra = [
         word for flag in ("data_root", "weights") if (value := getattr(arguments, flag)) for word in (f"--{flag.replace('_', '-')}", value)

@@ -117,7 +117,7 @@ def spoiled(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 def decode_all(count: int, seed: int) -> dict[str, Any]:
     """In this process: how many were pictures, were refused and why, the slowest, and the most memory that was added."""
-    from seewhy.decoding import decode
+    from seewhy.data.decode import decode
 
     reasons: Counter[str] = Counter()
     slowest, before = 0.0, resident_gb("VmRSS")
@@ -156,7 +156,7 @@ LARGEST: dict[
 
 
 def largest(kind: str, place: Path) -> None:
-    from seewhy.decoding import FORMAT_PIXELS, MAX_PIXELS
+    from seewhy.data.decode import FORMAT_PIXELS, MAX_PIXELS
 
     mode, form, options = LARGEST[kind]
     width = 10_000
@@ -169,7 +169,7 @@ def largest(kind: str, place: Path) -> None:
 
 
 def check_one(place: Path) -> dict[str, Any]:
-    from seewhy.checking import check_file
+    from seewhy.data.verify import check_file
 
     began, before = time.perf_counter(), resident_gb("VmRSS")
     found = check_file(place)
@@ -190,7 +190,7 @@ def own_process(*arguments: str) -> Any:
 
 def train_and_predict(count: int, seed: int, place: Path) -> list[dict[str, Any]]:
     """Rows of training on the demo set with the spoiled files among its classes, and of predicting all of them."""
-    from seewhy.scenes import draw_scenes
+    from seewhy.data.synthetic import draw_scenes
 
     demo = draw_scenes(place / "scenes") / "pictures"
     classes = sorted(demo.iterdir())

@@ -52,7 +52,7 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
 
 def flips_found(vectors: Any, labels: Any, groups: Any, seed: int) -> tuple[float, float]:
     """Share of the flipped labels among as many first places: by log-odds, and by margin."""
-    from seewhy.labels import out_of_fold, rank_label_issues, with_label_noise
+    from seewhy.curation.label_issues import out_of_fold, rank_label_issues, with_label_noise
 
     moved, wrong = with_label_noise(labels, SHARE, seed)
     log_probs = out_of_fold(vectors, moved, groups)
@@ -71,10 +71,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--quick", action="store_true", help="the demo set, one seed")
     arguments = parser.parse_args()
-    from seewhy.duplicates import group_numbers, near_pairs
-    from seewhy.embedding import embed
-    from seewhy.images import open_images
-    from seewhy.split import split_images
+    from seewhy.curation.near_duplicates import group_numbers, near_pairs
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.features import embed
 
     data = "scenes" if arguments.quick else "caltech101"
     seeds = [0] if arguments.quick else arguments.seeds

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.api import Run
-from seewhy.backbones import create_backbone
 from seewhy.config import make_config
-from seewhy.cutting import cut_backbone
-from seewhy.transforms import Preprocessing
+from seewhy.models.backbones import create_backbone
+from seewhy.models.transforms import Preprocessing
+from seewhy.models.trunk_tail import cut_backbone
 
 UNCALIBRATED = {"temperature": 1.0, "abstain": []}
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cheap_run import UNCALIBRATED, cheap_run
 from PIL import Image
 
 from seewhy.api import Run, load
-from seewhy.saved_run import finish, make_manifest, save_weights
+from seewhy.models.saved_run import finish, make_manifest, save_weights
+from tests.cheap_run import UNCALIBRATED, cheap_run
 
 
 def saved_cheap_run(folder: Path, **options: object) -> Run:

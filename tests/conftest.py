@@ -104,7 +104,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def demo_set(for_all: Path, session_cache: Path) -> Path:
     """The demo set in the session's cache, drawn once for all processes."""
-    from seewhy.scenes import draw_scenes
+    from seewhy.data.synthetic import draw_scenes
 
     with FileLock(for_all / "scenes.lock"):
         drawn = draw_scenes(for_all / "cache" / "scenes")
@@ -134,7 +134,7 @@ def demo_run(for_all: Path, demo_set: Path, session_cache: Path, tmp_path_factor
 @pytest.fixture(scope="session")
 def demo_onnx(demo_run: Run, for_all: Path) -> Path:
     """The demo run as an exported file, likewise; read only."""
-    from seewhy.portable import build_onnx
+    from seewhy.deploy.onnx_export import build_onnx
 
     path = for_all / "exported" / "model.onnx"
     with FileLock(for_all / "exported.lock"):
@@ -153,4 +153,4 @@ def demo_pictures(demo_set: Path) -> list[Path]:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """For trainings whose report nobody looks at: to draw it takes about half of a small training."""
-    monkeypatch.setattr("seewhy.workflow.write_report", lambda run, history, test, folder: None)
+    monkeypatch.setattr("seewhy.training.pipeline.write_report", lambda run, history, test, folder: None)

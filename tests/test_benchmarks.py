@@ -75,7 +75,7 @@ def test_times_of_another_processor_are_kept(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(common, "FOLDER", tmp_path)
     entry = {"rows": [{"pictures/s": 1}], "command": "python x.py"}
     for cpu, speed in (("Slow", 1), ("Fast", 2), ("Fast", 3), ("Slow", 4)):
-        monkeypatch.setattr("seewhy.saved_run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
+        monkeypatch.setattr("seewhy.models.saved_run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
         common.record("x", "How fast?", {**entry, "rows": [{"pictures/s": speed}]})
     kept = {name: entry["rows"][0]["pictures/s"] for name, entry in json.loads(common.RESULTS.read_text()).items()}
     assert kept == {"x": 4, "x | Fast": 3}

@@ -11,10 +11,10 @@ import pytest
 
 from seewhy import cli
 from seewhy.api import Run
-from seewhy.backbones import BACKBONES
-from seewhy.cam import ALL_METHODS
 from seewhy.config import RECIPES, TrainConfig
-from seewhy.corruptions import CORRUPTIONS
+from seewhy.evaluation.corruptions import CORRUPTIONS
+from seewhy.explain.cam import ALL_METHODS
+from seewhy.models.backbones import BACKBONES
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -11,7 +11,7 @@ from scipy.spatial.distance import mahalanobis
 from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 
-from seewhy.metrics import auroc
+from seewhy.evaluation.metrics import auroc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

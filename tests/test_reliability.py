@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 import seewhy
+from seewhy.data.image_set import ImageSet, open_images
 from seewhy.errors import OutputError, RunError
-from seewhy.images import ImageSet, open_images
-from seewhy.store import FeatureStore, as_keys
+from seewhy.models.feature_store import FeatureStore, as_keys
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "engine": "torch"}
 WORDS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
@@ -92,7 +92,7 @@ def test_killed_and_interrupted_then_resumed_has_the_same_bits(folder: Path, tmp
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(number: signal.Signals, status: int) -> None:
     code = (
-        "import time\nfrom seewhy.signals import stop_on_signals\nstop_on_signals()\n"
+        "import time\nfrom seewhy.core.signals import stop_on_signals\nstop_on_signals()\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('saving', flush=True)\n    time.sleep(60)\n"
     )
@@ -200,7 +200,7 @@ def test_pictures_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatc
         folder.rename(tmp_path / "elsewhere")
         return images
 
-    monkeypatch.setattr("seewhy.workflow.open_images", gone)
+    monkeypatch.setattr("seewhy.training.pipeline.open_images", gone)
     with pytest.raises(seewhy.ImageError, match=r"\.png: no such file"):
         seewhy.train(folder, out=tmp_path / "run", group_by="exact", **SMALL)
     assert not (tmp_path / "run").exists()
@@ -233,7 +233,7 @@ def test_a_power_cut_leaves_no_key_without_its_row(tmp_path: Path, monkeypatch: 
         synced.append(rows.stat().st_size)
 
     monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr("seewhy.store.SYNC_S", -1.0)
+    monkeypatch.setattr("seewhy.models.feature_store.SYNC_S", -1.0)
     store = FeatureStore(tmp_path, (3,))
     seen = []
 

@@ -142,7 +142,7 @@ def test_weights_of_another_architecture(copied: Path) -> None:
 
 def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     """The stored temperature is the one that fits val best; the threshold is that of val's answers; a wish too high is refused."""
-    from seewhy.calibration import fit_temperature, threshold_for
+    from seewhy.evaluation.calibration import fit_temperature, threshold_for
 
     val = demo_run.evaluate("val")
     assert demo_run.temperature == pytest.approx(fit_temperature(val.labels, val.logits), rel=1e-3)

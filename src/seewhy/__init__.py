@@ -10,6 +10,9 @@ from seewhy.version import __version__ as __version__
 if TYPE_CHECKING:
     from seewhy.api import Run, load, pull, train
     from seewhy.config import TrainConfig
+    from seewhy.curation.split import Split, split_images
+    from seewhy.data.image_set import ImageSet, open_images
+    from seewhy.deploy.export import export_state_dict
     from seewhy.errors import (
         BackboneError,
         ConfigError,
@@ -22,12 +25,9 @@ if TYPE_CHECKING:
         SplitError,
         WeightsError,
     )
-    from seewhy.evaluate import Evaluation
-    from seewhy.explain import Explanation
-    from seewhy.export import export_state_dict
-    from seewhy.images import ImageSet, open_images
-    from seewhy.predictions import Predictions
-    from seewhy.split import Split, split_images
+    from seewhy.evaluation.evaluate import Evaluation
+    from seewhy.explain.explainer import Explanation
+    from seewhy.inference.predictions import Predictions
 
 __all__ = [
     "BackboneError",
@@ -60,12 +60,12 @@ _HOMES = {
     "api": ("Run", "load", "pull", "train"),
     "config": ("TrainConfig",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "evaluate": ("Evaluation",),
-    "explain": ("Explanation",),
-    "export": ("export_state_dict",),
-    "images": ("ImageSet", "open_images"),
-    "predictions": ("Predictions",),
-    "split": ("Split", "split_images"),
+    "evaluation.evaluate": ("Evaluation",),
+    "explain.explainer": ("Explanation",),
+    "deploy.export": ("export_state_dict",),
+    "data.image_set": ("ImageSet", "open_images"),
+    "inference.predictions": ("Predictions",),
+    "curation.split": ("Split", "split_images"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
