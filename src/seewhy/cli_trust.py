@@ -26,7 +26,7 @@ def audit(
     from seewhy.audit_page import save_audit
     from seewhy.images import open_images
 
-    if engine is not None:
+    if engine is not None or address or ray_workers:  # the latter without an engine are refused
         from seewhy.cli_scale import fill_audit
 
         fill_audit(data, data_root, engine, address, ray_workers)

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from seewhy.errors import OutputError, RunError
+from seewhy.runtime import is_exported
 from seewhy.serve import create_app
 from seewhy.watch import Limits
 
@@ -41,7 +42,7 @@ def serve_forever(
 
 def exported(run: Path) -> Path:
     """The ONNX file of a run, made where there is none yet."""
-    if run.suffix == ".onnx":
+    if is_exported(run):
         return run
     if not run.is_dir():
         raise RunError(f"{run}: no run and no file of `seewhy export`; name one of them")
