@@ -106,7 +106,7 @@ def test_drawn_once_and_again_after_the_marker_is_missing_or_of_another_set(tmp_
 
 def test_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"demo set cannot be written \(.+\); set SEEWHY_CACHE to a writable folder$") as caught:
+    with pytest.raises(OutputError, match=r"scenes: cannot be written \(.+\); set SEEWHY_CACHE to a writable folder$") as caught:
         draw_scenes(tmp_path / "file" / "below" / "scenes", per_class=1)
     assert "\n" not in str(caught.value)
 

@@ -80,7 +80,9 @@ def serve(
 
 def exported(run: Path) -> Path:
     """The ONNX file of a run, made where there is none yet."""
-    if run.suffix == ".onnx":
+    from seewhy.inference.onnx_model import is_exported
+
+    if is_exported(run):
         return run
     if not run.is_dir():
         raise RunError(f"{run}: no run and no file of `seewhy export`; name one of them")

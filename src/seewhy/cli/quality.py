@@ -28,7 +28,7 @@ def audit(
     from seewhy.data.image_set import open_images
     from seewhy.reports.audit_report import save_audit
 
-    if engine is not None:
+    if engine is not None or address or ray_workers:  # the latter without an engine are refused
         from seewhy.cli.batch import fill_audit
 
         fill_audit(data, data_root, engine, address, ray_workers)
