@@ -22,7 +22,7 @@ RESULTS = FOLDER / "results.json"
 
 
 class Files(Dataset[tuple[Any, int]]):
-    """Picture files and labels through a transform of torchvision or timm: what a peer's DataLoader reads."""
+    """Image files and labels through a transform of torchvision or timm: what a peer's DataLoader reads."""
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Callable[[Image.Image], Any]) -> None:
         self.paths, self.labels, self.transform = paths, labels, transform

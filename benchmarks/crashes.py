@@ -184,11 +184,11 @@ def trial(job: Job, kills: int, warm: Path, chance: random.Random) -> dict[str, 
     }
 
 
-def linked(pictures: Path, folder: Path, copies: int) -> Path:
-    """The demo pictures under many names."""
+def linked(images: Path, folder: Path, copies: int) -> Path:
+    """The demo images under many names."""
     folder.mkdir()
     for n in range(copies):
-        for path in pictures.rglob("*.jpg"):
+        for path in images.rglob("*.jpg"):
             (folder / f"{n}-{path.parent.name}-{path.name}").symlink_to(path)
     return folder
 
@@ -208,14 +208,14 @@ def main() -> None:
         run([*STAGE, "--epochs", "1", "--out", str(place / "other")], ready, place / "log")
         # What the trials begin with: the demo set and the exported networks, which take 15 s and are written by one rename; no features.
         shutil.copytree(ready, warm, ignore=shutil.ignore_patterns("features"))
-        pictures = linked(warm / "scenes" / "pictures", place / "many", 2 if arguments.quick else 8)
-        ask = ["predict", str(place / "base"), str(pictures), "--top-k", "3"]
+        images = linked(warm / "scenes" / "images", place / "many", 2 if arguments.quick else 8)
+        ask = ["predict", str(place / "base"), str(images), "--top-k", "3"]
         jobs = [
             Job("train, everything frozen", FROZEN, ["--resume"], "run", 0.6),
             Job("train, last stage", STAGE, ["--resume"], "run", 0.4),
             Job("predict to .parquet", ask, [], "table.parquet", 0.2),
             Job("predict to .csv", ask, [], "table.csv", 0.15),
-            Job("export", ["export", str(place / "base"), "--pictures", "20"], [], "model.onnx", 0.2),
+            Job("export", ["export", str(place / "base"), "--images", "20"], [], "model.onnx", 0.2),
         ]
         jobs = [job for job in jobs if arguments.only in job.name]
         chance = random.Random(arguments.seed)

@@ -36,13 +36,13 @@ def main() -> None:
     }
     if not arguments.quick:
         row = {
-            "what": "draw 480 pictures, extract, fit, measure, report",
+            "what": "draw 480 images, extract, fit, measure, report",
             "median s": answer["seconds"],
             "least to most s": f"{min(seconds)} to {max(seconds)}",
             "runs": len(seconds),
             "peak GB": max(run["peak_gb"] for run in runs),
             "test accuracy %": round(100 * answer["test_accuracy"], 1),
-            "test pictures": answer["n"],
+            "test images": answer["n"],
         }
         command_text = f"python benchmarks/demo.py --runs {len(seconds)}"
         record(

@@ -1,11 +1,11 @@
 """Can bytes chosen by a coverage-guided fuzzer (atheris) crash what reads files and requests of strangers?
 
     python benchmarks/fuzz.py [--seconds 300]              each target for so long, into results.json
-    python benchmarks/fuzz.py --target NAME --seconds 20   one of record, graph, weights, picture, upload, config; one JSON line
+    python benchmarks/fuzz.py --target NAME --seconds 20   one of record, graph, weights, image, upload, config; one JSON line
     python benchmarks/fuzz.py --quick                      each target for 5 s, one JSON line
 
 Anything but an answer or an error of seewhy's own, in one line, is a crash: it ends the target, and its input is written beside the
-results. Targets: record (run.json), graph (an exported file), weights (a weights file), picture (decoding), upload (POST /predict with
+results. Targets: record (run.json), graph (an exported file), weights (a weights file), image (decoding), upload (POST /predict with
 any body and headers), config (YAML and --set).
 """
 
@@ -51,7 +51,7 @@ def small_run() -> Any:
     from seewhy.config import make_config
     from seewhy.models.backbones import create_backbone
     from seewhy.models.saved_run import make_manifest
-    from seewhy.models.trunk_tail import cut_backbone
+    from seewhy.models.trunk_tail import split_backbone
 
     backbone = create_backbone("test_resnet.r160_in1k", 3, weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=64))
@@ -64,10 +64,10 @@ def small_run() -> Any:
         "unknowns": {"threshold": 0.8},
     }
     classes = ("ant", "bee", "cat")
-    return Run(Path("small"), config, classes, backbone, cut_backbone(backbone, 1), make_manifest(config, classes, backbone, facts))
+    return Run(Path("small"), config, classes, backbone, split_backbone(backbone, 1), make_manifest(config, classes, backbone, facts))
 
 
-def picture_bytes() -> bytes:
+def image_bytes() -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
@@ -110,7 +110,7 @@ def _weights() -> tuple[list[bytes], Target]:
     return [save(state), file.getvalue()], target
 
 
-def _picture() -> tuple[list[bytes], Target]:
+def _image() -> tuple[list[bytes], Target]:
     from torture import seeds
 
     from seewhy.data.decode import decode
@@ -132,7 +132,7 @@ def _upload() -> tuple[list[bytes], Target]:
 
     app = create_app(build_onnx(small_run()).SerializeToString(), 1, Limits(request_bytes=1_000_000, pixels=1_000_000))
     client = TestClient(app)  # which raises what the server does not catch
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + picture_bytes() + b"\r\n--x--\r\n"
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + image_bytes() + b"\r\n--x--\r\n"
     heads = [b"/predict?top_k=2 multipart/form-data; boundary=x\n", b"/predict?heatmap=ant&k=3 multipart/form-data; boundary=x\n"]
 
     def target(data: bytes) -> None:
@@ -197,7 +197,7 @@ TARGETS: dict[str, Callable[[], tuple[list[bytes], Target]]] = {
     "record": _record,
     "graph": _graph,
     "weights": _weights,
-    "picture": _picture,
+    "image": _image,
     "upload": _upload,
     "config": _config,
     "tar": _tar,

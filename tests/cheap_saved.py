@@ -1,4 +1,4 @@
-"""A cheap run as a folder on the disk, and small pictures in shards, for tests of what other processes read."""
+"""A cheap run as a folder on the disk, and small images in shards, for tests of what other processes read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved_cheap_run(folder: Path, **options: object) -> Run:
 
 
 def jpegs(count: int, side: int = 40) -> list[bytes]:
-    """Small pictures, all different."""
+    """Small images, all different."""
     found = []
     for n in range(count):
         file = io.BytesIO()
@@ -41,7 +41,7 @@ def jpegs(count: int, side: int = 40) -> list[bytes]:
 
 
 def write_parquet(file: Path, contents: Sequence[bytes], first: int = 0) -> Path:
-    """A shard with a counter behind each picture's bytes, so that no two are equal."""
+    """A shard with a counter behind each image's bytes, so that no two are equal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [data + f" {first + n}".encode() for n, data in enumerate(contents)]
     pq.write_table(pa.table({"image": rows, "label": [f"class {n % 2}" for n in range(len(rows))]}), file, row_group_size=100)

@@ -31,7 +31,7 @@ def read(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_and_pictures_exist(name: str) -> None:
+def test_links_and_images_exist(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", read(name))
     for target in (a or b for a, b in targets):
         if not target.startswith("http"):
@@ -53,7 +53,7 @@ def test_recipes_in_the_readme_are_those_of_the_code() -> None:
         cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
         assert cells == [
             str(recipe[key])
-            for key in ("epochs", "patience", "batch_size", "lr", "weight_decay", "label_smoothing", "ema_decay", "test_flip")
+            for key in ("epochs", "patience", "batch_size", "lr", "weight_decay", "label_smoothing", "ema_decay", "tta_flip")
         ]
 
 

@@ -33,7 +33,7 @@ def names(requirements: list[str]) -> set[str]:
         ("cleanvision", "audit", "seewhy audit", ["audit", "DATA"]),
         ("tensorboard", "tensorboard", "--tracker tensorboard", ["train", "DATA", *NETWORK, "--tracker", "tensorboard"]),
         ("mlflow", "mlflow", "--tracker mlflow", ["train", "DATA", *NETWORK, "--tracker", "mlflow"]),
-        ("ray", "ray", "--engine ray", ["predict", "RUN", "a.jpg", "--engine", "ray", "--out", "a.parquet"]),
+        ("ray", "ray", "--backend ray", ["predict", "RUN", "a.jpg", "--backend", "ray", "--out", "a.parquet"]),
     ],
 )
 def test_a_missing_package_is_one_line_before_any_work(

@@ -24,7 +24,7 @@ from seewhy.data.image_set import ImageSet, open_images
 from seewhy.errors import OutputError, RunError
 from seewhy.models.feature_store import FeatureStore, as_keys
 
-SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "engine": "torch"}
+SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "runtime": "torch"}
 WORDS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 SEEWHY = [sys.executable, "-m", "seewhy.cli"]
 
@@ -191,8 +191,8 @@ def test_a_quota_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("run")) == []
 
 
-def test_pictures_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network drive that goes away after the pictures were checked."""
+def test_images_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network drive that goes away after the images were checked."""
     original = open_images
 
     def gone(*arguments: Any) -> ImageSet:
@@ -215,7 +215,7 @@ def test_two_at_once_share_a_cache_and_get_names_of_their_own(folder: Path, tmp_
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == ["pictures-test_resnet.r160_in1k-unfreeze1-seed0", "pictures-test_resnet.r160_in1k-unfreeze1-seed0-2"]
+    assert names == ["images-test_resnet.r160_in1k-unfreeze1-seed0", "images-test_resnet.r160_in1k-unfreeze1-seed0-2"]
     assert_same_weights(*(tmp_path / "runs" / name for name in names))
     (store,) = (cache / "features").iterdir()
     keys = np.fromfile(store / "keys.bin", dtype=np.uint8).reshape(-1, 32)

@@ -27,8 +27,8 @@ def copied(demo_run: Run, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(demo_set: Path) -> list[str]:
-    return [str(path) for path in sorted((demo_set / "pictures").rglob("00[0-3].jpg"))]
+def images(demo_set: Path) -> list[str]:
+    return [str(path) for path in sorted((demo_set / "images").rglob("00[0-3].jpg"))]
 
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
@@ -40,14 +40,14 @@ def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
     assert [path.name for path in demo_run.path.parent.iterdir()] == [demo_run.path.name]  # no work folder, no lock
 
 
-def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures: list[str]) -> None:
-    expected = demo_run.predict(pictures)
-    found = load(copied).predict(pictures)
+def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, images: list[str]) -> None:
+    expected = demo_run.predict(images)
+    found = load(copied).predict(images)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
     assert found.classes == expected.classes
     assert found.unknown.tolist() == expected.unknown.tolist()
     assert demo_run.references is not None  # a run fresh from training can tell strangers too
-    assert len(pictures) == 32
+    assert len(images) == 32
 
 
 def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
@@ -56,7 +56,7 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert manifest["config"]["backbone"] == "efficientnet_lite0"
     assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
     assert [manifest["split"][part] for part in ("protocol", "train", "val", "test")] == ["ratio", 336, 48, 96]
-    assert (manifest["split"]["grouped_pictures"], manifest["split"]["torn_classes"]) == (0, [])  # no two scenes are alike
+    assert (manifest["split"]["grouped_images"], manifest["split"]["torn_classes"]) == (0, [])  # no two scenes are alike
     assert manifest["calibration"]["temperature"] > 0
     assert manifest["calibration"]["n"] == 48
     assert len(manifest["data"]["hash"]) == 64
@@ -70,7 +70,7 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert low < metrics["test"]["accuracy"] < high <= 1
 
 
-def test_split_file_names_every_picture_once(demo_run: Run) -> None:
+def test_split_file_names_every_image_once(demo_run: Run) -> None:
     split = json.loads((demo_run.path / "split.json").read_text())
     hashes = [h for part in ("train", "val", "test") for h in split[part]]
     assert len(hashes) == len(set(hashes)) == 480
@@ -150,7 +150,7 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     expected = threshold_for(val.confidence, val.correct, 0.8)
     assert expected is not None
     assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation pictures"):
+    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation images"):
         demo_run.threshold_for(0.999)
 
 
@@ -165,4 +165,4 @@ def test_model_card_tells_the_numbers_of_the_run(demo_run: Run) -> None:
     assert metrics["accuracy"] == pytest.approx(demo_run.metrics["test"]["accuracy"], abs=1e-4)
     assert f"{100 * demo_run.metrics['test']['accuracy']:.1f}%" in body
     assert "boat, car" in body
-    assert "fewer than 10" not in body  # 12 test pictures a class
+    assert "fewer than 10" not in body  # 12 test images a class

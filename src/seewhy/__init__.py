@@ -1,4 +1,4 @@
-"""Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says."""
+"""Train an image classifier on your own images in minutes on a laptop, and see why it says what it says."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
         DataError,
         ImageError,
         OutputError,
-        ReachError,
         RunError,
         SeewhyError,
         SplitError,
+        StorageUnavailableError,
         WeightsError,
     )
     from seewhy.evaluation.evaluate import Evaluation
@@ -39,12 +39,12 @@ __all__ = [
     "ImageSet",
     "OutputError",
     "Predictions",
-    "ReachError",
     "Run",
     "RunError",
     "SeewhyError",
     "Split",
     "SplitError",
+    "StorageUnavailableError",
     "TrainConfig",
     "WeightsError",
     "export_state_dict",

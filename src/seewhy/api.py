@@ -45,22 +45,22 @@ class Run(SavedRun):
         found = threshold_for(np.array([p for p, _ in rows]), np.array([right for _, right in rows], dtype=bool), precision)
         if found is None:
             raise RunError(
-                f"{self.path}: no probability promises {precision:.1%} right answers, by its {len(rows)} validation pictures; "
+                f"{self.path}: no probability promises {precision:.1%} right answers, by its {len(rows)} validation images; "
                 "ask for less, or validate on more (--set val_fraction=0.2)"
             )
         return found
 
     def evaluate(self, part: str = "test", data: str | None = None) -> Evaluation:
-        """Measures the run on a part of its own split, or on all pictures of another labelled folder."""
+        """Measures the run on a part of its own split, or on all images of another labelled folder."""
         from seewhy.evaluation.evaluate import evaluate_run
 
         return evaluate_run(self, part, data)
 
-    def predict(self, pictures: Sequence[str | Path], skip_bad: bool = False) -> Predictions:
+    def predict(self, images: Sequence[str | Path], skip_bad: bool = False) -> Predictions:
         """Calibrated class probabilities of files, folders and patterns."""
         from seewhy.inference.predict import predict
 
-        return predict(self, pictures, skip_bad)
+        return predict(self, images, skip_bad)
 
     def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
         """Writes one file that answers and explains without the run (docs/EXPORT.md), after comparing it with the run.
@@ -79,7 +79,7 @@ class Run(SavedRun):
 
     def explain(
         self,
-        pictures: Sequence[str | Path] | str | Path,
+        images: Sequence[str | Path] | str | Path,
         method: str = "gradcam",
         target: str | Sequence[str] | None = None,
         contrast: str | Sequence[str] | None = None,
@@ -88,33 +88,33 @@ class Run(SavedRun):
     ) -> Explanation:
         """Heatmaps of the predicted class, or of class `target` (and not `contrast`), of files, folders and patterns.
 
-        target, contrast: one class, or one a picture.
+        target, contrast: one class, or one an image.
         layers: dotted names, several are fused; none: the last feature maps. smooth: the mean over smooth x smooth moved copies.
         """
         from seewhy.explain.explainer import explain
 
-        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, contrast, layers, smooth)
+        return explain(self, [images] if isinstance(images, str | Path) else images, method, target, contrast, layers, smooth)
 
     def score_methods(
         self,
-        pictures: Sequence[str | Path] | str | Path,
+        images: Sequence[str | Path] | str | Path,
         methods: Sequence[str] | None = None,
         layers: Sequence[str] = (),
         smooth: int = 1,
     ) -> pd.DataFrame:
-        """How far heatmaps of methods (None: all but the slow ones) can be trusted on these pictures: a row a method and score."""
+        """How far heatmaps of methods (None: all but the slow ones) can be trusted on these images: a row a method and score."""
         from seewhy.explain.method_comparison import COMPARED, score_methods
 
-        chosen = [pictures] if isinstance(pictures, str | Path) else pictures
+        chosen = [images] if isinstance(images, str | Path) else images
         return score_methods(self, chosen, methods or COMPARED, layers=layers, smooth=smooth)
 
     def sanity_check(
-        self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
+        self, images: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
     ) -> pd.DataFrame:
         """How alike the maps stay as the network is randomised from the classifier down: a row a method and stage, with intervals."""
         from seewhy.explain.method_comparison import COMPARED, sanity_check
 
-        return sanity_check(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
+        return sanity_check(self, [images] if isinstance(images, str | Path) else images, methods or COMPARED, layers=layers)
 
 
 @lines_in_notebook()

@@ -38,7 +38,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def boats(demo_set: Path) -> list[Path]:
-    return sorted((demo_set / "pictures" / "boat").iterdir())[:6]
+    return sorted((demo_set / "images" / "boat").iterdir())[:6]
 
 
 def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
@@ -85,7 +85,7 @@ def test_mistakes_with_a_run(call: Call, demo_run: Run, boats: list[Path], tmp_p
     assert_one_line(call("explain", demo_run.path, boats[0], "--method", "gradcam--"), "gradcam--", "gradcam++")
     assert_one_line(call("evaluate", demo_run.path, "--part", "exam"), "exam", "train, val, test")
     assert_one_line(call("predict", demo_run.path, boats[0], "--out", tmp_path / "a.xls"), "a.xls", ".parquet")
-    (tmp_path / "bad.jpg").write_text("no picture")
+    (tmp_path / "bad.jpg").write_text("no image")
     assert_one_line(call("predict", demo_run.path, tmp_path / "bad.jpg", boats[0]), "bad.jpg", "not an image", "--skip-bad")
     assert_one_line(call("explain", demo_run.path, tmp_path / "bad.jpg", "--out", tmp_path / "maps"), "bad.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jpg"]
@@ -263,9 +263,9 @@ def test_audit_prints_what_it_writes(call: Call, boats: list[Path], tmp_path: Pa
 def test_compare_and_robustness_print_tables(call: Call, demo_run: Run, tmp_path: Path) -> None:
     status, out, _ = call("compare", demo_run.path, demo_run.path)
     assert status == 0
-    assert "96 pictures that neither run was trained on" in out
+    assert "96 images that neither run was trained on" in out
     assert "McNemar's exact test p = 1" in out
-    status, out, _ = call("robustness", demo_run.path, "--pictures", 8, "--corruption", "jpeg", "--out", tmp_path)
+    status, out, _ = call("robustness", demo_run.path, "--images", 8, "--corruption", "jpeg", "--out", tmp_path)
     assert status == 0
     assert "n = 8" in out
     assert (tmp_path / "robustness.csv").is_file()
@@ -282,7 +282,7 @@ def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Pa
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["repeats.csv", "repeats.json", "seed0", "seed1"]
 
 
-def test_pictures_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+def test_images_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
     """Noise and grey are told from boats; on the test part about 5% are flagged, as the threshold has it on val."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")

@@ -15,11 +15,11 @@ from seewhy.errors import OutputError
 def fill(root: Path) -> None:
     (root / "features" / "one").mkdir(parents=True)
     (root / "features" / "two" / "deep").mkdir(parents=True)
-    (root / "scenes" / "pictures").mkdir(parents=True)
+    (root / "scenes" / "images").mkdir(parents=True)
     (root / "features" / "one" / "a.npy").write_bytes(bytes(100))
     (root / "features" / "one" / "b.npy").write_bytes(bytes(11))
     (root / "features" / "two" / "deep" / "c.npy").write_bytes(bytes(7))
-    (root / "scenes" / "pictures" / "0.jpg").write_bytes(bytes(50))
+    (root / "scenes" / "images" / "0.jpg").write_bytes(bytes(50))
     (root / "checked-1.sqlite").write_bytes(bytes(30))
 
 

@@ -12,26 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seewhy.core import files
-from seewhy.core.files import harmless, harmless_path, to_disk, whole_file
+from seewhy.core.files import atomic_write, escape_formula, escape_formula_path, fsync_path
 from seewhy.errors import OutputError
 
 
 def test_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(files, "to_disk", lambda path: order.append(path.name))
+    monkeypatch.setattr(files, "fsync_path", lambda path: order.append(path.name))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
-    with whole_file(tmp_path / "a.txt") as work:
+    with atomic_write(tmp_path / "a.txt") as work:
         work.write_text("x")
     assert order == [f".a.txt-{os.getpid()}", "replace", tmp_path.name]
 
 
 def test_to_disk_takes_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
-    to_disk(tmp_path / "a")
-    to_disk(tmp_path)
+    fsync_path(tmp_path / "a")
+    fsync_path(tmp_path)
     with pytest.raises(FileNotFoundError):
-        to_disk(tmp_path / "b")
+        fsync_path(tmp_path / "b")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE])
@@ -39,7 +39,7 @@ def test_whatever_the_disk_says_the_old_file_stays(tmp_path: Path, number: int) 
     (tmp_path / "a.txt").write_text("old")
 
     def write() -> None:
-        with whole_file(tmp_path / "a.txt", "free some space") as work:
+        with atomic_write(tmp_path / "a.txt", "free some space") as work:
             work.write_text("half of the ne")
             raise OSError(number, os.strerror(number))
 
@@ -56,21 +56,21 @@ def test_left_overs_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> N
         (tmp_path / name).write_text("x")
         if old:
             os.utime(tmp_path / name, (long_ago, long_ago))
-    with whole_file(tmp_path / "a.txt") as work:
+    with atomic_write(tmp_path / "a.txt") as work:
         work.write_text("new")
     assert sorted(os.listdir(tmp_path)) == [".a.txt-124", ".a.txt-mine", ".b.txt-123", "a.txt", "a.txt-5"]
 
 
 @given(st.text())
 def test_no_text_begins_a_formula(text: str) -> None:
-    cell = harmless(text)
+    cell = escape_formula(text)
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert cell in (text, f"'{text}")
-    assert harmless(cell) == cell  # once is enough
-    assert harmless_path(text) in (text, f"./{text}")
-    assert not harmless_path(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert escape_formula(cell) == cell  # once is enough
+    assert escape_formula_path(text) in (text, f"./{text}")
+    assert not escape_formula_path(text).startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
 @pytest.mark.parametrize("value", [-1.5, 0, -7, True, None])
 def test_numbers_stay(value: object) -> None:
-    assert harmless(value) is value
+    assert escape_formula(value) is value

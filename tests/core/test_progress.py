@@ -32,7 +32,7 @@ def test_lines_with_rate_and_time_left(clock: Clock, caplog: pytest.LogCaptureFi
         for _ in range(10):
             clock.now += 4
             advance(100)
-    # 25 pictures a second; a line when 10 s have gone by, none at the end
+    # 25 images a second; a line when 10 s have gone by, none at the end
     assert [record.getMessage() for record in caplog.records] == [
         "features: 300 of 1,000 (30%), 25/s, 0:00:28 left",
         "features: 600 of 1,000 (60%), 25/s, 0:00:16 left",

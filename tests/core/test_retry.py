@@ -18,13 +18,13 @@ import pytest
 from seewhy import cli
 from seewhy.api import Run
 from seewhy.core import retry
-from seewhy.core.retry import DENIED, PatientFile, own_reason, patiently
+from seewhy.core.retry import DENIED, RetryingFile, permanent_failure, with_retries
 from seewhy.data import remote
 from seewhy.data.shards import stream
-from seewhy.errors import DataError, ReachError
+from seewhy.errors import DataError, StorageUnavailableError
 from seewhy.inference import work_units
-from seewhy.inference.batch_runner import Request, answer_sources, columns_of, outcomes_here
-from seewhy.inference.result_store import Outcome
+from seewhy.inference.batch_runner import Request, columns_of, run_batch, run_local
+from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import Source, find_sources, read_source
 from tests.cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 
@@ -41,7 +41,7 @@ PASSING = {
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(retry, "BACKOFF_S", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,15 @@ def failing(error: Exception, first: int = 0, times: int = 1_000_000) -> Callabl
 
 
 def test_what_is_the_file_s_own() -> None:
-    assert own_reason(FileNotFoundError(errno.ENOENT, "x")) == own_reason(FileNotFoundError("x")) == "no such file"
-    assert own_reason(PermissionError("x")) == own_reason(OSError("AWS Error ACCESS_DENIED during HeadObject operation")) == DENIED
-    assert own_reason(IsADirectoryError("x")) == "Is a directory"
-    assert own_reason(OSError(errno.EFBIG, "300 MB, more than 200")) == "300 MB, more than 200"
-    assert [own_reason(error) for error in PASSING.values()] == [""] * len(PASSING)
+    assert permanent_failure(FileNotFoundError(errno.ENOENT, "x")) == permanent_failure(FileNotFoundError("x")) == "no such file"
+    assert (
+        permanent_failure(PermissionError("x"))
+        == permanent_failure(OSError("AWS Error ACCESS_DENIED during HeadObject operation"))
+        == DENIED
+    )
+    assert permanent_failure(IsADirectoryError("x")) == "Is a directory"
+    assert permanent_failure(OSError(errno.EFBIG, "300 MB, more than 200")) == "300 MB, more than 200"
+    assert [permanent_failure(error) for error in PASSING.values()] == [""] * len(PASSING)
 
 
 @pytest.mark.parametrize("kind", PASSING)
@@ -121,11 +125,11 @@ def test_what_passes_is_tried_again_and_what_lasts_is_one_line(kind: str) -> Non
 
     for failures in (0, 1, 2):
         tries: list[int] = []
-        assert patiently(work, "x.tar") == "content"
+        assert with_retries(work, "x.tar") == "content"
         assert len(tries) == failures + 1
     tries, failures = [], 99
-    with pytest.raises(ReachError, match=r"^x\.tar: cannot be read now \(.*the same command goes on$") as told:
-        patiently(work, "x.tar")
+    with pytest.raises(StorageUnavailableError, match=r"^x\.tar: cannot be read now \(.*the same command goes on$") as told:
+        with_retries(work, "x.tar")
     assert len(tries) == 3
     assert "\n" not in str(told.value)
 
@@ -138,13 +142,13 @@ def test_what_is_the_file_s_own_is_raised_at_once() -> None:
     for error in (FileNotFoundError("x"), PermissionError(errno.EACCES, "x"), DataError("damaged")):
         tries: list[int] = []
         with pytest.raises(type(error)):
-            patiently(work, "x")
+            with_retries(work, "x")
         assert len(tries) == 1
 
 
 def test_a_patient_file_is_the_file() -> None:
     content = os.urandom(1000)
-    file = PatientFile(Watched(io.BytesIO(content), failing(ConnectionResetError(), times=2)), 1000, "x")
+    file = RetryingFile(Watched(io.BytesIO(content), failing(ConnectionResetError(), times=2)), 1000, "x")
     assert file.read(10) == content[:10]
     assert file.seek(-5, os.SEEK_END) == 995
     assert (file.read(100), file.read(1), file.tell()) == (content[995:], b"", 1000)
@@ -153,8 +157,8 @@ def test_a_patient_file_is_the_file() -> None:
         file.seek(-1)
     file.seek(0)
     assert file.read() == content
-    with pytest.raises(ReachError, match="it ends before its size"):
-        PatientFile(io.BytesIO(b"short"), 1000, "x").read(10)
+    with pytest.raises(StorageUnavailableError, match="it ends before its size"):
+        RetryingFile(io.BytesIO(b"short"), 1000, "x").read(10)
 
 
 # ---------------------------------------------------------------- sources
@@ -182,7 +186,7 @@ def test_a_shard_whose_reading_fails_is_neither_damaged_nor_finished(
         assert list(read_source(source)) == wanted
     with monkeypatch.context() as patch:
         watch(patch, "x.", failing(PASSING[cause], 200_000 if kind == "tar" else 0))
-        with pytest.raises(ReachError, match=r"cannot be read now"):
+        with pytest.raises(StorageUnavailableError, match=r"cannot be read now"):
             list(read_source(source))
 
 
@@ -205,7 +209,7 @@ def test_a_job_ends_and_goes_on_where_reading_failed(
     for name in ("a", "b", "c"):
         write_parquet(folder / f"{name}.parquet", contents)
     out = tmp_path / "answers.parquet"
-    command = ["predict", str(run.path), str(folder), "--engine", "local", "--out", str(out)]
+    command = ["predict", str(run.path), str(folder), "--backend", "local", "--out", str(out)]
     with monkeypatch.context() as patch:
         watch(patch, "b.parquet", failing(ConnectionResetError("Connection reset by peer")))
         assert cli.run_guarded(lambda: cli.call(command)) == 2
@@ -220,7 +224,7 @@ def test_a_job_ends_and_goes_on_where_reading_failed(
     assert not (tmp_path / "answers.bad.parquet").exists()
 
 
-def test_plain_files_whose_disk_fails_are_not_bad_pictures(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_files_whose_disk_fails_are_not_bad_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, data in enumerate(jpegs(5)):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{n}.jpg").write_bytes(data)
@@ -236,19 +240,19 @@ def test_plain_files_whose_disk_fails_are_not_bad_pictures(run: Run, tmp_path: P
     monkeypatch.setattr(work_units, "read_bytes", read)
     for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         numbers.append(number)
-        with pytest.raises(ReachError, match=r"3\.jpg: cannot be read now"):
+        with pytest.raises(StorageUnavailableError, match=r"3\.jpg: cannot be read now"):
             list(read_source(source))
     numbers.append(errno.EACCES)
     assert [data for _, data in read_source(source)][3] == "Permission denied"
 
 
-DENYING = {
+ACCESS_DENIED = {
     "PermissionError": PermissionError("Access Denied"),
     "S3": OSError("AWS Error ACCESS_DENIED during HeadObject operation: No body"),
 }
 
 
-@pytest.mark.parametrize("kind", DENYING)
+@pytest.mark.parametrize("kind", ACCESS_DENIED)
 def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = jpegs(6)
     fsspec.filesystem("memory").pipe({f"/denied/{n}.jpg": data for n, data in enumerate(contents)})
@@ -259,7 +263,7 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
     def raw(place: str) -> tuple[Any, int]:
         asked.append(place)
         if rules[-1](place):
-            raise DENYING[kind]
+            raise ACCESS_DENIED[kind]
         return real(place)
 
     monkeypatch.setattr(remote, "_raw", raw)
@@ -267,12 +271,14 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
     assert [data for _, data in read_source(source)] == [*contents[:2], DENIED, *contents[3:]]
     asked.clear()
     rules.append(lambda place: len(asked) > 3)
-    pictures = read_source(source)
-    assert [next(pictures)[1] for _ in range(3)] == contents[:3]
-    with pytest.raises(ReachError, match=r"memory://denied/3\.jpg: Permission denied, as for others beside it; renew your credentials"):
-        next(pictures)
+    images = read_source(source)
+    assert [next(images)[1] for _ in range(3)] == contents[:3]
+    with pytest.raises(
+        StorageUnavailableError, match=r"memory://denied/3\.jpg: Permission denied, as for others beside it; renew your credentials"
+    ):
+        next(images)
     rules.append(lambda place: True)
-    with pytest.raises(ReachError, match="renew your credentials"):
+    with pytest.raises(StorageUnavailableError, match="renew your credentials"):
         list(read_source(source))
 
 
@@ -284,15 +290,15 @@ def test_expired_credentials_leave_plain_objects_for_the_next_time(run: Run, tmp
     request, columns = Request("predict", str(run.path), OPTIONS), columns_of("predict", OPTIONS, len(run.classes))
     with monkeypatch.context() as patch:
         watch(patch, "/6.jpg", failing(PASSING["credentials"]))
-        with pytest.raises(ReachError, match="ExpiredToken"):
-            answer_sources(request, columns, found, out, outcomes_here)
+        with pytest.raises(StorageUnavailableError, match="ExpiredToken"):
+            run_batch(request, columns, found, out, run_local)
     asked: list[Source] = []
 
-    def watched(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+    def watched(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
         asked.extend(left)
-        return outcomes_here(request, left)
+        return run_local(request, left)
 
-    assert answer_sources(request, columns, found, out, watched) == (12, 0)
+    assert run_batch(request, columns, found, out, watched) == (12, 0)
     assert asked == found[2:]
 
 
@@ -300,7 +306,7 @@ def test_expired_credentials_leave_plain_objects_for_the_next_time(run: Run, tmp
 
 
 def test_a_tar_is_read_in_large_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Header, picture, header, class of 100 samples were 801 requests."""
+    """Header, image, header, class of 100 samples were 801 requests."""
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w") as archive:
         for n, data in enumerate(jpegs(100)):

@@ -1,4 +1,4 @@
-"""The audit of a small set whose faults are known: copies, a copy under another label, a wrong label, a dark picture."""
+"""The audit of a small set whose faults are known: copies, a copy under another label, a wrong label, a dark image."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from seewhy.reports.audit_report import save_audit
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, demo_set: Path) -> Path:
-    """Four classes of the demo set, 20 pictures each, with faults put in."""
-    root = tmp_path_factory.mktemp("faulty") / "pictures"
-    source = demo_set / "pictures"
+    """Four classes of the demo set, 20 images each, with faults put in."""
+    root = tmp_path_factory.mktemp("faulty") / "images"
+    source = demo_set / "images"
     for name in ("boat", "car", "fish", "tree"):
         (root / name).mkdir(parents=True)
         for path in sorted((source / name).iterdir())[:20]:
@@ -60,7 +60,7 @@ def test_files_say_the_same(audit: Audit, tmp_path: Path) -> None:
     assert {file.name for file in written} == {path.name for path in (tmp_path / "out").iterdir()}
     summary = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert summary == json.loads(json.dumps(audit.summary()))
-    assert summary["pictures"] == len(audit.images) == 84
+    assert summary["images"] == len(audit.images) == 84
     assert summary["pairs"]["exact"] == 2
     assert len(pd.read_csv(tmp_path / "out" / "labels.csv")) == 84
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
@@ -72,7 +72,7 @@ def test_files_say_the_same(audit: Audit, tmp_path: Path) -> None:
 
 
 def test_odd_sets_have_an_answer(make_folder: Callable[..., Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three pictures a class, one of them grey with transparency; given parts are no random split."""
+    """Three images a class, one of them grey with transparency; given parts are no random split."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a fork of a process with threads may hang"))
     folder = make_folder({"cat": 3, "dog": 3})
     Image.open(folder / "cat" / "0.png").convert("LA").save(folder / "cat" / "0.png")
@@ -95,7 +95,7 @@ def test_leak_is_that_of_a_random_split_where_parts_are_given() -> None:
     assert np.mean(leak.plain) > np.mean(leak.grouped) + 0.1
 
 
-def test_leak_of_a_set_where_every_picture_has_a_copy() -> None:
+def test_leak_of_a_set_where_every_image_has_a_copy() -> None:
     """Vectors without any meaning, each occurring twice: a plain split remembers, a grouped one cannot."""
     from tests.curation.test_split import image_set
 

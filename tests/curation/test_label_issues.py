@@ -17,7 +17,7 @@ def clouds(seed: int, n: int = 400, classes: int = 4, spread: float = 1.0) -> tu
     return (means[truth] + spread * rng.normal(size=(n, 8))).astype(np.float32), truth
 
 
-def test_no_picture_is_judged_by_who_has_seen_its_group() -> None:
+def test_no_image_is_judged_by_who_has_seen_its_group() -> None:
     """Vectors that say nothing but which group they are of: out of fold, no better than guessing."""
     rng = np.random.default_rng(0)
     groups = np.arange(300) // 3
@@ -42,7 +42,7 @@ def test_each_fold_is_a_discriminant_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("truth", [[0, 1], [0, 0, 1], [0, 1, 2, 0, 1]])
-def test_sets_of_a_few_pictures_have_an_answer(truth: list[int]) -> None:
+def test_sets_of_a_few_images_have_an_answer(truth: list[int]) -> None:
     vectors = np.random.default_rng(0).normal(size=(len(truth), 6)).astype(np.float32)
     found = label_issues.rank_label_issues(np.array(truth), label_issues.out_of_fold(vectors, np.array(truth), np.arange(len(truth))))
     assert sorted(found.order.tolist()) == list(range(len(truth)))

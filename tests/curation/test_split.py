@@ -1,4 +1,4 @@
-"""Splits: sizes worked by hand, seeded and stratified, equal pictures together, kept and read back by content."""
+"""Splits: sizes worked by hand, seeded and stratified, equal images together, kept and read back by content."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seewhy.curation.split import PARTS, Split, leaked_pictures, read_split, split_images
+from seewhy.curation.split import PARTS, Split, leaked_images, read_split, split_images
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import SplitError
 
 
 def image_set(rows: Sequence[tuple[str, str, str]]) -> ImageSet:
-    """(class, content, part) of each picture -> an ImageSet whose files do not exist."""
+    """(class, content, part) of each image -> an ImageSet whose files do not exist."""
     classes = tuple(sorted({name for name, _, _ in rows}))
     return ImageSet(
         name="fake",
@@ -40,7 +40,7 @@ def plain(sizes: dict[str, int], part: str = "") -> list[tuple[str, str, str]]:
 
 
 def counts(split: Split, images: ImageSet) -> dict[str, list[int]]:
-    """Part -> pictures of each class in it."""
+    """Part -> images of each class in it."""
     return {name: np.bincount(images.labels[split.part(name)], minlength=len(images.classes)).tolist() for name in PARTS}
 
 
@@ -62,7 +62,7 @@ def test_other_fractions() -> None:
     assert counts(split_images(images, val_fraction=0.25, test_fraction=0.5), images) == {"train": [5], "val": [5], "test": [10]}
 
 
-def test_every_picture_once_and_sorted() -> None:
+def test_every_image_once_and_sorted() -> None:
     images = image_set(plain({"a": 17, "b": 5, "c": 40}))
     split = split_images(images, seed=3)
     assert sorted([*split.train, *split.val, *split.test]) == list(range(62))
@@ -92,7 +92,7 @@ def test_independent_of_file_order() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equal_pictures_stay_in_one_part(seed: int) -> None:
+def test_equal_images_stay_in_one_part(seed: int) -> None:
     same = [("a", "twin", "")] * 3 + [("a", "shared", ""), ("b", "shared", ""), ("b", "double", ""), ("b", "double", "")]
     images = image_set([*plain({"a": 12, "b": 12}), *same])
     split = split_images(images, seed=seed)
@@ -106,7 +106,7 @@ def test_equal_pictures_stay_in_one_part(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_twins_count_once_when_parts_are_filled(seed: int) -> None:
-    """Three different pictures, one of them 8 times: one each to test and val, the rest to train."""
+    """Three different images, one of them 8 times: one each to test and val, the rest to train."""
     images = image_set([("a", "x", ""), ("a", "y", "")] + [("a", "z", "")] * 8)
     split = split_images(images, seed=seed)
     assert [len(split.part(n)) for n in PARTS] == [8, 1, 1]
@@ -115,17 +115,17 @@ def test_twins_count_once_when_parts_are_filled(seed: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "found"),
     [
-        ([("few", "x", ""), ("few", "y", "")], "2 different pictures"),
-        ([("few", "x", "")], "1 picture,"),
-        ([("few", "x", ""), ("few", "y", "")] + [("few", "y", "")] * 20, "2 different pictures"),
+        ([("few", "x", ""), ("few", "y", "")], "2 different images"),
+        ([("few", "x", "")], "1 image,"),
+        ([("few", "x", ""), ("few", "y", "")] + [("few", "y", "")] * 20, "2 different images"),
     ],
 )
-def test_too_few_pictures_names_the_class(rows: list[tuple[str, str, str]], found: str) -> None:
+def test_too_few_images_names_the_class(rows: list[tuple[str, str, str]], found: str) -> None:
     with pytest.raises(SplitError, match=f"^class 'few' has {found}.* too few for one in each of train, val, test; add"):
         split_images(image_set([*plain({"enough": 10}), *rows]))
 
 
-def test_fractions_that_leave_a_small_class_without_training_pictures() -> None:
+def test_fractions_that_leave_a_small_class_without_training_images() -> None:
     images = image_set(plain({"a": 4}))
     with pytest.raises(SplitError, match="class 'a' has 4"):
         split_images(images, val_fraction=0.45, test_fraction=0.45)
@@ -139,7 +139,7 @@ def test_caltech30_is_27_3_and_the_rest() -> None:
 
 
 def test_caltech30_of_a_small_class_names_it_and_the_way_out() -> None:
-    with pytest.raises(SplitError, match=r"^class 'b' has 30 different pictures; caltech30 needs at least 31: use --protocol ratio$"):
+    with pytest.raises(SplitError, match=r"^class 'b' has 30 different images; caltech30 needs at least 31: use --protocol ratio$"):
         split_images(image_set(plain({"a": 40, "b": 30})), protocol="caltech30")
 
 
@@ -171,25 +171,25 @@ def test_train_folder_alone_is_cut_in_three() -> None:
 
 def test_class_without_training_folder_is_named() -> None:
     rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 2, "b": 2, "only": 4}, "val"), *plain({"a": 2, "b": 2, "only": 4}, "test")]
-    with pytest.raises(SplitError, match=r"^class 'only' has no picture in the train folder"):
+    with pytest.raises(SplitError, match=r"^class 'only' has no image in the train folder"):
         split_images(image_set(rows))
 
 
 def test_class_missing_from_a_given_part_is_named() -> None:
     rows = [*plain({"a": 5, "b": 5, "lost": 5}, "train"), *plain({"a": 2, "b": 2}, "test")]
-    with pytest.raises(SplitError, match=r"^class 'lost' has no picture in the test folder"):
+    with pytest.raises(SplitError, match=r"^class 'lost' has no image in the test folder"):
         split_images(image_set(rows))
 
 
-def test_same_picture_in_two_given_parts_is_an_error_that_names_the_files() -> None:
+def test_same_image_in_two_given_parts_is_an_error_that_names_the_files() -> None:
     rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 5, "b": 5}, "test"), ("a", "a-train-0", "test")]
-    with pytest.raises(SplitError, match=r"same picture lies in test and train \(/fake/train/a/0\.jpg, /fake/test/a/20\.jpg\); remove"):
+    with pytest.raises(SplitError, match=r"same image lies in test and train \(/fake/train/a/0\.jpg, /fake/test/a/20\.jpg\); remove"):
         split_images(image_set(rows))
 
 
-def test_same_picture_of_two_classes_in_two_given_parts_is_an_error_too() -> None:
+def test_same_image_of_two_classes_in_two_given_parts_is_an_error_too() -> None:
     rows = [*plain({"a": 5, "b": 5}, "train"), *plain({"a": 5, "b": 5}, "val"), ("b", "a-train-0", "val")]
-    with pytest.raises(SplitError, match="same picture lies in train and val"):
+    with pytest.raises(SplitError, match="same image lies in train and val"):
         split_images(image_set(rows))
 
 
@@ -227,7 +227,7 @@ def test_split_json_goes_by_content_and_not_by_path_or_order(tmp_path: Path) -> 
     assert again.test.tolist() == sorted(26 - split.test)
 
 
-def test_split_of_a_subset_of_the_pictures(tmp_path: Path) -> None:
+def test_split_of_a_subset_of_the_images(tmp_path: Path) -> None:
     rows = plain({"a": 10, "b": 10})
     images = image_set(rows)
     split = split_images(images)
@@ -235,20 +235,20 @@ def test_split_of_a_subset_of_the_pictures(tmp_path: Path) -> None:
     assert len(read_split(save(split, images, tmp_path), fewer).train) == 13
 
 
-def test_pictures_that_are_in_no_part_are_counted_and_one_is_named(tmp_path: Path) -> None:
+def test_images_that_are_in_no_part_are_counted_and_one_is_named(tmp_path: Path) -> None:
     images = image_set(plain({"a": 10, "b": 10}))
     file = save(split_images(images), images, tmp_path)
     more = image_set([*plain({"a": 10, "b": 10}), ("b", "new-1", ""), ("b", "new-2", "")])
-    with pytest.raises(SplitError, match=r"2 of 22 pictures are not in this split, /fake//?b/20\.jpg for one; use the data"):
+    with pytest.raises(SplitError, match=r"2 of 22 images are not in this split, /fake//?b/20\.jpg for one; use the data"):
         read_split(file, more)
 
 
-def test_data_without_any_picture_of_a_part(tmp_path: Path) -> None:
+def test_data_without_any_image_of_a_part(tmp_path: Path) -> None:
     rows = plain({"a": 10, "b": 10})
     images = image_set(rows)
     split = split_images(images)
     file = save(split, images, tmp_path)
-    with pytest.raises(SplitError, match="no picture of its val part is in the data"):
+    with pytest.raises(SplitError, match="no image of its val part is in the data"):
         read_split(file, image_set([row for i, row in enumerate(rows) if i not in split.val]))
 
 
@@ -371,15 +371,15 @@ def test_the_split_of_a_seed_is_the_one_it_always_was() -> None:
     test_fraction=st.sampled_from([0.1, 0.2, 0.3]),
 )
 def test_any_data(sizes: list[int], repeats: list[tuple[int, int]], seed: int, val_fraction: float, test_fraction: float) -> None:
-    """Disjoint and complete, equal pictures together, every class everywhere; within one picture of the shares without duplicates."""
+    """Disjoint and complete, equal images together, every class everywhere; within one image of the shares without duplicates."""
     rows = plain({f"c{n}": size for n, size in enumerate(sizes)})
-    for source, target in repeats:  # a copy of some picture in some class
+    for source, target in repeats:  # a copy of some image in some class
         rows.append((f"c{target % len(sizes)}", rows[source % len(rows)][1], ""))
     images = image_set(rows)
     try:
         split = split_images(images, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     except SplitError:
-        # Only where fewer than three pictures are left to a class: one with copies elsewhere goes to the class that has most of them.
+        # Only where fewer than three images are left to a class: one with copies elsewhere goes to the class that has most of them.
         hashes, labels = np.array(images.hashes), images.labels
         owners = [int(np.bincount(labels[hashes == h]).argmax()) for h in set(images.hashes)]
         assert min(owners.count(c) for c in range(len(sizes))) < 3
@@ -400,7 +400,7 @@ def test_any_data(sizes: list[int], repeats: list[tuple[int, int]], seed: int, v
 
 
 def straddling(split: Split, groups: np.ndarray) -> int:
-    """How many groups have pictures in more than one part."""
+    """How many groups have images in more than one part."""
     parts = [set(groups[split.part(name)].tolist()) for name in PARTS]
     return len((parts[0] & parts[1]) | (parts[0] & parts[2]) | (parts[1] & parts[2]))
 
@@ -420,7 +420,7 @@ def test_groups_stay_in_one_part_and_parts_keep_their_sizes(seed: int) -> None:
 
 
 def test_large_and_small_groups_have_their_share_of_every_part() -> None:
-    """Half of the pictures in groups of four: about half of the test part too, or a test would be of singles alone."""
+    """Half of the images in groups of four: about half of the test part too, or a test would be of singles alone."""
     images = image_set(plain({"a": 400}))
     groups = np.array([n // 4 if n < 200 else n for n in range(400)])
     shares = [np.mean(split_images(images, seed=seed, groups=groups).test < 200) for seed in range(20)]
@@ -446,7 +446,7 @@ def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
 
 
 def test_a_class_starved_by_groups_of_a_larger_one_falls_back() -> None:
-    """Three of its four pictures are near-duplicates of pictures of the other class, which would take them all."""
+    """Three of its four images are near-duplicates of images of the other class, which would take them all."""
     images = image_set(plain({"a": 4, "b": 12}))
     groups = np.arange(16)
     for n in range(3):
@@ -460,7 +460,7 @@ def test_fallback_where_parts_are_given_looks_at_the_training_folder() -> None:
     rows = plain({"a": 10, "b": 10}, "train") + plain({"a": 10, "b": 10}, "val")
     images = image_set(rows)
     groups = np.arange(40)
-    groups[:10] = 0  # the training pictures of a: one group, with test to be cut out of them
+    groups[:10] = 0  # the training images of a: one group, with test to be cut out of them
     split = split_images(images, groups=groups)
     assert split.torn == ("a",)
     assert counts(split, images)["test"] == [2, 2]
@@ -484,7 +484,7 @@ def test_groups_that_were_named_are_never_torn() -> None:
 def test_given_parts_are_kept_even_where_they_leak() -> None:
     images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
     groups = np.arange(28)
-    groups[[0, 1, 20]] = 0  # two training pictures and a test picture
+    groups[[0, 1, 20]] = 0  # two training images and a test image
     split = split_images(images, groups=groups)
     assert split.test.tolist() == list(range(20, 28))
     assert {0, 1} <= set(split.train.tolist()) or {0, 1} <= set(split.val.tolist())
@@ -494,11 +494,11 @@ def test_leaks_are_counted() -> None:
     images = image_set(plain({"a": 10, "b": 10}, "train") + plain({"a": 4, "b": 4}, "test"))
     groups = np.arange(28)
     groups[[0, 1, 20]] = 0
-    groups[[27, 26]] = 26  # two test pictures: no leak
+    groups[[27, 26]] = 26  # two test images: no leak
     split = split_images(images, val_fraction=0.1, groups=groups)
     expected = [20] if {0, 1} & set(split.train.tolist()) else []
-    assert leaked_pictures(split, groups).tolist() == expected == [20]
-    assert leaked_pictures(split_images(image_set(plain({"a": 30})), groups=np.arange(30) // 2), np.arange(30) // 2).tolist() == []
+    assert leaked_images(split, groups).tolist() == expected == [20]
+    assert leaked_images(split_images(image_set(plain({"a": 30})), groups=np.arange(30) // 2), np.arange(30) // 2).tolist() == []
 
 
 def test_groups_are_found_again_by_content(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_digests_sort_and_compare_as_their_texts(stored: list[bytes]) -> None:
 # ---------------------------------------------------------------- memory
 
 
-def write_pictures(folder: Path, count: int, shards: bool) -> Path:
+def write_images(folder: Path, count: int, shards: bool) -> Path:
     """`count` files of 32 bytes, which nobody decodes, in 10 classes."""
     folder.mkdir(parents=True)
     for c in range(10):
@@ -84,13 +84,13 @@ def write_pictures(folder: Path, count: int, shards: bool) -> Path:
         if shards:
             with tarfile.open(folder / f"{c}.tar", "w") as tar:
                 for n in numbers:
-                    entry = tarfile.TarInfo(f"class_{c}/picture_{n:08d}.jpg")
+                    entry = tarfile.TarInfo(f"class_{c}/image_{n:08d}.jpg")
                     entry.size = 32
                     tar.addfile(entry, io.BytesIO(n.to_bytes(32, "big")))
         else:
             (folder / f"class_{c}").mkdir()
             for n in numbers:
-                (folder / f"class_{c}" / f"picture_{n:08d}.jpg").write_bytes(n.to_bytes(32, "big"))
+                (folder / f"class_{c}" / f"image_{n:08d}.jpg").write_bytes(n.to_bytes(32, "big"))
     return folder
 
 
@@ -102,9 +102,9 @@ def checked_unseen(data: bytes) -> Checked:
 def test_what_is_kept_of_an_image_is_its_name_and_some_numbers(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of the columns and arrays of an ImageSet and its Split."""
     monkeypatch.setattr(verify, "check_bytes", checked_unseen)
-    images = open_images(str(write_pictures(tmp_path / "set", 2000, shards=False)))
+    images = open_images(str(write_images(tmp_path / "set", 2000, shards=False)))
     split = split_images(images)
-    assert images.paths.values.nbytes / 2000 < len("class_1/picture_00000001.jpg") + 9
+    assert images.paths.values.nbytes / 2000 < len("class_1/image_00000001.jpg") + 9
     assert images.hashes.values.nbytes / 2000 < 33
     arrays = [images.labels, images.phashes, images.sizes, images.grey, split.train, split.val, split.test, split.groups]
     columns = images.paths.values.nbytes + images.hashes.values.nbytes + sum(array.nbytes for array in arrays)
@@ -120,7 +120,7 @@ def test_an_image_costs_few_bytes_until_it_is_split(shards: bool, cache: Path, t
     monkeypatch.setattr(sys, "intern", lambda text: text if text.endswith(".jpg") else classes.setdefault(text, text))
     kept = []
     for count in (500, 2500):
-        place = str(write_pictures(tmp_path / str(count), count, shards))
+        place = str(write_images(tmp_path / str(count), count, shards))
         gc.collect()
         tracemalloc.start()
         images = open_images(place)
@@ -129,6 +129,6 @@ def test_an_image_costs_few_bytes_until_it_is_split(shards: bool, cache: Path, t
         kept.append(tracemalloc.get_traced_memory()[0] + images.paths.values.nbytes + images.hashes.values.nbytes)
         tracemalloc.stop()
         assert len(split.train) == count * 7 // 10
-        assert images.paths[-1].name == f"picture_{count - 1:08d}.jpg"
+        assert images.paths[-1].name == f"image_{count - 1:08d}.jpg"
     each = (kept[1] - kept[0]) / 2000
     assert 100 < each < (280 if shards else 150)

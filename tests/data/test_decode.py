@@ -1,4 +1,4 @@
-"""What a picture may cost: limits before decoding, strips, smaller scales; what is no picture (tests/test_images.py has the formats)."""
+"""What an image may cost: limits before decoding, strips, smaller scales; what is no image (tests/test_images.py has the formats)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from seewhy.data import decode as decoding
 from seewhy.data.decode import decode
-from seewhy.data.listing import list_pictures
+from seewhy.data.listing import list_images
 from seewhy.data.verify import check_file
 from seewhy.errors import DataError
 
@@ -58,7 +58,7 @@ def test_limits_by_format_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "more than" in check_file(tmp_path / "b.jpg").problem
 
 
-def test_pipes_and_links_to_nowhere_are_no_pictures(tmp_path: Path) -> None:
+def test_pipes_and_links_to_nowhere_are_no_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "missing")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
@@ -70,10 +70,10 @@ def test_names_that_are_not_utf8_are_told(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.fsencode(str(tmp_path)) + b"/caf\xe9.png")
     with pytest.raises(DataError, match=r"caf.\.png: the name is not UTF-8; rename it"):
-        list_pictures(tmp_path)
+        list_images(tmp_path)
 
 
-def test_large_pictures_become_smaller_by_whole_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_become_smaller_by_whole_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "LARGE", 1000)
     file = io.BytesIO()
     Image.new("RGB", (640, 400), "red").save(file, "PNG")

@@ -221,7 +221,7 @@ def sparse_constant(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Constant", [], ["x"], sparse_value=sparse))
 
 
-def float_pictures(model: onnx.ModelProto) -> None:
+def float_images(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
 
 
@@ -243,10 +243,10 @@ def facts(**changed: Any) -> Callable[[onnx.ModelProto], None]:
         (inside_an_if, "takes weights from other files"),
         (loop, "has a loop"),
         (sparse_constant, "holds sparse tensors"),
-        (float_pictures, "wants its pictures in another form"),
+        (float_images, "wants its images in another form"),
         (foreign, "uses operators of 'stranger'"),
         (function, "brings functions"),
-        (another_input, "asks for other things than pictures"),
+        (another_input, "asks for other things than images"),
         (another_output, "answers with .*secret"),
         (facts(classes=["a", "b"]), "names 2 classes and answers for others"),
         (facts(classes=["a"] * 8), "classes are no list of names"),
@@ -331,11 +331,11 @@ def test_names_do_not_steer_a_terminal() -> None:
     assert str(error) == "run [2J 3m: no such run"
 
 
-def test_bytes_that_are_two_formats_are_read_as_the_one_that_was_checked(demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_bytes_that_are_two_formats_are_read_as_the_one_that_was_checked(demo_onnx: Path, demo_images: list[Path]) -> None:
     """ONNX Runtime takes ORTM at bytes 4 to 7 for its own format. A producer's name can put it there; the last of two names counts."""
     trick = b"\x12\x06__ORTM" + demo_onnx.read_bytes()
     with pytest.raises(Exception, match="ORT"):  # its own exception type: not what the bytes are as ONNX
         onnxruntime.InferenceSession(trick, providers=["CPUExecutionProvider"])
     plain, found = load_onnx(demo_onnx), load_onnx(trick)
-    picture = plain.read(demo_pictures[0])[None]
-    np.testing.assert_array_equal(found.ask(picture)["logits"], plain.ask(picture)["logits"])
+    image = plain.read(demo_images[0])[None]
+    np.testing.assert_array_equal(found.ask(image)["logits"], plain.ask(image)["logits"])

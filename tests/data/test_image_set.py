@@ -1,4 +1,4 @@
-"""Pictures of every kind decoded or refused with a reason, folders listed and checked once, Caltech-101 in place and downloaded."""
+"""Images of every kind decoded or refused with a reason, folders listed and checked once, Caltech-101 in place and downloaded."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def png_header_only(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-# ---------------------------------------------------------------- kinds of pictures
+# ---------------------------------------------------------------- kinds of images
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_truncated_jpeg() -> None:
     ("data", "reason"),
     [
         (b"", "^empty file$"),
-        (b"this is no picture", "^not an image$"),
+        (b"this is no image", "^not an image$"),
         (b"<html><body>404</body></html>", "^not an image$"),
         (encoded(Image.new("RGB", (1, 1))), "^1 x 1 pixels, too small"),
         (encoded(Image.new("RGB", (7, 300))), r"^7 x 300 pixels, too small \(at least 8 x 8\)$"),
@@ -258,7 +258,7 @@ def test_perceptual_hash_sees_through_size_and_compression(tmp_path: Path) -> No
     assert (a ^ c).bit_count() >= 16  # 32 on average
 
 
-def test_grey_pictures_are_known_through_jpeg(tmp_path: Path) -> None:
+def test_grey_images_are_known_through_jpeg(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(colours).convert("L").convert("RGB").save(tmp_path / "grey.jpg")
     Image.fromarray(colours).resize((80, 80)).save(tmp_path / "colour.jpg")
@@ -344,7 +344,7 @@ def test_a_record_that_cannot_be_kept_is_one_line(cache: Path, tmp_path: Path) -
 def test_folder_of_class_folders(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"dog": 2, "cat": 3})
     images = open_images(str(root))
-    assert images.name == "pictures"
+    assert images.name == "images"
     assert images.classes == ("cat", "dog")
     assert [path.relative_to(root).as_posix() for path in images.paths] == ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png"]
     assert images.labels.tolist() == [0, 0, 0, 1, 1]
@@ -370,7 +370,7 @@ def test_part_names_beside_other_classes_are_classes(make_folder: Callable[..., 
     assert set(images.parts) == {""}
 
 
-def test_pictures_in_deeper_folders_belong_to_the_class(make_folder: Callable[..., Path]) -> None:
+def test_images_in_deeper_folders_belong_to_the_class(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"cat": 1, "dog/young": 2, "dog/old": 1})
     images = open_images(str(root))
     assert images.classes == ("cat", "dog")
@@ -398,16 +398,16 @@ def test_unknown_dataset_is_named_with_a_suggestion() -> None:
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(
-        DataError, match=r"a\.zip: a file, not a folder; pass a folder with one folder of pictures for each class, a \.tar or a \.parquet$"
+        DataError, match=r"a\.zip: a file, not a folder; pass a folder with one folder of images for each class, a \.tar or a \.parquet$"
     ):
         open_images(str(tmp_path / "a.zip"))
 
 
 def test_empty_folder_and_folder_without_class_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no class folders with pictures inside; expected .*/CLASS/picture\.jpg$"):
+    with pytest.raises(DataError, match=r"no class folders with images inside; expected .*/CLASS/image\.jpg$"):
         open_images(str(tmp_path))
     (tmp_path / "a.png").write_bytes(encoded(two_tone()))
-    with pytest.raises(DataError, match="no class folders with pictures inside"):
+    with pytest.raises(DataError, match="no class folders with images inside"):
         open_images(str(tmp_path))
 
 
@@ -416,10 +416,10 @@ def test_one_class(make_folder: Callable[..., Path]) -> None:
         open_images(str(make_folder({"cat": 3})))
 
 
-def test_class_folder_without_pictures(make_folder: Callable[..., Path]) -> None:
+def test_class_folder_without_images(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"cat": 1, "dog": 1, "eel": 0})
     (root / "eel" / "notes.txt").write_text("none yet")
-    with pytest.raises(DataError, match=r"pictures/eel: no pictures in this class folder; add some or remove it$"):
+    with pytest.raises(DataError, match=r"images/eel: no images in this class folder; add some or remove it$"):
         open_images(str(root))
 
 
@@ -440,23 +440,23 @@ def spoil(root: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_bad_pictures_stop_with_count_and_list(make_folder: Callable[..., Path]) -> None:
+def test_bad_images_stop_with_count_and_list(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"cat": 2, "dog": 2})
     paths = spoil(root, 2)
     (root / "dog" / "empty.png").write_bytes(b"")
     with pytest.raises(ImageError) as caught:
         open_images(str(root))
     assert str(caught.value) == (
-        f"3 of 7 pictures cannot be used: {paths[0]} (not an image), {paths[1]} (not an image), {root}/dog/empty.png (empty file); "
+        f"3 of 7 images cannot be used: {paths[0]} (not an image), {paths[1]} (not an image), {root}/dog/empty.png (empty file); "
         "replace or remove them, or pass --skip-bad"
     )
     assert caught.value.bad[2] == (f"{root}/dog/empty.png", "empty file")
 
 
-def test_of_many_bad_pictures_five_are_shown_and_all_recorded(make_folder: Callable[..., Path]) -> None:
+def test_of_many_bad_images_five_are_shown_and_all_recorded(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"cat": 2, "dog": 2})
     spoil(root, 8)
-    with pytest.raises(ImageError, match=r"^8 of 12 pictures .*bad4\.jpg \(not an image\), and 3 more; replace") as caught:
+    with pytest.raises(ImageError, match=r"^8 of 12 images .*bad4\.jpg \(not an image\), and 3 more; replace") as caught:
         open_images(str(root))
     assert len(caught.value.bad) == 8
 
@@ -470,10 +470,10 @@ def test_skip_bad_leaves_them_out_and_records_them(make_folder: Callable[..., Pa
     assert images.bad == tuple((str(path), "not an image") for path in paths)
 
 
-def test_class_with_bad_pictures_only(make_folder: Callable[..., Path]) -> None:
+def test_class_with_bad_images_only(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"cat": 2, "dog": 2, "eel": 0})
     (root / "eel" / "0.jpg").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"pictures: class 'eel' has no usable picture; add some or remove its folder$"):
+    with pytest.raises(DataError, match=r"images: class 'eel' has no usable image; add some or remove its folder$"):
         open_images(str(root), skip_bad=True)
 
 
@@ -590,13 +590,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, byt
 def caltech_archive(tmp_path: Path) -> bytes:
     """caltech-101.zip as published: two tars inside."""
     source = small_caltech(tmp_path / "source") / "caltech101" / "101_ObjectCategories"
-    pictures, annotations, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    with tarfile.open(fileobj=pictures, mode="w:gz") as tar:
+    images, annotations, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=images, mode="w:gz") as tar:
         tar.add(source, "101_ObjectCategories")
     with tarfile.open(fileobj=annotations, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("Annotations/ant/annotation_0001.mat"))
     with zipfile.ZipFile(archive, "w") as content:
-        content.writestr("caltech-101/101_ObjectCategories.tar.gz", pictures.getvalue())
+        content.writestr("caltech-101/101_ObjectCategories.tar.gz", images.getvalue())
         content.writestr("caltech-101/Annotations.tar", annotations.getvalue())
         content.writestr("__MACOSX/caltech-101/._Annotations.tar", b"")
     return archive.getvalue()
@@ -704,7 +704,7 @@ def test_data_root_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def photo(path: Path, size: tuple[int, int], **options: object) -> Path:
-    """A smooth picture with a few edges, as cameras give."""
+    """A smooth image with a few edges, as cameras give."""
     x, y = np.meshgrid(np.linspace(0, 6, size[0]), np.linspace(0, 4, size[1]))
     waves = np.stack([np.sin(x) + np.cos(y), np.sin(x * y / 3), np.cos(x - y)], axis=-1)
     pixels = (110 + 45 * waves).clip(0, 255).astype(np.uint8)
@@ -720,7 +720,7 @@ def test_large_jpeg_is_decoded_to_no_less_than_enough(tmp_path: Path, size: tupl
     assert read_image(file).size == size
 
 
-def test_scaled_decoding_shows_the_same_picture(tmp_path: Path) -> None:
+def test_scaled_decoding_shows_the_same_image(tmp_path: Path) -> None:
     file = photo(tmp_path / "photo.jpg", (2000, 1500))
     whole, scaled = (np.asarray(read_image(file, enough).resize((224, 224), Image.Resampling.BICUBIC), float) for enough in (None, 448))
     assert np.abs(whole - scaled).mean() < 0.5  # of 255

@@ -22,8 +22,8 @@ from seewhy.api import Run
 from seewhy.data import remote
 from seewhy.data.remote import inside, list_files, names_in, open_file, remove_file, write_whole
 from seewhy.errors import DataError, OutputError
-from seewhy.inference.batch_runner import Request, answer_sources, columns_of, outcomes_here
-from seewhy.inference.result_store import Outcome
+from seewhy.inference.batch_runner import Request, columns_of, run_batch, run_local
+from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import Source, find_sources
 from tests.cheap_saved import jpegs, saved_cheap_run, write_tar
 
@@ -87,7 +87,7 @@ def test_files_come_back_under_their_names(options: str) -> None:
 
 
 def test_what_is_not_there_is_told_in_one_line(options: str) -> None:
-    for place in ("s3://nobucket/pictures", "s3://bucket/nothing", "s3://bucket/nothing/*.tar"):
+    for place in ("s3://nobucket/images", "s3://bucket/nothing", "s3://bucket/nothing/*.tar"):
         with pytest.raises(DataError, match="no such file or folder") as told:
             find_sources([place + options])
         assert "endpoint" not in str(told.value)
@@ -107,22 +107,22 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     write_whole(f"s3://bucket/in/shards/a.tar{options}", shard.read_bytes())
     inputs, out = [f"s3://bucket/in/plain/{options}", f"s3://bucket/in/shards/*.tar{options}"], f"s3://bucket/out/answers{options}"
 
-    def stopped(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
-        yield next(iter(outcomes_here(request, left)))
+    def stopped(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
+        yield next(iter(run_local(request, left)))
         raise KeyboardInterrupt
 
     asked: dict[str, Any] = {"top_k": 5, "least": None}
     request, columns = Request("predict", str(run.path), asked), columns_of("predict", asked, len(run.classes))
     with pytest.raises(KeyboardInterrupt):
-        answer_sources(request, columns, find_sources(inputs), out, stopped)
+        run_batch(request, columns, find_sources(inputs), out, stopped)
     (first,) = [file for file in list_files(out) if "part-" in file.place]
-    command = ["predict", str(run.path), *inputs, "--engine", "local", "--skip-bad", "--out", out, "--json"]
+    command = ["predict", str(run.path), *inputs, "--backend", "local", "--skip-bad", "--out", out, "--json"]
     assert cli.run_guarded(lambda: cli.call(command)) == 0
     told = capsys.readouterr()
     assert "going on: 1 of 2 shards and blocks of files are done" in told.err
     assert json.loads(told.out) == {
         "out": "s3://bucket/out/answers",
-        "pictures": 60,
+        "images": 60,
         "left_out": 1,
         "bad": "s3://bucket/out/answers/_bad.parquet",
     }

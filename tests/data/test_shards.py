@@ -1,4 +1,4 @@
-"""Pictures in tar and parquet files: the same numbers and weights as from folders; damaged and hostile shards are refused in a line."""
+"""Images in tar and parquet files: the same numbers and weights as from folders; damaged and hostile shards are refused in a line."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ import seewhy
 from seewhy.cli.main import app
 from seewhy.config import TrainConfig
 from seewhy.curation.audit import audit_images
-from seewhy.curation.grouping import group_pictures
+from seewhy.curation.grouping import group_images
 from seewhy.curation.image_issues import find_image_issues
 from seewhy.curation.split import split_images
 from seewhy.data import shard_index, shard_parquet, shard_tar, shards
 from seewhy.data.decode import read_bytes
 from seewhy.data.image_set import ImageSet, open_images
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.data.shards import Member, members, read_member, shard_of, stream
 from seewhy.data.verify import check_files
 from seewhy.errors import DataError, ImageError
 from seewhy.inference.work_units import find_sources
 from seewhy.models.transforms import Preprocessing
 from seewhy.training.dry_run import dry_run
-from seewhy.training.loaders import PictureViews, make_loader
+from seewhy.training.loaders import ImageViews, make_loader
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875)
 Rows = list[tuple[str, bytes, str]]  # name, content, class
@@ -51,7 +51,7 @@ CLASSES = {"cat": 6, "dog": 5, "owl": 7}
 
 
 def rows_of(folder: Path) -> Rows:
-    """Name, content and class of each picture of a folder, in the order of its listing."""
+    """Name, content and class of each image of a folder, in the order of its listing."""
     return [(path.relative_to(folder).as_posix(), path.read_bytes(), path.parent.name) for path in sorted(folder.rglob("*.png"))]
 
 
@@ -67,19 +67,19 @@ def write_tar(file: Path, entries: Iterable[tuple[str, bytes]], form: int = tarf
 def hugging_face(rows: Rows, classes: list[str], column: str = "image") -> pa.Table:
     """The table that `datasets` writes of an image folder: a struct of bytes and path, and a ClassLabel in the schema's metadata."""
     features = {column: {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
-    pictures = pa.array(
+    images = pa.array(
         [{"bytes": content, "path": name} for name, content, _ in rows], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     )
     labels = pa.array([classes.index(label) for _, _, label in rows], pa.int64())
-    table = pa.table({column: pictures, "label": labels})
+    table = pa.table({column: images, "label": labels})
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def write_webdataset(place: Path, rows: Rows) -> None:
-    """Two shards by the webdataset library: a .png, and a .cls with the class's number, a picture."""
+    """Two shards by the webdataset library: a .png, and a .cls with the class's number, an image."""
     classes = sorted({label for _, _, label in rows})
     for number, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
-        with webdataset.TarWriter(str(place / f"pictures-{number:06d}.tar")) as writer:
+        with webdataset.TarWriter(str(place / f"images-{number:06d}.tar")) as writer:
             for name, content, label in part:
                 writer.write({"__key__": Path(name).with_suffix("").as_posix(), "png": content, "cls": classes.index(label)})
 
@@ -103,7 +103,7 @@ def folder(make_folder: Callable[..., Path]) -> Path:
     return make_folder(CLASSES)
 
 
-def same_pictures(found: ImageSet, wanted: ImageSet) -> bool:
+def same_images(found: ImageSet, wanted: ImageSet) -> bool:
     columns = ("hashes", "labels", "phashes", "sizes", "grey")
     return all(np.array_equal(getattr(found, name), getattr(wanted, name)) for name in columns)
 
@@ -117,7 +117,7 @@ def test_shards_hold_what_the_folder_holds(kind: str, folder: Path, tmp_path: Pa
     place.mkdir()
     WRITERS[kind](place, rows_of(folder))
     wanted, found = open_images(str(folder)), open_images(str(place))
-    assert same_pictures(found, wanted)
+    assert same_images(found, wanted)
     if kind == "webdataset":
         assert found.classes == ("0", "1", "2")  # the numbers that a .cls holds
         found = replace(found, classes=wanted.classes)
@@ -154,13 +154,13 @@ def test_weights_from_shards_equal_those_from_a_folder_to_the_last_bit(
 
 
 def test_numbered_views_are_the_same_from_worker_processes(folder: Path, tmp_path: Path, cache: Path) -> None:
-    """Fresh pictures in a shuffled order: parquet row groups come and go, and forked readers share nothing."""
+    """Fresh images in a shuffled order: parquet row groups come and go, and forked readers share nothing."""
     pq.write_table(hugging_face(rows_of(folder), sorted(CLASSES)), tmp_path / "all.parquet", row_group_size=2)
     write_tar(tmp_path / "all.tar", [(name, content) for name, content, _ in rows_of(folder)])
     batches = []
     for data, workers in ((folder, 0), (tmp_path / "all.parquet", 0), (tmp_path / "all.parquet", 2), (tmp_path / "all.tar", 2)):
         images = open_images(str(data))  # reads in this process, whose handles and row groups the workers must not use
-        dataset = PictureViews(images, np.arange(len(images)), PREPROCESSING, 0, 7, "standard")
+        dataset = ImageViews(images, np.arange(len(images)), PREPROCESSING, 0, 7, "standard")
         batches.append(list(make_loader(dataset, 5, 7, workers)))
     for found in batches[1:]:
         assert all(np.array_equal(a, b) and np.array_equal(c, d) for (a, c), (b, d) in zip(found, batches[0], strict=True))
@@ -183,7 +183,7 @@ def test_audit_of_shards_equals_that_of_the_folder(folder: Path, tmp_path: Path,
     assert list(found.groups_table()["path"]) == list(wanted.groups_table()["path"])
 
 
-def test_grey_pictures_with_transparency_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+def test_grey_images_with_transparency_in_a_shard_are_passed_over(tmp_path: Path) -> None:
     """cleanvision takes none of two bands."""
     entries = []
     for name, mode in (("a/grey.png", "LA"), ("a/black.png", "RGB")):
@@ -194,37 +194,37 @@ def test_grey_pictures_with_transparency_in_a_shard_are_passed_over(tmp_path: Pa
     assert set(find_image_issues([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
 
 
-def test_groups_by_pattern_and_table_name_pictures_below_the_data(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_groups_by_pattern_and_table_name_images_below_the_data(folder: Path, tmp_path: Path, cache: Path) -> None:
     tar = write_tar(tmp_path / "all.tar", [(name, content) for name, content, _ in rows_of(folder)])
-    wanted = group_pictures(open_images(str(folder)), r"[0-9]+(?=\.png)")
-    assert np.array_equal(group_pictures(open_images(str(tar)), r"[0-9]+(?=\.png)"), wanted)
+    wanted = group_images(open_images(str(folder)), r"[0-9]+(?=\.png)")
+    assert np.array_equal(group_images(open_images(str(tar)), r"[0-9]+(?=\.png)"), wanted)
 
 
-def test_a_run_answers_about_shards_as_about_files(demo_run: seewhy.Run, demo_pictures: list[Path], tmp_path: Path, cache: Path) -> None:
-    rows = [(f"{path.parent.name}/{path.name}", path.read_bytes(), path.parent.name) for path in demo_pictures]
+def test_a_run_answers_about_shards_as_about_files(demo_run: seewhy.Run, demo_images: list[Path], tmp_path: Path, cache: Path) -> None:
+    rows = [(f"{path.parent.name}/{path.name}", path.read_bytes(), path.parent.name) for path in demo_images]
     tar = write_tar(tmp_path / "demo.tar", [(name, content) for name, content, _ in rows])
     pq.write_table(hugging_face(rows, list(demo_run.classes)), tmp_path / "demo.parquet", row_group_size=4)
-    wanted, maps = demo_run.predict(demo_pictures), demo_run.explain(demo_pictures[:3]).maps
+    wanted, maps = demo_run.predict(demo_images), demo_run.explain(demo_images[:3]).maps
     for shard in (tar, tmp_path / "demo.parquet"):
         found = demo_run.predict([shard])
         assert [str(path) for path in found.paths] == [str(shard / name) for name, _, _ in rows]
         assert np.array_equal(found.probs, wanted.probs)
         some = [shard / name for name, _, _ in rows[:3]]
         assert np.array_equal(demo_run.explain(some).maps, maps)
-        assert np.array_equal(demo_run.predict(some).probs, demo_run.predict(demo_pictures[:3]).probs)
+        assert np.array_equal(demo_run.predict(some).probs, demo_run.predict(demo_images[:3]).probs)
         evaluation = demo_run.evaluate(data=str(shard))
         assert evaluation.metrics["n"] == len(rows)
         assert np.array_equal(evaluation.labels, [demo_run.classes.index(label) for _, _, label in rows])
 
 
 def test_commands_take_shards(
-    demo_run: seewhy.Run, demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    demo_run: seewhy.Run, demo_onnx: Path, demo_images: list[Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """predict with the exported file and with the run, patterns and folders of shards; an interrupted table knows its shard."""
-    write_tar(tmp_path / "a-0.tar", [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in demo_pictures[:2]])
-    write_tar(tmp_path / "a-1.tar", [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in demo_pictures[2:5]])
-    inputs = find_pictures([tmp_path])
-    assert inputs == find_pictures([tmp_path / "a-*.tar"]) == find_pictures([tmp_path / "a-0.tar", tmp_path / "a-1.tar", inputs[0]])
+    write_tar(tmp_path / "a-0.tar", [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in demo_images[:2]])
+    write_tar(tmp_path / "a-1.tar", [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in demo_images[2:5]])
+    inputs = find_images([tmp_path])
+    assert inputs == find_images([tmp_path / "a-*.tar"]) == find_images([tmp_path / "a-0.tar", tmp_path / "a-1.tar", inputs[0]])
     assert len(inputs) == 5
     runner = CliRunner()
     answers = []
@@ -248,7 +248,7 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
     assert check_files([tar / rows[0][0]]) == first
     monkeypatch.undo()
     monkeypatch.setenv("SEEWHY_CACHE", str(cache))
-    write_tar(tar, [(rows[0][0], rows[1][1]), (rows[1][0], rows[0][1])])  # the same names and sizes of other pictures
+    write_tar(tar, [(rows[0][0], rows[1][1]), (rows[1][0], rows[0][1])])  # the same names and sizes of other images
     os.utime(tar, (1, 1))
     assert check_files([tar / rows[0][0]])[0].sha256 != first[0].sha256
 
@@ -266,12 +266,12 @@ def test_dry_run_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
 # ---------------------------------------------------------------- what a shard says
 
 
-def test_labels_and_pictures_of_a_tar(tmp_path: Path) -> None:
+def test_labels_and_images_of_a_tar(tmp_path: Path) -> None:
     """.cls before .json before the folder; a sample's .jpg before its .mask.png; hidden files, folders, links and other files aside."""
     file = tmp_path / "x.tar"
     with tarfile.open(file, "w") as archive:
 
-        def add(name: str, content: bytes = b"picture", kind: bytes = tarfile.REGTYPE) -> None:
+        def add(name: str, content: bytes = b"image", kind: bytes = tarfile.REGTYPE) -> None:
             info = tarfile.TarInfo(name)
             info.size, info.type, info.linkname = len(content), kind, "/etc/passwd"
             archive.addfile(info, io.BytesIO(content))
@@ -407,33 +407,33 @@ def test_shards_that_make_no_dataset(folder: Path, tmp_path: Path, cache: Path) 
             open_images(str(tmp_path / place))
         assert "\n" not in str(caught.value)
 
-    refused("unlabelled", r"x\.tar: 1\.png has no label; looked for a \.cls beside each picture, a \.json", x=[("1.png", content)])
+    refused("unlabelled", r"x\.tar: 1\.png has no label; looked for a \.cls beside each image, a \.json", x=[("1.png", content)])
     refused("single", "only one class", x=labelled[:1])
-    refused("empty", "no pictures in its shards", x=[("readme.txt", b"")])
+    refused("empty", "no images in its shards", x=[("readme.txt", b"")])
     refused("cased", "differ in case only", x=[*labelled, ("Cat/2.png", content)])
     refused("named", "train-0.tar names a part and other.tar none", **{"train-0": labelled, "other": labelled})
     refused("both", "keep them apart", **{"x": labelled, "train/y": labelled})
     (tmp_path / "mixed" / "cat").mkdir(parents=True)
     (tmp_path / "mixed" / "cat" / "1.png").write_bytes(content)
-    refused("mixed", r"holds shards \(x\.tar\) and folders of pictures \(cat\); keep them apart", x=labelled)
+    refused("mixed", r"holds shards \(x\.tar\) and folders of images \(cat\); keep them apart", x=labelled)
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="store it as plain tar"):
         open_images(str(tmp_path / "x.tar.gz"))
     with pytest.raises(DataError, match="store it as plain tar"):
-        find_pictures([tmp_path / "x.tar.gz"])
+        find_images([tmp_path / "x.tar.gz"])
     pq.write_table(table(image=[content]), tmp_path / "y.parquet")
     with pytest.raises(DataError, match=r"000000\.jpg has no label; looked for a column named label, .* or Hugging Face's ClassLabel"):
         open_images(str(tmp_path / "y.parquet"))
 
 
-def test_a_bad_picture_in_a_shard_is_named_and_can_be_left_out(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_bad_image_in_a_shard_is_named_and_can_be_left_out(folder: Path, tmp_path: Path, cache: Path) -> None:
     rows = rows_of(folder)
     rows[3] = (rows[3][0], rows[3][1][:50], rows[3][2])
     content = hugging_face(rows, sorted(CLASSES))
     column = content.column("image").to_pylist()
     column[5] = {"bytes": None, "path": column[5]["path"]}
     pq.write_table(content.set_column(0, "image", pa.array(column)), tmp_path / "x.parquet")
-    with pytest.raises(ImageError, match=r"2 of 18 pictures .*x\.parquet/cat/3\.png \(truncated.*x\.parquet/cat/5\.png \(empty file\)"):
+    with pytest.raises(ImageError, match=r"2 of 18 images .*x\.parquet/cat/3\.png \(truncated.*x\.parquet/cat/5\.png \(empty file\)"):
         open_images(str(tmp_path / "x.parquet"))
     assert len(open_images(str(tmp_path / "x.parquet"), skip_bad=True)) == 16
 
@@ -461,7 +461,7 @@ def negative_size() -> bytes:
 TARS = {
     "no tar": (b"x" * 2000, "not a whole tar file"),
     "empty": (b"", "not a whole tar file"),
-    "cut in a picture": (header(size=3000).tobuf() + b"x" * 1000, "not a whole tar file"),
+    "cut in an image": (header(size=3000).tobuf() + b"x" * 1000, "not a whole tar file"),
     "garbage between": (header(size=3).tobuf() + b"abc".ljust(512, b"\0") + b"x" * 512, "no header at byte 1,024"),
     "back to itself": (negative_size() + bytes(2048), "not a whole tar file"),
     "a header of gigabytes": (header("x", 1 << 40, type=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) + bytes(4096), "absurd size"),
@@ -486,7 +486,7 @@ def test_damaged_and_hostile_tars_are_refused_in_a_line(kind: str, tmp_path: Pat
 
 
 def test_tars_that_are_only_odd(tmp_path: Path) -> None:
-    """No pictures at all; no end marks; a picture of a size that nobody means is bad by itself."""
+    """No images at all; no end marks; an image of a size that nobody means is bad by itself."""
     file = tmp_path / "x.tar"
     file.write_bytes(bytes(10240))
     assert members(file) == []
@@ -494,7 +494,7 @@ def test_tars_that_are_only_odd(tmp_path: Path) -> None:
     assert read_member(file, "a/1.jpg") == b"abc"
 
 
-def test_pictures_of_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_tar(tmp_path / "x.tar", [("a/1.jpg", b"x" * 600), ("a/2.jpg", b"y")])
     parquet = tmp_path / "x.parquet"
     pq.write_table(table(image=[b"x" * 600, b"y"]), parquet)
@@ -524,7 +524,7 @@ def test_damaged_parquet_files_are_refused_in_a_line(tmp_path: Path) -> None:
         os.utime(file, (number, number))
         try:
             for member in members(file):
-                with suppress(OSError):  # what is damaged before the footer is a bad picture
+                with suppress(OSError):  # what is damaged before the footer is a bad image
                     read_member(file, member.name)
         except DataError as error:
             refused += 1
@@ -532,7 +532,7 @@ def test_damaged_parquet_files_are_refused_in_a_line(tmp_path: Path) -> None:
             assert "\n" not in str(error)  # noqa: PT017
     assert refused >= 10
     pq.write_table(table(number=[1, 2]), file)
-    with pytest.raises(DataError, match="no column of pictures; looked for"):
+    with pytest.raises(DataError, match="no column of images; looked for"):
         members(file)
 
 
@@ -585,7 +585,7 @@ def test_a_tar_is_read_from_a_pipe(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "x.tar", [*entries, ("z.bin", bytes(3_000_000))])
     pipe = Pipe(file.read_bytes())
     assert [(name, data) for name, data, _ in stream(pipe, "tar")] == entries
-    assert pipe.most <= 1 << 20  # the member that is no picture is passed over a little at a time
+    assert pipe.most <= 1 << 20  # the member that is no image is passed over a little at a time
 
 
 def read_in_child(shard: Path, names: list[str], results: Any) -> None:

@@ -1,4 +1,4 @@
-"""The demo set: drawn from seeds alone, each object inside its picture and under its mask, written once."""
+"""The demo set: drawn from seeds alone, each object inside its image and under its mask, written once."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def test_same_seed_same_pixels() -> None:
 
 
 @pytest.mark.parametrize("other", [("mug", 8, 101), ("fish", 7, 101), ("mug", 7, 102)])
-def test_class_number_and_seed_each_change_the_picture(other: tuple[str, int, int]) -> None:
-    picture, _ = draw_scene("mug", 7)
+def test_class_number_and_seed_each_change_the_image(other: tuple[str, int, int]) -> None:
+    image, _ = draw_scene("mug", 7)
     name, number, seed = other
-    assert draw_scene(name, number, seed)[0].tobytes() != picture.tobytes()
+    assert draw_scene(name, number, seed)[0].tobytes() != image.tobytes()
 
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_mask_is_of_the_same_size_and_the_object_inside(name: str) -> None:
     for number in range(6):
-        picture, mask = draw_scene(name, number)
-        assert (picture.mode, mask.mode) == ("RGB", "L")
-        assert picture.size == mask.size
-        assert all(240 <= side < 300 for side in picture.size)
+        image, mask = draw_scene(name, number)
+        assert (image.mode, mask.mode) == ("RGB", "L")
+        assert image.size == mask.size
+        assert all(240 <= side < 300 for side in image.size)
         on = np.asarray(mask)
         assert set(np.unique(on)) == {0, 255}
         share = (on == 255).mean()
@@ -49,25 +49,25 @@ def test_mask_is_of_the_same_size_and_the_object_inside(name: str) -> None:
         assert box is not None
         left, top, right, bottom = box
         # The object lies in the centred square of 7/8 of the short side, which is what evaluation in `crop` mode sees.
-        side = min(picture.size) * 7 / 8
-        assert (picture.width - side) / 2 - 1 <= left
-        assert right <= (picture.width + side) / 2 + 1
-        assert (picture.height - side) / 2 - 1 <= top
-        assert bottom <= (picture.height + side) / 2 + 1
+        side = min(image.size) * 7 / 8
+        assert (image.width - side) / 2 - 1 <= left
+        assert right <= (image.width + side) / 2 + 1
+        assert (image.height - side) / 2 - 1 <= top
+        assert bottom <= (image.height + side) / 2 + 1
 
 
 def test_mask_marks_the_object_and_not_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn again with nothing to draw, the background is the same: the picture differs where the mask is on."""
-    picture, mask = draw_scene("house", 3)
+    """Drawn again with nothing to draw, the background is the same: the image differs where the mask is on."""
+    image, mask = draw_scene("house", 3)
     monkeypatch.setitem(OBJECTS, "house", [])
     empty, no_mask = draw_scene("house", 3)
     assert no_mask.getbbox() is None
-    changed = np.any(np.asarray(picture) != np.asarray(empty), axis=-1)
+    changed = np.any(np.asarray(image) != np.asarray(empty), axis=-1)
     on = np.asarray(mask) == 255
     assert changed[on].mean() > 0.99
-    # Objects are painted in four flat colours, which the grainy rest of the picture has nowhere.
-    colours, counts = np.unique(np.asarray(picture)[on], axis=0, return_counts=True)
-    flat = np.any(np.all(np.asarray(picture)[:, :, None] == colours[np.argsort(counts)[-4:]], axis=-1), axis=-1)
+    # Objects are painted in four flat colours, which the grainy rest of the image has nowhere.
+    colours, counts = np.unique(np.asarray(image)[on], axis=0, return_counts=True)
+    flat = np.any(np.all(np.asarray(image)[:, :, None] == colours[np.argsort(counts)[-4:]], axis=-1), axis=-1)
     assert flat[on].mean() > 0.5
     assert flat[~on].sum() < 0.001 * flat.sum()
     rows, columns = np.nonzero(on)
@@ -80,12 +80,12 @@ def test_mask_marks_the_object_and_not_the_background(monkeypatch: pytest.Monkey
 def test_set_on_disk(tmp_path: Path) -> None:
     root = draw_scenes(tmp_path / "scenes", per_class=1)
     assert root == tmp_path / "scenes"
-    pictures = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*") if path.is_file())
-    expected = [*(f"masks/{n}/000.png" for n in OBJECTS), *(f"pictures/{n}/000.jpg" for n in OBJECTS)]
-    assert pictures == sorted([*expected, "complete.txt"])
+    images = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*") if path.is_file())
+    expected = [*(f"masks/{n}/000.png" for n in OBJECTS), *(f"images/{n}/000.jpg" for n in OBJECTS)]
+    assert images == sorted([*expected, "complete.txt"])
     drawn, mask = draw_scene("car", 0)
     assert np.array_equal(np.asarray(Image.open(root / "masks/car/000.png")), np.asarray(mask))
-    saved = np.asarray(Image.open(root / "pictures/car/000.jpg")).astype(int)
+    saved = np.asarray(Image.open(root / "images/car/000.jpg")).astype(int)
     assert np.abs(saved - np.asarray(drawn)).mean() < 6
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
@@ -93,14 +93,14 @@ def test_set_on_disk(tmp_path: Path) -> None:
 def test_drawn_once_and_again_after_the_marker_is_missing_or_of_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "OBJECTS", {"boat": OBJECTS["boat"]})
     root = draw_scenes(tmp_path / "scenes", per_class=2)
-    (root / "pictures/boat/000.jpg").write_bytes(b"touched")
+    (root / "images/boat/000.jpg").write_bytes(b"touched")
     draw_scenes(root, per_class=2)
-    assert (root / "pictures/boat/000.jpg").read_bytes() == b"touched"
+    assert (root / "images/boat/000.jpg").read_bytes() == b"touched"
     (root / "complete.txt").unlink()
     draw_scenes(root, per_class=2)
-    assert (root / "pictures/boat/000.jpg").read_bytes() != b"touched"
+    assert (root / "images/boat/000.jpg").read_bytes() != b"touched"
     draw_scenes(root, per_class=1)
-    assert [path.name for path in (root / "pictures/boat").iterdir()] == ["000.jpg"]
+    assert [path.name for path in (root / "images/boat").iterdir()] == ["000.jpg"]
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 

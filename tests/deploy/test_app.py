@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from seewhy.api import Run
 from seewhy.deploy.app import create_app
-from seewhy.deploy.middleware import Limits, Watch
+from seewhy.deploy.middleware import Limits, RequestMiddleware
 from seewhy.errors import ConfigError
 from seewhy.inference.onnx_model import load_onnx
 
@@ -59,8 +59,8 @@ def bomb_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
-def test_answers_are_those_of_the_run(client: TestClient, demo_run: Run, demo_pictures: list[Path]) -> None:
-    chosen = demo_pictures[::4]
+def test_answers_are_those_of_the_run(client: TestClient, demo_run: Run, demo_images: list[Path]) -> None:
+    chosen = demo_images[::4]
     response = client.post("/predict", params={"top_k": 3}, files=form(*(path.read_bytes() for path in chosen)))
     assert response.status_code == 200
     body = response.json()
@@ -74,14 +74,14 @@ def test_answers_are_those_of_the_run(client: TestClient, demo_run: Run, demo_pi
         assert found["unsure"] == ("answer" not in found)
 
 
-def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
     (noise,) = client.post("/predict", files=form(noise_png())).json()["answers"]
     assert noise["unknown"] is True
     about = client.get("/classes").json()
     model = load_onnx(demo_onnx)
     assert about["classes"] == list(model.classes)
     assert about["unsure_below"] == (model.threshold_for(about["precision"]) if about["precision"] else 0.5)
-    answers = client.post("/predict", files=form(*(path.read_bytes() for path in demo_pictures[:8]))).json()["answers"]
+    answers = client.post("/predict", files=form(*(path.read_bytes() for path in demo_images[:8]))).json()["answers"]
     for found in answers:
         assert found["unsure"] == (found["top"][0]["prob"] < about["unsure_below"])
         assert found.get("answer") == (None if found["unsure"] else found["top"][0]["class_name"])
@@ -89,8 +89,8 @@ def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_p
         create_app(demo_onnx, 1, precision=0.123)
 
 
-def test_heatmaps_of_any_class(client: TestClient, demo_onnx: Path, demo_pictures: list[Path]) -> None:
-    path, model = demo_pictures[0], load_onnx(demo_onnx)
+def test_heatmaps_of_any_class(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
+    path, model = demo_images[0], load_onnx(demo_onnx)
     expected = model.ask(model.read(path)[None])["heatmaps"][0]
 
     def ask(**params: Any) -> dict[str, Any]:
@@ -105,28 +105,28 @@ def test_heatmaps_of_any_class(client: TestClient, demo_onnx: Path, demo_picture
     np.testing.assert_allclose(maps / 255, expected, atol=1 / 255)
     answer = ask(heatmap="png")
     assert answer["heatmap"]["class_name"] == answer["top"][0]["class_name"]
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["heatmap"]["png"])))
-    assert (picture.mode, picture.size) == ("RGBA", Image.open(path).size)
+    image = Image.open(io.BytesIO(base64.b64decode(answer["heatmap"]["png"])))
+    assert (image.mode, image.size) == ("RGBA", Image.open(path).size)
     assert "heatmap" not in ask()
 
 
-GOOD = Path("good")  # stands for a real picture
+GOOD = Path("good")  # stands for a real image
 BAD: list[tuple[str, Any, dict[str, Any], int, str, str]] = [
-    ("not a picture", [b"hello"], {}, 422, "no_usable_picture", "not an image"),
-    ("nothing in it", [b""], {}, 422, "no_usable_picture", "empty file"),
-    ("a bomb", [bomb_png(40_000)], {}, 422, "no_usable_picture", "more than 1,000,000"),
-    ("more pixels than allowed", [plain("PNG", 1300, 800)], {}, 422, "no_usable_picture", "1300 x 800 pixels, more than 1,000,000"),
-    ("longer than allowed", [plain("PNG", 100_000, 9)], {}, 422, "no_usable_picture", "longer than 65,535"),
+    ("not an image", [b"hello"], {}, 422, "no_usable_image", "not an image"),
+    ("nothing in it", [b""], {}, 422, "no_usable_image", "empty file"),
+    ("a bomb", [bomb_png(40_000)], {}, 422, "no_usable_image", "more than 1,000,000"),
+    ("more pixels than allowed", [plain("PNG", 1300, 800)], {}, 422, "no_usable_image", "1300 x 800 pixels, more than 1,000,000"),
+    ("longer than allowed", [plain("PNG", 100_000, 9)], {}, 422, "no_usable_image", "longer than 65,535"),
     ("more bytes than allowed", [noise_png(1300, 800)], {}, 413, "too_many_bytes", "more than 3 MB in one request"),
     (
         "a format that may start other programs",
         [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
         {},
         422,
-        "no_usable_picture",
+        "no_usable_image",
         "not an image",
     ),
-    ("an icon larger than it says", [plain("ICO", 64, 64)], {}, 422, "no_usable_picture", "not an image"),
+    ("an icon larger than it says", [plain("ICO", 64, 64)], {}, 422, "no_usable_image", "not an image"),
     ("too many files", [b"x"] * 9, {}, 413, "too_many_files", "more than 8 files"),
     ("far too many files", [b"x"] * 500, {}, 413, "too_many_files", "more than 8 files"),
     ("unknown class", [GOOD], {"target": "cat"}, 422, "unknown_class", "no class is named 'cat'; GET /classes lists them"),
@@ -137,19 +137,19 @@ BAD: list[tuple[str, Any, dict[str, Any], int, str, str]] = [
 
 @pytest.mark.parametrize(("contents", "params", "status", "code", "words"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_bad_input_is_a_clear_line(
-    client: TestClient, demo_pictures: list[Path], contents: list[Any], params: dict[str, Any], status: int, code: str, words: str
+    client: TestClient, demo_images: list[Path], contents: list[Any], params: dict[str, Any], status: int, code: str, words: str
 ) -> None:
-    real = [demo_pictures[0].read_bytes() if content is GOOD else content for content in contents]
+    real = [demo_images[0].read_bytes() if content is GOOD else content for content in contents]
     response = client.post("/predict", params=params, files=form(*real))
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (status, code)
     assert words in error["message"]
     assert error["request_id"] == response.headers["x-request-id"]
-    assert client.post("/predict", files=form(demo_pictures[0].read_bytes())).status_code == 200
+    assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
 
 
-def test_a_truncated_picture_among_good_ones_fails_alone(client: TestClient, demo_pictures: list[Path]) -> None:
-    good = demo_pictures[0].read_bytes()
+def test_a_truncated_image_among_good_ones_fails_alone(client: TestClient, demo_images: list[Path]) -> None:
+    good = demo_images[0].read_bytes()
     response = client.post("/predict", files=form(good, good[:1500], good))
     assert response.status_code == 200
     assert [answer.get("error") for answer in response.json()["answers"]] == [None, "truncated", None]
@@ -158,8 +158,8 @@ def test_a_truncated_picture_among_good_ones_fails_alone(client: TestClient, dem
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "a\\b.jpg", "<script>alert(1)</script>.jpg", "x" * 300 + ".jpg", "ü ñ.jpg"]
 )
-def test_names_are_shown_and_nothing_else(client: TestClient, demo_pictures: list[Path], name: str) -> None:
-    response = client.post("/predict", files=form(demo_pictures[0].read_bytes(), name=name))
+def test_names_are_shown_and_nothing_else(client: TestClient, demo_images: list[Path], name: str) -> None:
+    response = client.post("/predict", files=form(demo_images[0].read_bytes(), name=name))
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     assert response.json()["answers"][0]["file"] == name
@@ -182,86 +182,84 @@ def test_other_bodies(client: TestClient) -> None:
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
-def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_pictures: list[Path]) -> None:
+def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_images: list[Path]) -> None:
     app: Any = client.app
-    app.state.pictures = LIMITS.waiting
+    app.state.images = LIMITS.waiting
     try:
-        response = client.post("/predict", files=form(demo_pictures[0].read_bytes()))
+        response = client.post("/predict", files=form(demo_images[0].read_bytes()))
     finally:
-        app.state.pictures = 0
+        app.state.images = 0
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "busy"
-    assert client.post("/predict", files=form(demo_pictures[0].read_bytes())).status_code == 200
+    assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
 
 
-def test_too_many_bytes_at_once(demo_onnx: Path, demo_pictures: list[Path]) -> None:
-    picture = form(demo_pictures[0].read_bytes())
-    most = len(picture[0][1][1]) + 1000
+def test_too_many_bytes_at_once(demo_onnx: Path, demo_images: list[Path]) -> None:
+    image = form(demo_images[0].read_bytes())
+    most = len(image[0][1][1]) + 1000
     app: Any = create_app(demo_onnx, 1, Limits(request_bytes=most, waiting_bytes=most))
     with TestClient(app) as client:
-        assert [client.post("/predict", files=picture).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
+        assert [client.post("/predict", files=image).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
         watch = app.middleware_stack
-        while not isinstance(watch, Watch):
+        while not isinstance(watch, RequestMiddleware):
             watch = watch.app
         watch.held = 1000  # of another request
-        response = client.post("/predict", files=picture)
+        response = client.post("/predict", files=image)
         assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "busy", "1")
         assert client.get("/healthz").status_code == 200
         assert watch.held == 1000
     with pytest.raises(ConfigError, match=r"requests of 600 MB are more than all may hold together; --max-mb 512 at most"):
         Limits(request_bytes=600_000_000)
-    with pytest.raises(ConfigError, match="a queue of 8 pictures cannot take a request of 32"):
+    with pytest.raises(ConfigError, match="a queue of 8 images cannot take a request of 32"):
         Limits(waiting=8)
 
 
-def test_a_mistake_of_the_server_is_said_and_survived(
-    client: TestClient, demo_pictures: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_of_the_server_is_said_and_survived(client: TestClient, demo_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     app: Any = client.app
     with monkeypatch.context() as patch:
         patch.setattr(app.state.batcher, "answer", fail)
-        response = client.post("/predict", files=form(demo_pictures[0].read_bytes()))
+        response = client.post("/predict", files=form(demo_images[0].read_bytes()))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "broken")
     assert "memory" not in response.text
     assert response.headers["x-request-id"] == response.json()["error"]["request_id"]
-    assert app.state.pictures == 0
-    assert client.post("/predict", files=form(demo_pictures[0].read_bytes())).status_code == 200
+    assert app.state.images == 0
+    assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
 
 
-def test_a_key_where_one_is_wanted(demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_a_key_where_one_is_wanted(demo_onnx: Path, demo_images: list[Path]) -> None:
     with TestClient(create_app(demo_onnx, 1, LIMITS, api_key="s3cret")) as client:
-        picture = form(demo_pictures[0].read_bytes())
+        image = form(demo_images[0].read_bytes())
         for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": "s3cret "[:-2]}):
-            response = client.post("/predict", files=picture, headers=headers)
+            response = client.post("/predict", files=image, headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (401, "wrong_key")
-        assert client.post("/predict", files=picture, headers={"X-API-Key": "s3cret"}).status_code == 200
+        assert client.post("/predict", files=image, headers={"X-API-Key": "s3cret"}).status_code == 200
         assert [client.get(path).status_code for path in ("/", "/healthz", "/classes", "/metrics")] == [200, 200, 401, 401]
 
 
 def test_a_name_with_line_ends_is_one_line(client: TestClient) -> None:
     """Found by benchmarks/fuzz.py."""
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.j\x05\x08\t\npg"\r\n\r\nno picture\r\n--x--\r\n'
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.j\x05\x08\t\npg"\r\n\r\nno image\r\n--x--\r\n'
     found = client.post("/predict", content=form, headers={"Content-Type": "multipart/form-data; boundary=x"})
     assert found.status_code == 422
     assert found.json()["error"]["message"].startswith("a.j pg: not an image")
 
 
-def test_health_and_metrics_count(client: TestClient, demo_pictures: list[Path]) -> None:
+def test_health_and_metrics_count(client: TestClient, demo_images: list[Path]) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
 
     def count(line: str) -> float:
         found = [row.split()[-1] for row in client.get("/metrics").text.splitlines() if row.startswith(line)]
         return float(found[0]) if found else 0.0
 
-    good, bad = 'seewhy_pictures_total{state="good"}', 'seewhy_pictures_total{state="bad"}'
+    good, bad = 'seewhy_images_total{state="good"}', 'seewhy_images_total{state="bad"}'
     before = count(good), count(bad)
-    client.post("/predict", files=form(demo_pictures[0].read_bytes(), demo_pictures[1].read_bytes(), b"x"))
+    client.post("/predict", files=form(demo_images[0].read_bytes(), demo_images[1].read_bytes(), b"x"))
     assert (count(good) - before[0], count(bad) - before[1]) == (2, 1)
     assert count('seewhy_requests_total{path="/predict",status="200"}') >= 1
-    assert count("seewhy_batch_pictures_mean") > 0
+    assert count("seewhy_batch_images_mean") > 0
     client.get("/nothing/at/all/123")
     assert count('seewhy_requests_total{path="other",status="404"}') >= 1
 
@@ -286,7 +284,7 @@ def test_the_interface_keeps_its_description(client: TestClient) -> None:
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(case=operation.as_strategy())
         def keeps(case: Any) -> None:
-            # A description cannot say which bytes are a picture.
+            # A description cannot say which bytes are an image.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         keeps()

@@ -1,4 +1,4 @@
-"""Many callers get their own answers, in batches; bad pictures fail alone; closing waits for what was handed in."""
+"""Many callers get their own answers, in batches; bad images fail alone; closing waits for what was handed in."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def batcher(demo_onnx: Path) -> Iterator[Batcher]:
     found.close()
 
 
-def test_answers_are_those_of_the_file_whoever_asks(batcher: Batcher, demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_answers_are_those_of_the_file_whoever_asks(batcher: Batcher, demo_onnx: Path, demo_images: list[Path]) -> None:
     model = load_onnx(demo_onnx)
-    futures = [batcher.answer(path.read_bytes()) for path in demo_pictures * 3]
-    for path, future in zip(demo_pictures * 3, futures, strict=True):
+    futures = [batcher.answer(path.read_bytes()) for path in demo_images * 3]
+    for path, future in zip(demo_images * 3, futures, strict=True):
         found, expected = future.result(timeout=60), model.ask(model.read(path)[None])
         np.testing.assert_allclose(found["probabilities"], expected["probabilities"][0], atol=1e-5)
         np.testing.assert_allclose(found["heatmaps"], expected["heatmaps"][0], atol=1e-4)
@@ -33,23 +33,23 @@ def test_answers_are_those_of_the_file_whoever_asks(batcher: Batcher, demo_onnx:
     assert 1 < max(batcher.sizes) <= BATCH  # those that waited were answered together
 
 
-def test_heatmaps_are_computed_for_those_who_want_them(batcher: Batcher, demo_pictures: list[Path]) -> None:
-    data = demo_pictures[0].read_bytes()
+def test_heatmaps_are_computed_for_those_who_want_them(batcher: Batcher, demo_images: list[Path]) -> None:
+    data = demo_images[0].read_bytes()
     without, with_maps = batcher.answer(data, heatmaps=False).result(timeout=60), batcher.answer(data).result(timeout=60)
     assert with_maps.keys() - without.keys() == {"heatmaps"}
     np.testing.assert_allclose(without["probabilities"], with_maps["probabilities"], atol=1e-6)
 
 
-def test_bad_pictures_fail_alone(batcher: Batcher, demo_pictures: list[Path]) -> None:
-    good = demo_pictures[0].read_bytes()
-    futures = [batcher.answer(data) for data in (good, b"", b"no picture", good[:2000], good)]
+def test_bad_images_fail_alone(batcher: Batcher, demo_images: list[Path]) -> None:
+    good = demo_images[0].read_bytes()
+    futures = [batcher.answer(data) for data in (good, b"", b"no image", good[:2000], good)]
     reasons = [str(future.exception(timeout=60)) for future in futures]
     assert [reasons[0], reasons[4]] == ["None", "None"]
     assert reasons[1:4] == ["empty file", "not an image", "truncated"]
 
 
 def test_what_breaks_below_reaches_its_callers_and_no_one_else(
-    batcher: Batcher, demo_pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    batcher: Batcher, demo_images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -57,14 +57,14 @@ def test_what_breaks_below_reaches_its_callers_and_no_one_else(
     with monkeypatch.context() as patch:
         patch.setattr(batcher, "_alone", type("Broken", (), {"ask": fail})())
         with pytest.raises(RuntimeError, match="out of memory"):
-            batcher.answer(demo_pictures[0].read_bytes()).result(timeout=60)
-    assert batcher.answer(demo_pictures[0].read_bytes()).result(timeout=60)["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+            batcher.answer(demo_images[0].read_bytes()).result(timeout=60)
+    assert batcher.answer(demo_images[0].read_bytes()).result(timeout=60)["probabilities"].sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_closing_answers_what_was_handed_in_and_leaves_no_thread(demo_onnx: Path, demo_pictures: list[Path]) -> None:
+def test_closing_answers_what_was_handed_in_and_leaves_no_thread(demo_onnx: Path, demo_images: list[Path]) -> None:
     before = threading.active_count()
     batcher = Batcher(demo_onnx, cores=2, pixels=1_000_000)
-    futures = [batcher.answer(path.read_bytes()) for path in demo_pictures]
+    futures = [batcher.answer(path.read_bytes()) for path in demo_images]
     batcher.close()
     assert all(future.done() and future.exception() is None for future in futures)
     assert threading.active_count() <= before

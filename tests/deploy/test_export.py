@@ -1,4 +1,4 @@
-"""Files of every kind are compared with their run on its test pictures; what says something else is not written."""
+"""Files of every kind are compared with their run on its test images; what says something else is not written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seewhy.errors import ConfigError, OutputError
 from seewhy.inference.onnx_model import load_onnx
 
 
-def test_a_file_says_what_the_run_says_on_all_test_pictures(demo_run: Run, tmp_path: Path) -> None:
+def test_a_file_says_what_the_run_says_on_all_test_images(demo_run: Run, tmp_path: Path) -> None:
     file, found = export.export_file(demo_run, tmp_path / "new" / "model.onnx")
     assert found is not None
     images = open_images("scenes")
@@ -42,14 +42,14 @@ def test_a_file_that_says_something_else_is_not_written(demo_run: Run, tmp_path:
     wrong = build_onnx(other)
     monkeypatch.setattr(export, "build_onnx", lambda run: wrong)
     with pytest.raises(OutputError, match="would not say what the run says"):
-        export.export_file(demo_run, tmp_path / "model.onnx", pictures=8)
+        export.export_file(demo_run, tmp_path / "model.onnx", images=8)
     assert not list(tmp_path.iterdir())
 
 
 def test_mistakes(demo_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
-        export.export_file(demo_run, tmp_path / "file" / "model.onnx", pictures=1)
+        export.export_file(demo_run, tmp_path / "file" / "model.onnx", images=1)
     with pytest.raises(ConfigError, match="format 'onx' is none of onnx, pt2"):
         export.export_file(demo_run, tmp_path / "model.onnx", "onx")
     moved = dataclasses.replace(demo_run, config=demo_run.config.model_copy(update={"data": str(tmp_path / "gone")}))

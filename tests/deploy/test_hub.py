@@ -40,13 +40,13 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Run
     """A run of a tiny network, for tests that do not ask what it answers."""
     folder = tmp_path_factory.mktemp("small")
     for number, name in enumerate(("ant", "bee", "cow")):
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for n in range(10):
             noise = np.random.default_rng([number, n]).integers(0, 90, size=(40, 40, 3)).astype(np.uint8)
             noise[..., number] += 150
-            Image.fromarray(noise).save(folder / "pictures" / name / f"{n}.png")
+            Image.fromarray(noise).save(folder / "images" / name / f"{n}.png")
     options = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 1, "workers": 0, "group_by": "exact", "tracker": "none"}
-    return seewhy.train(folder / "pictures", out=folder / "demo", **options)
+    return seewhy.train(folder / "images", out=folder / "demo", **options)
 
 
 @pytest.fixture
@@ -66,15 +66,15 @@ def data_config(model: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- folders
 
 
-def test_pushed_and_pulled_it_says_the_same(demo_run: Run, tmp_path: Path, demo_pictures: list[Path]) -> None:
+def test_pushed_and_pulled_it_says_the_same(demo_run: Run, tmp_path: Path, demo_images: list[Path]) -> None:
     shared = Path(demo_run.push(tmp_path / "share" / "animals"))
     assert files_of(shared) == {*OWN, *hub.REPORT, "config.json"}
     pulled = seewhy.pull(shared, tmp_path / "mine")
     assert files_of(pulled.path) == OWN
     assert sorted(os.listdir(tmp_path)) == ["mine", "share"]  # no work folder, no lock
     assert sorted(os.listdir(shared.parent)) == ["animals"]
-    pictures = [str(path) for path in demo_pictures]
-    expected, found = demo_run.predict(pictures), pulled.predict(pictures)
+    images = [str(path) for path in demo_images]
+    expected, found = demo_run.predict(images), pulled.predict(images)
     np.testing.assert_array_equal(found.probs, expected.probs)
     assert found.unknown.tolist() == expected.unknown.tolist()
     assert pulled.threshold_for(0.9) == demo_run.threshold_for(0.9)
@@ -97,23 +97,23 @@ def test_the_card_is_hugging_face_s(shared: Path) -> None:
     assert head["model-index"][0]["name"] == "demo"
 
 
-def test_timm_loads_it_and_gives_its_logits(demo_run: Run, tmp_path: Path, demo_pictures: list[Path]) -> None:
+def test_timm_loads_it_and_gives_its_logits(demo_run: Run, tmp_path: Path, demo_images: list[Path]) -> None:
     shared = demo_run.push(tmp_path / "share")
     model = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == list(demo_run.classes)
-    assert not demo_run.config.test_flip  # one direction, as timm's
-    pictures = [Image.open(path).convert("RGB") for path in demo_pictures]
+    assert not demo_run.config.tta_flip  # one direction, as timm's
+    images = [Image.open(path).convert("RGB") for path in demo_images]
     preprocessing = demo_run.backbone.preprocessing
     sizes = (preprocessing.size, preprocessing.size)
-    squares = np.stack([render(p, eval_view(*p.size, preprocessing), sizes, preprocessing.interpolation) for p in pictures])
+    squares = np.stack([render(p, eval_view(*p.size, preprocessing), sizes, preprocessing.interpolation) for p in images])
     inputs = torch.from_numpy(normalised(squares, preprocessing))
     with torch.inference_mode():
         logits = model(inputs)
         torch.testing.assert_close(logits, demo_run.backbone.model(inputs), rtol=0, atol=0)
-    expected = demo_run.predict([str(path) for path in demo_pictures])
+    expected = demo_run.predict([str(path) for path in demo_images])
     probs = torch.softmax(logits / demo_run.temperature, dim=1).numpy()
     np.testing.assert_allclose(probs, expected.probs, atol=1e-4)
-    # And by timm's own way from picture to input, which rounds elsewhere.
+    # And by timm's own way from image to input, which rounds elsewhere.
     config = data_config(model)
     assert config == {
         "input_size": (3, 224, 224),
@@ -125,7 +125,7 @@ def test_timm_loads_it_and_gives_its_logits(demo_run: Run, tmp_path: Path, demo_
     }
     transform = timm.data.create_transform(**config, is_training=False)
     with torch.inference_mode():
-        theirs = model(torch.stack([transform(picture) for picture in pictures]))
+        theirs = model(torch.stack([transform(image) for image in images]))
     assert (theirs.argmax(1) == logits.argmax(1)).all()
     assert (theirs - logits).abs().max() < 0.25
 
@@ -381,7 +381,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_run_goes_to_a_hub_and_comes_back(small_run: Run, hub: Hub, tmp_path: Path, demo_pictures: list[Path]) -> None:
+def test_a_run_goes_to_a_hub_and_comes_back(small_run: Run, hub: Hub, tmp_path: Path, demo_images: list[Path]) -> None:
     url = small_run.push("hf://ann/animals")
     assert url == f"{os.environ['HF_ENDPOINT']}/ann/animals"
     assert hub.private == {"ann/animals": True}
@@ -392,8 +392,8 @@ def test_a_run_goes_to_a_hub_and_comes_back(small_run: Run, hub: Hub, tmp_path: 
     pulled = seewhy.pull("hf://ann/animals", tmp_path / "mine")
     assert set(hub.downloads) == OWN  # nothing else was even asked for
     assert files_of(tmp_path) == {f"mine/{name}" for name in OWN}
-    pictures = [str(path) for path in demo_pictures]
-    np.testing.assert_array_equal(pulled.predict(pictures).probs, small_run.predict(pictures).probs)
+    images = [str(path) for path in demo_images]
+    np.testing.assert_array_equal(pulled.predict(images).probs, small_run.predict(images).probs)
     sha = hub.sha("ann/animals")
     assert seewhy.pull(f"hf://ann/animals@{sha}", tmp_path / "other").manifest == pulled.manifest
     with pytest.raises(OutputError, match=r"hf://ann/animals: holds \S+ already"):

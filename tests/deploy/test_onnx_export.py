@@ -33,14 +33,14 @@ def model(demo_onnx: Path) -> bytes:
     return demo_onnx.read_bytes()
 
 
-def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
+def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_images: list[Path]) -> None:
     """By the run's own network in PyTorch: the square, logits, maps of all classes, strangeness."""
     session, run = session_of(model), demo_run
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "strangeness", "heatmaps", "squares"]
-    found = dict(zip(names, session.run(None, {"pictures": np.asarray(read_image(demo_pictures[0]))[None]}), strict=True))
+    found = dict(zip(names, session.run(None, {"images": np.asarray(read_image(demo_images[0]))[None]}), strict=True))
     squares, preprocessing = found["squares"], run.backbone.preprocessing
-    np.testing.assert_array_equal(squares[0], square_of(demo_pictures[0], preprocessing).transpose(2, 0, 1))
+    np.testing.assert_array_equal(squares[0], square_of(demo_images[0], preprocessing).transpose(2, 0, 1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)
@@ -57,11 +57,11 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
 
 @pytest.mark.parametrize("shape", [(1, 40, 300, 3), (3, 224, 224, 3), (2, 901, 507, 3)])
 def test_any_size_and_batch(model: bytes, shape: tuple[int, ...]) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     session = session_of(model)
-    probs = session.run(["probabilities"], {"pictures": pictures})[0]
+    probs = session.run(["probabilities"], {"images": images})[0]
     np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)
-    one = session.run(["probabilities"], {"pictures": pictures[-1:]})[0]
+    one = session.run(["probabilities"], {"images": images[-1:]})[0]
     np.testing.assert_allclose(probs[-1:], one, atol=1e-5)
 
 
@@ -75,14 +75,14 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
     assert meta["opset"] == onnx_export.OPSET
 
 
-def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
+def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_images: list[Path]) -> None:
     program = torch.export.load(io.BytesIO(onnx_export.build_pt2(demo_run)), extra_files=(facts := {"seewhy.json": ""})).module()
     assert json.loads(facts["seewhy.json"])["classes"] == list(demo_run.classes)
     session = session_of(model)
     for shape in [(1, 120, 333, 3), (2, 400, 64, 3)]:
         given = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         for name, found in zip(("logits", "probabilities", "strangeness", "heatmaps"), program(torch.from_numpy(given)), strict=True):
-            np.testing.assert_allclose(found.detach().numpy(), session.run([name], {"pictures": given})[0], atol=1e-4)
+            np.testing.assert_allclose(found.detach().numpy(), session.run([name], {"images": given})[0], atol=1e-4)
 
 
 def test_a_program_of_centred_squares_is_refused() -> None:

@@ -32,11 +32,11 @@ def session(interpolation: str, resize: str) -> Any:
     return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def both(interpolation: str, resize: str, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def both(interpolation: str, resize: str, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     given = preprocessing(interpolation, resize)
-    found = session(interpolation, resize).run(None, {"pictures": picture[None]})[0][0].transpose(1, 2, 0)
-    height, width = picture.shape[:2]
-    return found, render(Image.fromarray(picture), eval_view(width, height, given), (given.size, given.size), interpolation)
+    found = session(interpolation, resize).run(None, {"images": image[None]})[0][0].transpose(1, 2, 0)
+    height, width = image.shape[:2]
+    return found, render(Image.fromarray(image), eval_view(width, height, given), (given.size, given.size), interpolation)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,18 +60,18 @@ def test_equal_to_the_last_bit(interpolation: str, resize: str, height: int, wid
 
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (97, 96), (20, 3000), (1100, 1500)])
 def test_squares_and_extremes(height: int, width: int) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    found, expected = both("bicubic", "squash", picture)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found, expected = both("bicubic", "squash", image)
     np.testing.assert_array_equal(found, expected)
     if (height, width) == (96, 96):
-        np.testing.assert_array_equal(found, picture)
+        np.testing.assert_array_equal(found, image)
 
 
 def test_batches() -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
-    whole = session("bilinear", "squash").run(None, {"pictures": pictures})[0]
+    images = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
+    whole = session("bilinear", "squash").run(None, {"images": images})[0]
     for n in range(3):
-        np.testing.assert_array_equal(whole[n], session("bilinear", "squash").run(None, {"pictures": pictures[n : n + 1]})[0][0])
+        np.testing.assert_array_equal(whole[n], session("bilinear", "squash").run(None, {"images": images[n : n + 1]})[0][0])
 
 
 def test_other_interpolations_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The page in a real browser, served and as a static folder: pictures in, answers, heatmaps of any class, on a phone, by keyboard."""
+"""The page in a real browser, served and as a static folder: images in, answers, heatmaps of any class, on a phone, by keyboard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shares(page: Any) -> dict[str, float]:
 
 
 def drawn(page: Any) -> Any:
-    return page.evaluate("document.getElementById('picture').toDataURL()")
+    return page.evaluate("document.getElementById('image').toDataURL()")
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +77,14 @@ def static(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def agrees_with_the_run(page: Any, run: Run, pictures: list[Path], within: float) -> None:
-    """Every picture's bars against `predict`, in percent."""
-    expected = run.predict(pictures)
-    for n, button in enumerate(page.locator("#strip button").all()[-len(pictures) :]):
+def agrees_with_the_run(page: Any, run: Run, images: list[Path], within: float) -> None:
+    """Every image's bars against `predict`, in percent."""
+    expected = run.predict(images)
+    for n, button in enumerate(page.locator("#strip button").all()[-len(images) :]):
         button.click()
         for name, share in shares(page).items():
             known = 100 * expected.probs[n, run.classes.index(name.replace(" ", "_"))]
-            assert share == pytest.approx(known, abs=within), (pictures[n], name)
+            assert share == pytest.approx(known, abs=within), (images[n], name)
 
 
 def every_class_has_its_heatmap(page: Any) -> None:
@@ -101,12 +101,12 @@ def every_class_has_its_heatmap(page: Any) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_served_page(address: str, demo_run: Run, demo_pictures: list[Path], dark: bool) -> None:
+def test_served_page(address: str, demo_run: Run, demo_images: list[Path], dark: bool) -> None:
     with open_page(address, dark) as (page, errors, outside):
         ready(page)
         assert "tells 8 classes apart; right on" in page.locator("#about").inner_text()
-        give(page, *demo_pictures[::6])
-        agrees_with_the_run(page, demo_run, demo_pictures[::6], within=0.1)
+        give(page, *demo_images[::6])
+        agrees_with_the_run(page, demo_run, demo_images[::6], within=0.1)
         every_class_has_its_heatmap(page)
         page.locator("#search").fill("tree")
         page.locator("#search").press("Tab")
@@ -116,10 +116,10 @@ def test_served_page(address: str, demo_run: Run, demo_pictures: list[Path], dar
         assert (errors, outside, overflow) == ([], [], 0)
 
 
-def test_unknown_pictures_and_bad_files_are_said_in_words(address: str, demo_pictures: list[Path], tmp_path: Path) -> None:
+def test_unknown_images_and_bad_files_are_said_in_words(address: str, demo_images: list[Path], tmp_path: Path) -> None:
     noise = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 260, 3), dtype=np.uint8)).save(noise)
-    (tmp_path / "broken.jpg").write_bytes(demo_pictures[0].read_bytes()[:1000])
+    (tmp_path / "broken.jpg").write_bytes(demo_images[0].read_bytes()[:1000])
     with open_page(address) as (page, errors, outside):
         ready(page)
         give(page, noise)
@@ -128,13 +128,13 @@ def test_unknown_pictures_and_bad_files_are_said_in_words(address: str, demo_pic
         page.set_input_files("#files", str(tmp_path / "broken.jpg"))
         until(page, "document.getElementById('problem').textContent !== ''")
         assert page.locator("#problem").inner_text().startswith("broken.jpg: truncated; send JPEG")
-        give(page, demo_pictures[0])  # and the next one is answered
+        give(page, demo_images[0])  # and the next one is answered
         assert page.locator("#problem").inner_text() == ""
         assert outside == []
         assert all("422" in error for error in errors)  # the browser reports the refused request, nothing else
 
 
-def test_dropped_pasted_and_taken_pictures(address: str, demo_pictures: list[Path]) -> None:
+def test_dropped_pasted_and_taken_images(address: str, demo_images: list[Path]) -> None:
     hand_over = """([kind, data]) => {
         const transfer = new DataTransfer();
         const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
@@ -142,7 +142,7 @@ def test_dropped_pasted_and_taken_pictures(address: str, demo_pictures: list[Pat
         const paste = () => new ClipboardEvent("paste", { clipboardData: transfer });
         document.dispatchEvent(kind === "paste" ? paste() : new DragEvent("drop", { dataTransfer: transfer }));
     }"""
-    data = base64.b64encode(demo_pictures[0].read_bytes()).decode()
+    data = base64.b64encode(demo_images[0].read_bytes()).decode()
     with open_page(address) as (page, errors, _):
         ready(page)
         for number, kind in enumerate(("paste", "drop"), start=1):
@@ -156,12 +156,12 @@ def test_dropped_pasted_and_taken_pictures(address: str, demo_pictures: list[Pat
         assert errors == []
 
 
-def test_by_keyboard_on_a_phone(address: str, demo_pictures: list[Path]) -> None:
+def test_by_keyboard_on_a_phone(address: str, demo_images: list[Path]) -> None:
     with open_page(address, width=390, height=800) as (page, errors, _):
         ready(page)
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "choose"
-        give(page, demo_pictures[0])
+        give(page, demo_images[0])
         assert page.evaluate("document.activeElement.id") == "verdict"  # a screen reader reads it now
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
@@ -175,7 +175,7 @@ def test_by_keyboard_on_a_phone(address: str, demo_pictures: list[Path]) -> None
         assert errors == []
 
 
-def test_static_folder_answers_in_the_browser(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path) -> None:
+def test_static_folder_answers_in_the_browser(demo_run: Run, demo_onnx: Path, demo_images: list[Path], tmp_path: Path) -> None:
     if shutil.which("npm") is None:
         pytest.skip("no npm here to fetch onnxruntime-web with: install Node.js")
     try:
@@ -184,8 +184,8 @@ def test_static_folder_answers_in_the_browser(demo_run: Run, demo_onnx: Path, de
         pytest.skip(f"onnxruntime-web cannot be had: {error}")
     with static(folder) as address, open_page(address) as (page, errors, outside):
         ready(page)
-        give(page, *demo_pictures[::8])
+        give(page, *demo_images[::8])
         # The browser decodes JPEG a little differently, a grey level here and there.
-        agrees_with_the_run(page, demo_run, demo_pictures[::8], within=3.0)
+        agrees_with_the_run(page, demo_run, demo_images[::8], within=3.0)
         every_class_has_its_heatmap(page)
         assert (errors, outside) == ([], [])

@@ -71,7 +71,7 @@ def raw(address: str, content: bytes) -> socket.socket:
 def under_way(address: str) -> float:
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
-    return float(next(line for line in lines if line.startswith("seewhy_pictures_under_way")).split()[-1])
+    return float(next(line for line in lines if line.startswith("seewhy_images_under_way")).split()[-1])
 
 
 HEAD = (
@@ -80,10 +80,10 @@ HEAD = (
 )
 
 
-def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
-    picture = demo_pictures[0].read_bytes()
+def test_a_life_of_a_server(demo_onnx: Path, demo_images: list[Path]) -> None:
+    image = demo_images[0].read_bytes()
     with served(str(demo_onnx), "--upload-seconds", "1") as (process, address):
-        status, first = post(address, picture)
+        status, first = post(address, image)
         assert (status, len(first["answers"])) == (200, 1)
         # A client that sends slower than it may is told so; one that goes away in between harms nobody.
         slow = raw(address, HEAD)
@@ -95,13 +95,13 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
         slow.close()
         vanished = raw(
             address,
-            HEAD.replace(b"50000", str(len(HEAD.split(b"\r\n\r\n", 1)[1]) + len(picture) + 9).encode()) + picture + b"\r\n--x--\r\n",
+            HEAD.replace(b"50000", str(len(HEAD.split(b"\r\n\r\n", 1)[1]) + len(image) + 9).encode()) + image + b"\r\n--x--\r\n",
         )
         vanished.close()  # everything sent, nobody waits for the answer
-        assert post(address, picture)[1]["answers"] == first["answers"]
+        assert post(address, image)[1]["answers"] == first["answers"]
         # Told to stop while requests are under way: all of them are answered, then it ends.
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            answers = [pool.submit(post, address, *[picture] * 16) for _ in range(4)]
+            answers = [pool.submit(post, address, *[image] * 16) for _ in range(4)]
             while not under_way(address):
                 time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
@@ -114,7 +114,7 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
         assert "Traceback" not in log
 
 
-def test_a_run_is_exported_when_first_served(demo_run: object, tmp_path: Path, demo_pictures: list[Path]) -> None:
+def test_a_run_is_exported_when_first_served(demo_run: object, tmp_path: Path, demo_images: list[Path]) -> None:
     import shutil
 
     from seewhy.api import Run
@@ -122,7 +122,7 @@ def test_a_run_is_exported_when_first_served(demo_run: object, tmp_path: Path, d
     assert isinstance(demo_run, Run)
     run = shutil.copytree(demo_run.path, tmp_path / "run")
     with served(str(run), SEEWHY_API_KEY="k") as (_, address):
-        assert post(address, demo_pictures[0].read_bytes())[0] == 401
+        assert post(address, demo_images[0].read_bytes())[0] == 401
         with urllib.request.urlopen(f"{address}/healthz", timeout=30) as response:
             assert json.load(response) == {"status": "ok"}
     assert (run / "model.onnx").is_file()

@@ -26,9 +26,9 @@ def test_state_dict_gives_the_same_logits_in_torchvision(run: Run, tmp_path: Pat
     assert content["classes"] == list(CLASSES)
     theirs = torchvision.models.resnet18(num_classes=len(CLASSES)).eval()
     theirs.load_state_dict(content["state_dict"])  # strict: no name missing, none left over
-    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours, found = run.backbone.model(pictures), theirs(pictures)
+        ours, found = run.backbone.model(images), theirs(images)
     assert ours.abs().max() > 0.1
     np.testing.assert_allclose(found.numpy(), ours.numpy(), rtol=1e-5, atol=1e-5)
 

@@ -85,8 +85,8 @@ def test_bound_is_the_risk_at_which_so_few_errors_become_rare(wrong: int, more: 
     assert calibration.clopper_pearson_upper(n, n) == 1.0
 
 
-def test_threshold_holds_on_new_pictures() -> None:
-    """Of 60 thresholds chosen on 600 pictures, at most a tenth may miss the wanted precision on many new ones (confidence 0.9)."""
+def test_threshold_holds_on_new_images() -> None:
+    """Of 60 thresholds chosen on 600 images, at most a tenth may miss the wanted precision on many new ones (confidence 0.9)."""
     new = answers(*drawn(99, 20_000))
     missed, coverages = 0, []
     for seed in range(60):

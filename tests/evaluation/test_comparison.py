@@ -1,4 +1,4 @@
-"""Two runs on the same pictures, and one recipe on several splits."""
+"""Two runs on the same images, and one recipe on several splits."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ def square() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_stronger_is_farther_from_the_picture_and_repeatable(square: np.ndarray, name: str) -> None:
+def test_stronger_is_farther_from_the_image_and_repeatable(square: np.ndarray, name: str) -> None:
     before = square.copy()
     found = [corrupt(square, name, strength) for strength in range(1, 6)]
     distances = [float(np.abs(f.astype(float) - square).mean()) for f in found]
-    assert distances == sorted(distances) or name == "rotation"  # a smooth picture may come to resemble itself again
+    assert distances == sorted(distances) or name == "rotation"  # a smooth image may come to resemble itself again
     assert distances[0] > 0.5
     assert all(f.shape == square.shape and f.dtype == np.uint8 for f in found)
     assert np.array_equal(found[2], corrupt(square, name, 3))
@@ -98,14 +98,14 @@ def test_slices_by_hand(cache: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for n in range(6):
             side = 20 + 20 * n
-            picture = Image.new("RGB", (side, side), (80, 80, 80) if n % 2 else (200, 30 * c, 10))
-            picture.putpixel((n, c), (9 * n, 9 * n, 9 * n) if n % 2 else (9 * n, 0, 50))  # no two are equal
-            picture.save(tmp_path / name / f"{n}.png")
+            image = Image.new("RGB", (side, side), (80, 80, 80) if n % 2 else (200, 30 * c, 10))
+            image.putpixel((n, c), (9 * n, 9 * n, 9 * n) if n % 2 else (9 * n, 0, 50))  # no two are equal
+            image.save(tmp_path / name / f"{n}.png")
     images = open_images(str(tmp_path))
     right = np.array([True] * 9 + [False] * 3)
     found = slices(images, np.arange(12), right, np.array([5, 50])).set_index(["by", "slice"])
     assert found.loc[("colour", "grey"), ["accuracy", "n"]].tolist() == [4 / 6, 6]
-    assert found.loc[("picture size", "20 to 40 pixels a side"), ["accuracy", "n"]].tolist() == [1.0, 4]
-    assert found.loc[("picture size", "100 to 120 pixels a side"), ["accuracy", "n"]].tolist() == [0.5, 4]
-    assert found.loc[("training pictures of the class", "5 to 5"), ["accuracy", "n"]].tolist() == [1.0, 6]
-    assert found.loc[("training pictures of the class", "50 to 50"), ["accuracy", "n"]].tolist() == [0.5, 6]
+    assert found.loc[("image size", "20 to 40 pixels a side"), ["accuracy", "n"]].tolist() == [1.0, 4]
+    assert found.loc[("image size", "100 to 120 pixels a side"), ["accuracy", "n"]].tolist() == [0.5, 4]
+    assert found.loc[("training images of the class", "5 to 5"), ["accuracy", "n"]].tolist() == [1.0, 6]
+    assert found.loc[("training images of the class", "50 to 50"), ["accuracy", "n"]].tolist() == [0.5, 6]

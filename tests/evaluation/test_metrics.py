@@ -17,7 +17,7 @@ from seewhy.evaluation import metrics
 from seewhy.evaluation.calibration import fit_temperature
 from seewhy.evaluation.evaluate import Evaluation
 
-# scikit-learn warns where classes are predicted that have no picture; that case is meant here.
+# scikit-learn warns where classes are predicted that have no image; that case is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 
 SEEDS = range(5)
@@ -116,7 +116,7 @@ def test_confusion_matrix_by_hand_has_true_classes_in_rows() -> None:
 
 
 @given(labelled())
-def test_confusion_matrix_counts_every_picture_once(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+def test_confusion_matrix_counts_every_image_once(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     labels, predicted, classes = case
     confusion = metrics.confusion_matrix(labels, predicted, classes)
     np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(labels, minlength=classes))
@@ -136,8 +136,8 @@ def test_per_class_equals_scikit_learn(seed: int) -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-14)
 
 
-def test_per_class_by_hand_with_a_class_never_predicted_and_one_without_pictures() -> None:
-    # class 0: 3 of 4 found; class 1: never predicted; class 2: no pictures, predicted three times
+def test_per_class_by_hand_with_a_class_never_predicted_and_one_without_images() -> None:
+    # class 0: 3 of 4 found; class 1: never predicted; class 2: no images, predicted three times
     numbers = metrics.per_class(np.array([[3, 0, 1], [0, 0, 2], [0, 0, 0]]))
     np.testing.assert_allclose(numbers.precision, [1, 0, 0])
     np.testing.assert_allclose(numbers.recall, [0.75, 0, 0])
@@ -155,7 +155,7 @@ def test_means_over_classes_equal_scikit_learn(seed: int) -> None:
 
 def test_means_over_classes_leave_out_what_does_not_occur() -> None:
     confusion = np.array([[3, 0, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    assert metrics.mean_per_class_accuracy(confusion) == pytest.approx((0.75 + 0) / 2)  # classes 0 and 1 have pictures
+    assert metrics.mean_per_class_accuracy(confusion) == pytest.approx((0.75 + 0) / 2)  # classes 0 and 1 have images
     assert metrics.macro_f1(confusion) == pytest.approx((6 / 7 + 0 + 0) / 3)  # class 2 is predicted, class 3 is nowhere
 
 
@@ -198,7 +198,7 @@ def test_wilson_interval_of_none_and_all_is_not_a_point() -> None:
     assert metrics.wilson_interval(20, 20) == pytest.approx((1 - high, 1), abs=1e-12)
 
 
-def test_wilson_interval_narrows_with_more_pictures_and_less_confidence() -> None:
+def test_wilson_interval_narrows_with_more_images_and_less_confidence() -> None:
     widths = [high - low for low, high in (metrics.wilson_interval(9 * n, 10 * n) for n in (1, 10, 100))]
     assert widths[0] > 2 * widths[1] > 4 * widths[2]
     low90, high90 = metrics.wilson_interval(9, 10, 0.90)
@@ -222,7 +222,7 @@ def test_negative_log_likelihood_is_scikit_learns_and_by_hand() -> None:
 # ---------------------------------------------------------------- intervals and comparisons
 
 
-def test_bootstrap_of_single_pictures_is_the_normal_interval() -> None:
+def test_bootstrap_of_single_images_is_the_normal_interval() -> None:
     right = np.random.default_rng(0).random(2000) < 0.9
     ((low, high),) = metrics.group_bootstrap(lambda w: [float(np.average(right, weights=w))], np.arange(2000), resamples=2000)
     half = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 2000)
@@ -230,8 +230,8 @@ def test_bootstrap_of_single_pictures_is_the_normal_interval() -> None:
     assert high == pytest.approx(right.mean() + half, abs=0.002)
 
 
-def test_pictures_of_a_group_are_no_independent_evidence() -> None:
-    """Ten copies of each picture: the interval is as wide as that of the pictures alone, sqrt(10) wider than if each copy counted."""
+def test_images_of_a_group_are_no_independent_evidence() -> None:
+    """Ten copies of each image: the interval is as wide as that of the images alone, sqrt(10) wider than if each copy counted."""
     right = np.repeat(np.random.default_rng(1).random(200) < 0.8, 10)
 
     def width(groups: np.ndarray) -> float:
@@ -243,7 +243,7 @@ def test_pictures_of_a_group_are_no_independent_evidence() -> None:
     assert width(np.repeat(np.random.default_rng(2).permutation(200), 10)) == pytest.approx(math.sqrt(10) * copies, rel=0.12)
 
 
-def test_weighted_confusion_counts_pictures_as_often_as_drawn() -> None:
+def test_weighted_confusion_counts_images_as_often_as_drawn() -> None:
     labels, predicted = guesses(0)
     weights = np.random.default_rng(0).integers(0, 4, len(labels))
     repeated = sk.confusion_matrix(labels.repeat(weights), predicted.repeat(weights), labels=range(7))
@@ -270,7 +270,7 @@ def test_auroc_and_fpr_equal_scikit_learn(seed: int) -> None:
     truth = np.repeat([0, 1], [300, 200])
     scores = np.concatenate([known, unknown])
     assert metrics.auroc(known, unknown) == pytest.approx(sk.roc_auc_score(truth, scores), abs=1e-12)
-    # Known pictures are the positives of the field's FPR@95: low scores of ours, so both are turned round.
+    # Known images are the positives of the field's FPR@95: low scores of ours, so both are turned round.
     fpr, tpr, _ = sk.roc_curve(1 - truth, -scores, drop_intermediate=False)
     assert metrics.fpr_at_tpr(known, unknown) == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
 
@@ -280,7 +280,7 @@ def test_auroc_by_hand() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 6, 7, 8, 22])
-def test_held_a_few_pictures_at_a_time_numbers_are_the_same_to_the_last_bit(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_a_few_images_at_a_time_numbers_are_the_same_to_the_last_bit(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(n)
     logits, labels = (8 * rng.normal(size=(n, 101))).astype(np.float32), rng.integers(0, 101, n)
     evaluation = Evaluation("test", [""] * n, labels, logits, tuple(map(str, range(101))), np.arange(n), 1.3)

@@ -19,7 +19,7 @@ from seewhy.explain.explainer import class_index, display_view, explain
 from seewhy.inference.predict import predict
 from seewhy.models.backbones import Backbone
 from seewhy.models.transforms import Preprocessing
-from seewhy.models.trunk_tail import Cut
+from seewhy.models.trunk_tail import TrunkTail
 from tests.cheap_run import CLASSES, UNCALIBRATED, cheap_run
 
 COLOURS = ("red", "green", "blue")
@@ -37,34 +37,34 @@ class ColourNetwork(nn.Module):
     def get_classifier(self) -> nn.Linear:
         return self.classifier
 
-    def forward_features(self, pictures: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(pictures, 8)
+    def forward_features(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 8)
 
     def forward_head(self, features: Tensor) -> Tensor:
         return self.classifier(features.mean(dim=(2, 3)))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
 
 
 def colour_run(resize: str = "squash") -> Run:
     model = ColourNetwork().eval()
     backbone = Backbone("colours", "colours", model, replace(PREPROCESSING, resize=resize), (), "none")
     config = make_config(data="x", weights="none").resolved()
-    return Run(Path("cheap"), config, COLOURS, backbone, Cut(None, model, "input"), {"metrics": {}, "calibration": UNCALIBRATED})
+    return Run(Path("cheap"), config, COLOURS, backbone, TrunkTail(None, model, "input"), {"metrics": {}, "calibration": UNCALIBRATED})
 
 
 @pytest.fixture
 def left_red_right_blue(tmp_path: Path) -> Path:
-    """240 x 80: a dark picture with a red block in the left third and a smaller blue one at the bottom right."""
-    picture = Image.new("RGB", (240, 80), (20, 20, 20))
-    picture.paste((220, 20, 20), (0, 0, 80, 80))
-    picture.paste((20, 20, 220), (180, 40, 240, 80))
-    picture.save(tmp_path / "blocks.png")
+    """240 x 80: a dark image with a red block in the left third and a smaller blue one at the bottom right."""
+    image = Image.new("RGB", (240, 80), (20, 20, 20))
+    image.paste((220, 20, 20), (0, 0, 80, 80))
+    image.paste((20, 20, 220), (180, 40, 240, 80))
+    image.save(tmp_path / "blocks.png")
     return tmp_path / "blocks.png"
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
 
@@ -89,8 +89,8 @@ def test_map_lies_where_the_evidence_lies(left_red_right_blue: Path, method: str
 def test_map_is_the_map_of_the_class_over_its_maximum(left_red_right_blue: Path, method: str) -> None:
     # with one channel a class both methods only scale it: the weights of the other channels are 0
     found = explain(colour_run(), [left_red_right_blue], method, target="red").maps[0]
-    picture = Image.open(left_red_right_blue).resize((56, 56), Image.Resampling.BILINEAR)
-    means = np.asarray(picture, dtype=np.float64)[..., 0].reshape(7, 8, 7, 8).mean(axis=(1, 3))
+    image = Image.open(left_red_right_blue).resize((56, 56), Image.Resampling.BILINEAR)
+    means = np.asarray(image, dtype=np.float64)[..., 0].reshape(7, 8, 7, 8).mean(axis=(1, 3))
     np.testing.assert_allclose(found, means / means.max(), rtol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_maps_of_a_real_network_are_scaled_and_probabilities_those_of_predict(tm
     assert torch.is_grad_enabled()
 
 
-def test_more_pictures_than_a_batch_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_a_batch_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, colour in enumerate(["blue", "red", "lime", "red", "blue"]):
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{n}.png")
     monkeypatch.setattr("seewhy.explain.explainer.BATCH", 2)
@@ -129,17 +129,17 @@ def test_more_pictures_than_a_batch_keep_their_order(tmp_path: Path, monkeypatch
     assert explanation.probs.shape == (5, 3)
 
 
-def test_each_picture_may_have_a_class_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_may_have_a_class_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, colour in enumerate(["blue", "red", "lime", "red", "blue"]):
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{n}.png")
     monkeypatch.setattr("seewhy.explain.explainer.BATCH", 2)
     names = ["blue", "green", "green", "red", "red"]
     explanation = explain(colour_run(), [tmp_path], "gradcam", target=names)
     assert [COLOURS[target] for target in explanation.targets] == names
-    assert explanation.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]  # evidence where the picture has that colour
+    assert explanation.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]  # evidence where the image has that colour
     contrasted = explain(colour_run(), [tmp_path], "hirescam", target=names, contrast=["red", "red", "red", "blue", "blue"])
     assert contrasted.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]
-    with pytest.raises(ConfigError, match="2 classes for 5 pictures; name one class, or one a picture"):
+    with pytest.raises(ConfigError, match="2 classes for 5 images; name one class, or one an image"):
         explain(colour_run(), [tmp_path], target=["red", "blue"])
 
 
@@ -175,7 +175,7 @@ def test_unknown_method_lists_the_known_ones(left_red_right_blue: Path) -> None:
         explain(colour_run(), [left_red_right_blue], "grad-cam")
 
 
-def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, folder or pattern"):
         explain(colour_run(), [tmp_path / "none.png"])
     (tmp_path / "bad.png").write_text("x")
@@ -186,7 +186,7 @@ def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- overlays
 
 
-def test_overlay_keeps_the_proportions_of_the_picture(left_red_right_blue: Path) -> None:
+def test_overlay_keeps_the_proportions_of_the_image(left_red_right_blue: Path) -> None:
     assert explain(colour_run("squash"), [left_red_right_blue]).overlay(0).size == (448, 149)  # 240 x 80
     assert explain(colour_run("crop"), [left_red_right_blue]).overlay(0).size == (448, 448)  # the centred square
 
@@ -210,7 +210,7 @@ def test_overlays_are_saved_under_safe_names(left_red_right_blue: Path, tmp_path
     odd = left_red_right_blue.rename(tmp_path / "my block; $(x).png")
     written = explain(run, [odd], "gradcam++").save(tmp_path / "out" / "deeper")
     assert [path.name for path in written] == ["my_block____x_.dark_red_____.gradcam__.png"]
-    assert picture_size(written[0]) == (448, 149)
+    assert image_size(written[0]) == (448, 149)
     (other,) = explain(run, [odd], "gradcam", target="bläu").save(tmp_path / "out" / "deeper")
     assert other.name == "my_block____x_.bläu.gradcam.png"
     assert sorted((tmp_path / "out" / "deeper").iterdir()) == sorted([written[0], other])
@@ -222,7 +222,7 @@ def test_equal_names_in_two_folders_do_not_overwrite_each_other(tmp_path: Path) 
         Image.new("RGB", size, "red").save(tmp_path / folder / "one.png")
     written = explain(colour_run(), [tmp_path / "a", tmp_path / "b", tmp_path / "c"]).save(tmp_path / "out")
     assert len(set(written)) == 3
-    assert [picture_size(path) for path in written] == [(448, 224), (224, 448), (448, 448)]
+    assert [image_size(path) for path in written] == [(448, 224), (224, 448), (448, 448)]
 
 
 def test_unwritable_folder_is_one_line(left_red_right_blue: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_unwritable_folder_is_one_line(left_red_right_blue: Path, tmp_path: Path
 
 def test_flip_means_the_maps_of_both_directions(left_red_right_blue: Path) -> None:
     run = colour_run()
-    flipping = replace(run, config=run.config.model_copy(update={"test_flip": True}), engines={"network": {}, "maps": {}})
+    flipping = replace(run, config=run.config.model_copy(update={"tta_flip": True}), executors={"network": {}, "maps": {}})
     # This network sees no difference between directions: the mirrored map, turned back, is the plain one.
     plain, both = (explain(r, [left_red_right_blue], "gradcam", target="blue") for r in (run, flipping))
     np.testing.assert_allclose(both.maps, plain.maps, atol=1e-5)
@@ -243,12 +243,12 @@ def test_flip_means_the_maps_of_both_directions(left_red_right_blue: Path) -> No
 
 
 def test_flip_explains_what_predict_answers(tmp_path: Path) -> None:
-    run = cheap_run(test_flip=True)
+    run = cheap_run(tta_flip=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
     np.testing.assert_allclose(explain(run, [tmp_path / "noise.png"]).probs, predict(run, [tmp_path / "noise.png"]).probs, atol=1e-5)
 
 
-def noise_picture(folder: Path, seed: int = 0) -> Path:
+def noise_image(folder: Path, seed: int = 0) -> Path:
     path = folder / f"noise{seed}.png"
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
     return path
@@ -257,33 +257,33 @@ def noise_picture(folder: Path, seed: int = 0) -> Path:
 @pytest.mark.parametrize("name", ["resnet18", "test_vit"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_named_layers_explain_the_same_answer(tmp_path: Path, name: str, flip: bool) -> None:
-    run = cheap_run(name, size=160 if name == "test_vit" else 64, test_flip=flip)
-    picture = noise_picture(tmp_path)
+    run = cheap_run(name, size=160 if name == "test_vit" else 64, tta_flip=flip)
+    image = noise_image(tmp_path)
     layer, side = ("blocks.3.norm1", 10) if name == "test_vit" else ("layer3", 4)
-    found = explain(run, [picture], "layercam", layers=[layer])
+    found = explain(run, [image], "layercam", layers=[layer])
     assert found.maps.shape == (1, side, side)
-    np.testing.assert_allclose(found.probs, predict(run, [picture]).probs, atol=1e-4)
-    both = explain(run, [picture], "layercam", layers=[layer, "blocks.5.norm1" if name == "test_vit" else "layer4"])
+    np.testing.assert_allclose(found.probs, predict(run, [image]).probs, atol=1e-4)
+    both = explain(run, [image], "layercam", layers=[layer, "blocks.5.norm1" if name == "test_vit" else "layer4"])
     assert both.maps.shape == (1, side, side)
     assert np.abs(both.maps - found.maps).max() > 0.01
 
 
 def test_the_default_layer_by_name_is_the_default(tmp_path: Path) -> None:
-    run, picture = cheap_run(test_flip=True), noise_picture(tmp_path)
-    default, named = (explain(run, [picture], "gradcam++", layers=layers) for layers in ((), ("layer4",)))
+    run, image = cheap_run(tta_flip=True), noise_image(tmp_path)
+    default, named = (explain(run, [image], "gradcam++", layers=layers) for layers in ((), ("layer4",)))
     np.testing.assert_allclose(named.maps, default.maps, atol=1e-3)
 
 
 def test_flip_explains_the_class_of_the_mean_also_where_a_direction_says_another(tmp_path: Path) -> None:
-    run = cheap_run(test_flip=True)
+    run = cheap_run(tta_flip=True)
     straight = cheap_run()
-    pictures = [noise_picture(tmp_path, seed) for seed in range(12)]
-    both = explain(run, pictures, "gradcam")
-    assert both.targets.tolist() == predict(run, pictures).probs.argmax(axis=1).tolist()
-    alone = predict(straight, pictures).probs.argmax(axis=1)
+    images = [noise_image(tmp_path, seed) for seed in range(12)]
+    both = explain(run, images, "gradcam")
+    assert both.targets.tolist() == predict(run, images).probs.argmax(axis=1).tolist()
+    alone = predict(straight, images).probs.argmax(axis=1)
     differ = np.flatnonzero(alone != both.targets)
     assert len(differ) > 0  # else this test says nothing
-    given = explain(run, [pictures[differ[0]]], "gradcam", target=CLASSES[both.targets[differ[0]]])
+    given = explain(run, [images[differ[0]]], "gradcam", target=CLASSES[both.targets[differ[0]]])
     np.testing.assert_allclose(both.maps[differ[0]], given.maps[0], atol=1e-4)
 
 
@@ -301,4 +301,4 @@ def test_against_takes_the_other_class_away(left_red_right_blue: Path) -> None:
 )
 def test_unknown_layer_or_other_class_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        explain(cheap_run(), [noise_picture(tmp_path)], **options)
+        explain(cheap_run(), [noise_image(tmp_path)], **options)

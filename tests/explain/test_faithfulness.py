@@ -20,9 +20,9 @@ from seewhy.explain import faithfulness as quality
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def top_row_answer(pictures: Tensor) -> Tensor:
-    """Two classes; the first is as probable as the top row of 4 x 4 pictures is bright."""
-    share = pictures[:, 0, 0].mean(dim=1).clamp(0, 1)
+def top_row_answer(images: Tensor) -> Tensor:
+    """Two classes; the first is as probable as the top row of 4 x 4 images is bright."""
+    share = images[:, 0, 0].mean(dim=1).clamp(0, 1)
     return torch.stack([share, 1 - share], dim=1)
 
 
@@ -52,7 +52,7 @@ def test_deletion_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_insertion_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "STEPS", 4)
-    monkeypatch.setattr(quality, "gaussian_blur", lambda pictures, *sizes: torch.zeros_like(pictures))
+    monkeypatch.setattr(quality, "gaussian_blur", lambda images, *sizes: torch.zeros_like(images))
     assert quality.insertion(top_row_answer, WHITE, FIRST, TOP).item() == pytest.approx(0.875)
     assert quality.insertion(top_row_answer, WHITE, FIRST, BOTTOM + 0.5 * (1 - TOP)).item() == pytest.approx(0.125)
 
@@ -78,22 +78,22 @@ def test_the_pointing_game_has_its_margin() -> None:
 
 
 def test_imputing_by_hand() -> None:
-    picture = torch.zeros(3, 3, 3)
-    picture[:, 0] = 6.0  # the three neighbours above: 6 (1/12 + 1/6 + 1/12) = 2
+    image = torch.zeros(3, 3, 3)
+    image[:, 0] = 6.0  # the three neighbours above: 6 (1/12 + 1/6 + 1/12) = 2
     removed = torch.zeros(3, 3, dtype=torch.bool)
     removed[1, 1] = True
-    found = quality.impute(picture, removed, torch.zeros_like(picture))
+    found = quality.impute(image, removed, torch.zeros_like(image))
     np.testing.assert_allclose(found[:, 1, 1].numpy(), 2.0, rtol=1e-6)
     kept = ~removed
-    assert torch.equal(found[:, kept], picture[:, kept])
+    assert torch.equal(found[:, kept], image[:, kept])
     corner = torch.zeros(3, 3, dtype=torch.bool)
     corner[0, 0] = True  # two neighbours of 1/6 and one of 1/12: (6 / 6) / (5 / 12)
-    assert quality.impute(picture, corner, torch.zeros_like(picture))[0, 0, 0].item() == pytest.approx(2.4)
+    assert quality.impute(image, corner, torch.zeros_like(image))[0, 0, 0].item() == pytest.approx(2.4)
 
 
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.0, 1.0), seed=st.integers(0, 1000), value=st.floats(-3, 3))
-def test_a_flat_picture_is_imputed_flat(share: float, seed: int, value: float) -> None:
+def test_a_flat_image_is_imputed_flat(share: float, seed: int, value: float) -> None:
     removed = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)) < share
     found = quality.impute(torch.full((3, 8, 8), value), removed, torch.zeros(3, 8, 8))
     if not bool(removed.all()):
@@ -121,47 +121,47 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[nn.Module, quality.Answer, Tensor, Tensor, Tensor]:
-    """A network that looks at 4 x 4 places, smooth pictures, predicted classes and maps."""
+    """A network that looks at 4 x 4 places, smooth images, predicted classes and maps."""
     model = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(48, 5)).eval()
     nn.init.normal_(model[2].weight, std=0.7, generator=torch.Generator().manual_seed(2))
     coarse = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    pictures = nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    images = nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
 
     def answer(found: Tensor) -> Tensor:
         with torch.no_grad():
             probs: Tensor = model(found).softmax(dim=1)
         return probs
 
-    return model, answer, pictures, answer(pictures).argmax(dim=1), quality.random_maps(4, 64, seed=1)
+    return model, answer, images, answer(images).argmax(dim=1), quality.random_maps(4, 64, seed=1)
 
 
 def test_drop_and_increase_are_torch_cams(scene: Any) -> None:
-    model, answer, pictures, targets, maps = scene
+    model, answer, images, targets, maps = scene
     metric = ClassificationMetric(Peer(model, maps), lambda logits: logits.softmax(dim=1))
-    metric.update(pictures)
+    metric.update(images)
     theirs = metric.summary()
-    whole, masked = (quality.class_probabilities(answer, seen, targets) for seen in (pictures, pictures * maps[:, None]))
+    whole, masked = (quality.class_probabilities(answer, seen, targets) for seen in (images, images * maps[:, None]))
     assert quality.average_drop(whole, masked).mean().item() == pytest.approx(theirs["avg_drop"], rel=1e-4)
     assert quality.confidence_increase(whole, masked).mean().item() == pytest.approx(theirs["conf_increase"], rel=1e-4)
 
 
 def test_deletion_and_insertion_are_torch_cams(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, answer, pictures, targets, maps = scene
+    model, answer, images, targets, maps = scene
     monkeypatch.setattr(quality, "STEPS", 16)  # 4,096 pixels by 16: their steps are ours
     monkeypatch.setattr(quality, "gaussian_blur", lambda found, *sizes: torch.zeros_like(found))  # their default start
     metric = DeletionInsertionMetric(Peer(model, maps), lambda logits: logits.softmax(dim=1), steps=16)
-    metric.update(pictures)
+    metric.update(images)
     theirs = metric.summary()
-    assert quality.deletion(answer, pictures, targets, maps).mean().item() == pytest.approx(theirs["deletion_auc"], rel=1e-4)
-    assert quality.insertion(answer, pictures, targets, maps).mean().item() == pytest.approx(theirs["insertion_auc"], rel=1e-4)
+    assert quality.deletion(answer, images, targets, maps).mean().item() == pytest.approx(theirs["deletion_auc"], rel=1e-4)
+    assert quality.insertion(answer, images, targets, maps).mean().item() == pytest.approx(theirs["insertion_auc"], rel=1e-4)
 
 
 def test_road_is_pytorch_grad_cams(scene: Any) -> None:
-    model, answer, pictures, targets, maps = scene
+    model, answer, images, targets, maps = scene
     metric = ROADCombined(percentiles=[100 - round(100 * share) for share in quality.ROAD_SHARES])
     torch.manual_seed(0)
-    theirs = metric(pictures, maps.numpy(), [ClassifierOutputSoftmaxTarget(int(c)) for c in targets], model)
-    ours = quality.road(answer, pictures, targets, maps)
+    theirs = metric(images, maps.numpy(), [ClassifierOutputSoftmaxTarget(int(c)) for c in targets], model)
+    ours = quality.road(answer, images, targets, maps)
     assert np.abs(theirs).max() > 0.05
     np.testing.assert_allclose(ours.numpy(), theirs, atol=0.01)
 
@@ -184,10 +184,10 @@ def test_centre_and_random_maps() -> None:
 
 
 def test_a_map_of_zeros_is_scored_too() -> None:
-    pictures, maps = torch.ones(1, 3, 16, 16), torch.zeros(1, 16, 16)
-    whole, masked = (quality.class_probabilities(top_row_answer, seen, FIRST) for seen in (pictures, pictures * maps[:, None]))
+    images, maps = torch.ones(1, 3, 16, 16), torch.zeros(1, 16, 16)
+    whole, masked = (quality.class_probabilities(top_row_answer, seen, FIRST) for seen in (images, images * maps[:, None]))
     for name, score in quality.QUALITY.items():
-        values = score.of(whole, masked) if name in quality.MASKING_METRICS else score.of(top_row_answer, pictures, FIRST, maps)
+        values = score.of(whole, masked) if name in quality.MASKING_METRICS else score.of(top_row_answer, images, FIRST, maps)
         assert values.shape == (1,), name
         assert values.isfinite().all(), name
 

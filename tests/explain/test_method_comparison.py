@@ -26,17 +26,17 @@ CHEAP = ("average drop", "confidence increase", "deletion AUC", "insertion AUC")
 
 @pytest.fixture
 def corners(tmp_path: Path) -> Path:
-    """18 dark pictures with a coloured block in a corner, and its mask."""
+    """18 dark images with a coloured block in a corner, and its mask."""
     rng = np.random.default_rng(0)
     for n in range(18):
         left, top = (int(v) for v in rng.choice([0, 56], 2))
-        picture, mask = Image.new("RGB", (80, 80), (20, 20, 20)), Image.new("L", (80, 80))
-        picture.paste([(250, 10, 10), (10, 10, 250)][n % 2], (left, top, left + 24, top + 24))
+        image, mask = Image.new("RGB", (80, 80), (20, 20, 20)), Image.new("L", (80, 80))
+        image.paste([(250, 10, 10), (10, 10, 250)][n % 2], (left, top, left + 24, top + 24))
         mask.paste(255, (left, top, left + 24, top + 24))
-        for image, kind, suffix in ((picture, "pictures", "png"), (mask, "masks", "png")):
+        for drawn, kind, suffix in ((image, "images", "png"), (mask, "masks", "png")):
             (tmp_path / kind / "block").mkdir(parents=True, exist_ok=True)
-            image.save(tmp_path / kind / "block" / f"{n:02d}.{suffix}")
-    return tmp_path / "pictures"
+            drawn.save(tmp_path / kind / "block" / f"{n:02d}.{suffix}")
+    return tmp_path / "images"
 
 
 def test_a_network_that_looks_at_the_block_is_seen_to(corners: Path) -> None:
@@ -55,12 +55,12 @@ def test_a_network_that_looks_at_the_block_is_seen_to(corners: Path) -> None:
     assert not any(name in ("random", "centre", "object area (chance level)") for name, _ in better)
 
 
-def test_pictures_without_outline_are_scored_without(tmp_path: Path) -> None:
+def test_images_without_outline_are_scored_without(tmp_path: Path) -> None:
     Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
     table = score_methods(colour_run(), [tmp_path / "a.png"], ["gradcam"], ["average drop"])
     assert set(table["score"]) == {"average drop"}
     assert table["n"].tolist() == [1, 1, 1]
-    assert (table["low"] == table["mean"]).all()  # one picture has no spread
+    assert (table["low"] == table["mean"]).all()  # one image has no spread
 
 
 def test_methods_that_give_one_map_are_scored_once(corners: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_methods_that_give_one_map_are_scored_once(corners: Path, monkeypatch: p
     alone = score_methods(run, [corners], ["xgradcam"], ["average drop"])
     monkeypatch.setattr(method_comparison, "class_probabilities", counted)
     table = score_methods(run, [corners], ["gradcam", "hirescam", "xgradcam", "eigencam"], ["average drop"])
-    batches = 2  # 18 pictures
+    batches = 2  # 18 images
     assert len(asked) == batches * (1 + 1 + 2)  # the one map, EigenCAM's, and the two that know nothing
     found = table[table["score"] == "average drop"].set_index("method")["mean"]
     assert found["gradcam"] == found["hirescam"] == found["xgradcam"] != found["eigencam"]

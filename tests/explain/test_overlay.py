@@ -14,9 +14,9 @@ from seewhy.explain import overlay as drawing
 
 
 def pixels(values: list[list[float]], size: tuple[int, int], box_share: float | None = None) -> np.ndarray:
-    picture = Image.open(io.BytesIO(drawing.heat_png(np.array(values), size, box_share)))
-    assert picture.mode == "RGBA"
-    return np.asarray(picture)
+    image = Image.open(io.BytesIO(drawing.heat_png(np.array(values), size, box_share)))
+    assert image.mode == "RGBA"
+    return np.asarray(image)
 
 
 def test_ends_and_stops_of_the_colours() -> None:
@@ -26,7 +26,7 @@ def test_ends_and_stops_of_the_colours() -> None:
     assert pixels([[0.125]], (1, 1))[0, 0, 3] == 45  # half way between the first two
 
 
-def test_size_is_the_picture_s_but_not_without_end() -> None:
+def test_size_is_the_image_s_but_not_without_end() -> None:
     assert pixels([[0.0, 1.0]], (640, 480)).shape == (480, 640, 4)
     assert pixels([[0.0, 1.0]], (4096, 1024)).shape == (256, 1024, 4)
     left, right = pixels([[0.0, 1.0]], (640, 480))[0, [0, -1], 3]
@@ -51,18 +51,18 @@ def test_the_browser_has_the_same_colours() -> None:
 
 
 def test_map_of_zeros_leaves_no_glow() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
-    overlay = drawing.overlay_heatmap(picture, np.zeros((3, 4), np.float32))
-    expected = (0.55 * picture + 0.25 * picture.mean(axis=2, keepdims=True)).round()
+    image = np.random.default_rng(0).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
+    overlay = drawing.overlay_heatmap(image, np.zeros((3, 4), np.float32))
+    expected = (0.55 * image + 0.25 * image.mean(axis=2, keepdims=True)).round()
     np.testing.assert_allclose(overlay, expected, atol=1)
     assert overlay.dtype == np.uint8
 
 
 def test_hot_place_is_warmer_and_brighter_than_the_rest() -> None:
-    picture = np.full((70, 70, 3), 90, np.uint8)
+    image = np.full((70, 70, 3), 90, np.uint8)
     heatmap = np.zeros((7, 7), np.float32)
     heatmap[1, 5] = 1
-    overlay = drawing.overlay_heatmap(picture, heatmap).astype(int)
+    overlay = drawing.overlay_heatmap(image, heatmap).astype(int)
     warmth = overlay[..., 0] - overlay[..., 2]
     row, column = np.unravel_index(warmth.argmax(), warmth.shape)
     assert (row // 10, column // 10) == (1, 5)
@@ -72,8 +72,8 @@ def test_hot_place_is_warmer_and_brighter_than_the_rest() -> None:
 
 
 def test_hotter_is_warmer_without_steps_back() -> None:
-    picture = np.full((8, 400, 3), 90, np.uint8)
-    overlay = drawing.overlay_heatmap(picture, np.linspace(0, 1, 100, dtype=np.float32)[None, :].repeat(2, axis=0)).astype(int)
+    image = np.full((8, 400, 3), 90, np.uint8)
+    overlay = drawing.overlay_heatmap(image, np.linspace(0, 1, 100, dtype=np.float32)[None, :].repeat(2, axis=0)).astype(int)
     brightness = overlay[4].sum(axis=1)
     assert (np.diff(brightness) >= -1).all()
     assert brightness[-1] > 2 * brightness[0]

@@ -1,4 +1,4 @@
-"""An exported file answers like its run, without torch; wrong files and pictures are one line."""
+"""An exported file answers like its run, without torch; wrong files and images are one line."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from seewhy.inference.predictions import Predictions
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_same_table_as_the_run(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path]) -> None:
-    expected = demo_run.predict(demo_pictures)
-    (found,) = predict_onnx(load_onnx(demo_onnx), demo_pictures)
+def test_same_table_as_the_run(demo_run: Run, demo_onnx: Path, demo_images: list[Path]) -> None:
+    expected = demo_run.predict(demo_images)
+    (found,) = predict_onnx(load_onnx(demo_onnx), demo_images)
     assert found.classes == expected.classes
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-4)
     assert found.table(1)["class_1"].tolist() == expected.table(1)["class_1"].tolist()
@@ -48,7 +48,7 @@ def installed_by(requirements: Path) -> set[str]:
     return found
 
 
-def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path) -> None:
+def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo_images: list[Path], tmp_path: Path) -> None:
     """The command in a process that can import no distribution but those that requirements-runtime.txt brings."""
     light = installed_by(REPOSITORY / "requirements-runtime.txt")
     blocked = [
@@ -60,16 +60,16 @@ def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo
     code = (
         f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
         f"from seewhy.cli import call, run_guarded\n"
-        f"asked = ['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_pictures]!r}]\n"
+        f"asked = ['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_images]!r}]\n"
         f"run_guarded(lambda: call([*asked, '--out', {str(tmp_path / 'answers.csv')!r}]))\n"
         f"sys.exit(run_guarded(lambda: call([*asked, '--json'])))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told, records = done.stdout.splitlines()
-    assert told == f"{len(demo_pictures)} pictures -> {tmp_path / 'answers.csv'}"
+    assert told == f"{len(demo_images)} images -> {tmp_path / 'answers.csv'}"
     answers = json.loads(records)
-    expected = demo_run.predict(demo_pictures).records()
+    expected = demo_run.predict(demo_images).records()
     assert pd.read_csv(tmp_path / "answers.csv")["class_1"].tolist() == [e["top"][0]["class"] for e in expected]
     assert [a["top"][0]["class"] for a in answers] == [e["top"][0]["class"] for e in expected]
 
@@ -97,14 +97,14 @@ def test_noise_is_flagged_and_thresholds_come_with_the_file(demo_onnx: Path, dem
         model.threshold_for(0.123)
 
 
-def test_bad_pictures_are_left_out_or_named(demo_onnx: Path, demo_pictures: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+def test_bad_images_are_left_out_or_named(demo_onnx: Path, demo_images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     model = load_onnx(demo_onnx)
-    with pytest.raises(ImageError, match=r"1 of 2 pictures cannot be used: .*bad\.jpg \(not an image\); pass --skip-bad"):
-        list(predict_onnx(model, [tmp_path / "bad.jpg", demo_pictures[0]]))
-    (found,) = predict_onnx(model, [tmp_path / "bad.jpg", demo_pictures[0]], skip_bad=True)
+    with pytest.raises(ImageError, match=r"1 of 2 images cannot be used: .*bad\.jpg \(not an image\); pass --skip-bad"):
+        list(predict_onnx(model, [tmp_path / "bad.jpg", demo_images[0]]))
+    (found,) = predict_onnx(model, [tmp_path / "bad.jpg", demo_images[0]], skip_bad=True)
     assert isinstance(found, Predictions)
-    assert (found.paths, found.bad) == ((str(demo_pictures[0]),), ((str(tmp_path / "bad.jpg"), "not an image"),))
+    assert (found.paths, found.bad) == ((str(demo_images[0]),), ((str(tmp_path / "bad.jpg"), "not an image"),))
 
 
 def test_wrong_files_are_one_line(demo_onnx: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finding pictures, the table of predictions and its files, unusable pictures."""
+"""Finding images, the table of predictions and its files, unusable images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from PIL import Image
 
 from seewhy.api import Run
 from seewhy.data.decode import read_image
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.evaluation.metrics import softmax
-from seewhy.inference.predict import answers_engine, predict, worker_of
+from seewhy.inference.predict import logits_executor, predict, worker_of
 from seewhy.inference.predictions import WRITERS, Columns, Predictions, answer_files, open_table, records_of
 from seewhy.inference.work_units import find_sources
 from seewhy.models.features import render_view
@@ -51,12 +51,12 @@ def folder(tmp_path: Path) -> Path:
     for n in range(4):
         noise = np.random.default_rng(n).integers(0, 256, size=(30 + n, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).save((root if n < 2 else root / "deep") / f"{n}.jpg")
-    (root / "notes.txt").write_text("no picture")
+    (root / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     return root
 
 
-# ---------------------------------------------------------------- find_pictures
+# ---------------------------------------------------------------- find_images
 
 
 def names(found: list[Path]) -> list[str]:
@@ -64,45 +64,45 @@ def names(found: list[Path]) -> list[str]:
 
 
 def test_files_folders_and_patterns_are_found_in_the_order_given(folder: Path) -> None:
-    assert find_pictures([folder / "1.jpg"]) == [folder / "1.jpg"]
-    assert names(find_pictures([folder])) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    assert names(find_pictures([f"{folder}/*.jpg"])) == ["0.jpg", "1.jpg"]
-    assert names(find_pictures([f"{folder}/**/*.jpg"])) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    assert names(find_pictures([folder / "deep", folder / "0.jpg"])) == ["2.jpg", "3.jpg", "0.jpg"]
+    assert find_images([folder / "1.jpg"]) == [folder / "1.jpg"]
+    assert names(find_images([folder])) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert names(find_images([f"{folder}/*.jpg"])) == ["0.jpg", "1.jpg"]
+    assert names(find_images([f"{folder}/**/*.jpg"])) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert names(find_images([folder / "deep", folder / "0.jpg"])) == ["2.jpg", "3.jpg", "0.jpg"]
 
 
-def test_a_picture_named_twice_counts_once(folder: Path) -> None:
-    assert names(find_pictures([folder / "1.jpg", folder, f"{folder}/*.jpg", f"{folder}/./1.jpg"])) == ["1.jpg", "0.jpg", "2.jpg", "3.jpg"]
+def test_a_image_named_twice_counts_once(folder: Path) -> None:
+    assert names(find_images([folder / "1.jpg", folder, f"{folder}/*.jpg", f"{folder}/./1.jpg"])) == ["1.jpg", "0.jpg", "2.jpg", "3.jpg"]
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder: Path) -> None:
     (folder / "0.jpg").rename(folder / "x[1].jpg")
-    assert names(find_pictures([folder / "x[1].jpg"])) == ["x[1].jpg"]
+    assert names(find_images([folder / "x[1].jpg"])) == ["x[1].jpg"]
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
-    [("none.jpg", "none.jpg: no such file, folder or pattern"), ("*.gif", "no such file"), ("../empty", "no pictures in this folder")],
+    [("none.jpg", "none.jpg: no such file, folder or pattern"), ("*.gif", "no such file"), ("../empty", "no images in this folder")],
 )
 def test_nothing_found_is_a_data_error(folder: Path, item: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        find_pictures([folder / "0.jpg", folder / item])
+        find_images([folder / "0.jpg", folder / item])
 
 
-def test_pictures_beside_shards_are_refused_as_they_are_in_training(folder: Path) -> None:
+def test_images_beside_shards_are_refused_as_they_are_in_training(folder: Path) -> None:
     with tarfile.open(folder / "more.tar", "w") as shard:
         shard.add(folder / "0.jpg", "cat/0.jpg")
     for inputs in ([folder], [folder / "deep", folder]):
-        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and pictures \(0\.jpg\); keep them apart"):
-            find_pictures(inputs)
-        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and pictures \(0\.jpg\); keep them apart"):
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); keep them apart"):
+            find_images(inputs)
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); keep them apart"):
             find_sources(inputs)
-    assert names(find_pictures([folder / "more.tar", folder / "1.jpg"])) == ["0.jpg", "1.jpg"]
+    assert names(find_images([folder / "more.tar", folder / "1.jpg"])) == ["0.jpg", "1.jpg"]
 
 
 def test_no_inputs_are_a_data_error() -> None:
-    with pytest.raises(DataError, match="no pictures given"):
-        find_pictures([])
+    with pytest.raises(DataError, match="no images given"):
+        find_images([])
 
 
 # ---------------------------------------------------------------- the table
@@ -224,11 +224,11 @@ def test_probabilities_are_those_of_the_network(run: Run, folder: Path) -> None:
 
 
 def batches(run: Run, folder: Path, size: int, skip_bad: bool = False) -> list[Predictions]:
-    worker = replace(worker_of(run, answers_engine(run, 4)), batch=size)
-    return list(answer_files(worker, run.classes, find_pictures([folder]), skip_bad))
+    worker = replace(worker_of(run, logits_executor(run, 4)), batch=size)
+    return list(answer_files(worker, run.classes, find_images([folder]), skip_bad))
 
 
-def test_more_pictures_than_a_batch_keep_their_order(run: Run, folder: Path) -> None:
+def test_more_images_than_a_batch_keep_their_order(run: Run, folder: Path) -> None:
     whole = predict(run, [folder])
     parts = batches(run, folder, 3)
     assert [path for part in parts for path in part.paths] == list(whole.paths)
@@ -240,9 +240,9 @@ def spoil(folder: Path) -> None:
     (folder / "deep" / "2.jpg").write_text("not an image")
 
 
-def test_bad_pictures_are_named_with_their_reason(run: Run, folder: Path) -> None:
+def test_bad_images_are_named_with_their_reason(run: Run, folder: Path) -> None:
     spoil(folder)
-    with pytest.raises(ImageError, match=r"^2 of 4 pictures cannot be used: .*1\.jpg \(truncated\).*--skip-bad") as caught:
+    with pytest.raises(ImageError, match=r"^2 of 4 images cannot be used: .*1\.jpg \(truncated\).*--skip-bad") as caught:
         predict(run, [folder])
     assert caught.value.bad == ((f"{folder}/1.jpg", "truncated"), (f"{folder}/deep/2.jpg", "not an image"))
     assert "\n" not in str(caught.value)
@@ -259,11 +259,11 @@ def test_skip_bad_leaves_them_out_and_keeps_the_others(run: Run, folder: Path) -
 
 def test_all_bad_is_an_error_even_with_skip_bad(run: Run, folder: Path) -> None:
     spoil(folder)
-    with pytest.raises(ImageError, match=r"2 of 2 pictures cannot be used.*none is left to predict"):
+    with pytest.raises(ImageError, match=r"2 of 2 images cannot be used.*none is left to predict"):
         predict(run, [folder / "1.jpg", folder / "deep" / "2.jpg"], skip_bad=True)
 
 
-def test_many_bad_pictures_are_counted_not_all_listed(run: Run, folder: Path) -> None:
+def test_many_bad_images_are_counted_not_all_listed(run: Run, folder: Path) -> None:
     for n in range(7):
         (folder / f"bad{n}.jpg").write_text("x")
     with pytest.raises(ImageError, match=r"^7 of 11 .*bad4\.jpg \(not an image\), and 2 more; pass --skip-bad") as caught:
@@ -274,22 +274,22 @@ def test_many_bad_pictures_are_counted_not_all_listed(run: Run, folder: Path) ->
 
 def test_flip_answers_with_the_mean_over_both_directions(folder: Path) -> None:
     run = cheap_run()
-    flipping = cheap_run(test_flip=True)
-    with Image.open(folder / "0.jpg") as picture:
-        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "mirrored.png")
-        picture.save(folder / "plain.png")
+    flipping = cheap_run(tta_flip=True)
+    with Image.open(folder / "0.jpg") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "mirrored.png")
+        image.save(folder / "plain.png")
     plain, mirrored = (np.log(predict(run, [folder / f"{name}.png"]).probs[0]) for name in ("plain", "mirrored"))
     expected = softmax(((plain + mirrored) / 2)[None])[0]
     assert np.abs(np.exp(plain) - np.exp(mirrored)).max() > 1e-3
     for name in ("plain", "mirrored"):
-        # Resizing a mirrored picture rounds a little differently from mirroring a resized one.
+        # Resizing a mirrored image rounds a little differently from mirroring a resized one.
         np.testing.assert_allclose(predict(flipping, [folder / f"{name}.png"]).probs[0], expected, atol=2e-3)
 
 
 def test_a_second_call_does_not_build_its_engine_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cheap_run()
     first = predict(run, [folder])
-    monkeypatch.setattr("seewhy.models.executors.ENGINES", {})
+    monkeypatch.setattr("seewhy.models.executors.EXECUTORS", {})
     np.testing.assert_array_equal(predict(run, [folder]).probs, first.probs)
 
 
@@ -319,7 +319,7 @@ def test_a_table_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_block_of_bad_pictures_alone(run: Run, folder: Path) -> None:
+def test_block_of_bad_images_alone(run: Run, folder: Path) -> None:
     spoil(folder)
     blocks = batches(run, folder, 1, skip_bad=True)
     assert [len(block.paths) for block in blocks] == [1, 0, 0, 1]

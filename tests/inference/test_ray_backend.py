@@ -1,4 +1,4 @@
-"""What the cluster of --engine ray gives each worker, and what ends a command that it cannot finish."""
+"""What the cluster of --backend ray gives each worker, and what ends a command that it cannot finish."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from seewhy.api import Run
 from seewhy.errors import RunError
 from seewhy.inference import ray_backend
 from seewhy.inference.batch_runner import Request
-from seewhy.inference.ray_backend import Cluster, outcomes_on_ray, shares
-from seewhy.inference.result_store import Piece
+from seewhy.inference.ray_backend import Cluster, run_on_ray, shares
+from seewhy.inference.result_store import Chunk
 from seewhy.inference.work_units import find_sources
 from tests.cheap_saved import jpegs, saved_cheap_run, write_tar
 
@@ -97,7 +97,7 @@ def two_machines() -> Iterator[str]:
 
 def test_one_worker_on_two_machines_is_placed(two_machines: str, run: Run, shards: list[Path], tmp_path: Path) -> None:
     """It asked for both cores, which no machine has, and waited for ever."""
-    outcomes = list(outcomes_on_ray(Cluster(two_machines), Request("predict", str(run.path), OPTIONS), find_sources(shards[:1])))
+    outcomes = list(run_on_ray(Cluster(two_machines), Request("predict", str(run.path), OPTIONS), find_sources(shards[:1])))
     assert [len(outcome.piece.columns["path"]) for outcome in outcomes] == [10]
 
 
@@ -106,30 +106,30 @@ def test_where_no_worker_fits_one_line_says_so(two_machines: str, run: Run, shar
     monkeypatch.setattr(ray_backend, "LOOK_S", 1)
     monkeypatch.setattr(ray_backend, "shares", lambda *given: (1, 2, 0))
     with pytest.raises(RunError, match="no machine of the Ray cluster had 2 free cores for 2 s; wait for its other work, or"):
-        list(outcomes_on_ray(Cluster(two_machines), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
+        list(run_on_ray(Cluster(two_machines), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
 
 
 def test_what_a_worker_did_not_expect_is_told_with_its_place(
     two_machines: str, run: Run, shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Clumsy(ray_backend.Answerer):
+    class Clumsy(ray_backend.InferenceActor):
         def _made(self) -> Any:
             raise MemoryError("no room")
 
-    monkeypatch.setattr(ray_backend, "Answerer", Clumsy)
+    monkeypatch.setattr(ray_backend, "InferenceActor", Clumsy)
     with pytest.raises(RunError, match=r"good\.tar: a worker failed \(MemoryError: no room\); the same command goes on after"):
-        list(outcomes_on_ray(Cluster(two_machines, 1), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
+        list(run_on_ray(Cluster(two_machines, 1), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
 
 
 def test_workers_that_die_as_they_start_end_it(two_machines: str, run: Run, shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stillborn(ray_backend.Answerer):
+    class Stillborn(ray_backend.InferenceActor):
         def __init__(self, *given: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(ray_backend, "Answerer", Stillborn)
+    monkeypatch.setattr(ray_backend, "InferenceActor", Stillborn)
     monkeypatch.setattr(ray_backend, "RESTARTS", 1)
     with pytest.raises(RunError, match=r"the Ray cluster gave up \(.*; the same command goes on after"):
-        list(outcomes_on_ray(Cluster(two_machines, 1), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
+        list(run_on_ray(Cluster(two_machines, 1), Request("predict", str(run.path), OPTIONS), find_sources(shards)))
 
 
 def test_a_shard_that_kills_its_workers_ends_in_one_line(
@@ -137,12 +137,12 @@ def test_a_shard_that_kills_its_workers_ends_in_one_line(
 ) -> None:
     """Ray Data starts actors again for ever, and gives them the same work."""
 
-    class Mortal(ray_backend.Answerer):  # travels in its bytes, since it is made in here
+    class Mortal(ray_backend.InferenceActor):  # travels in its bytes, since it is made in here
         def _made(self) -> Any:
             work = super()._made()
 
-            def deadly(pictures: Iterable[tuple[str, bytes | str]]) -> Iterator[Piece]:
-                given = list(pictures)
+            def deadly(images: Iterable[tuple[str, bytes | str]]) -> Iterator[Chunk]:
+                given = list(images)
                 if "deadly.tar" in given[0][0]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield from work(given)
@@ -156,7 +156,7 @@ def test_a_shard_that_kills_its_workers_ends_in_one_line(
         *map(str, shards),
         "--out",
         out,
-        "--engine",
+        "--backend",
         "ray",
         "--address",
         two_machines,
@@ -164,7 +164,7 @@ def test_a_shard_that_kills_its_workers_ends_in_one_line(
         "1",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(ray_backend, "Answerer", Mortal)
+        patch.setattr(ray_backend, "InferenceActor", Mortal)
         assert cli.run_guarded(lambda: cli.call(command)) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
     assert len(told) == 1

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from seewhy.errors import ImageError, OutputError
 from seewhy.inference.batch_runner import Request, fill_store
-from seewhy.inference.result_store import MOST_ROWS, Outcome, Piece, gathered, open_store, write_results
+from seewhy.inference.result_store import MOST_ROWS, Chunk, ChunkResult, gathered, open_store, write_results
 from seewhy.inference.work_units import Source
 
 REQUEST = {"job": "predict", "options": {"top_k": 1}}
@@ -24,25 +24,25 @@ TYPES: dict[str, type] = {"path": str, "class_1": str, "prob_1": float}
 KEYS = [f"{n:016x}" for n in range(4)]
 
 
-def piece(source: int, bad: bool = False) -> Piece:
+def piece(source: int, bad: bool = False) -> Chunk:
     names = [f"{source}-{n}.jpg" for n in range(3)]
     rows = {"path": names, "class_1": ["ant"] * 3, "prob_1": [n / 7 for n in range(3)]}
-    return Piece(rows, [(f"{source}-x.jpg", "truncated")] if bad else [])
+    return Chunk(rows, [(f"{source}-x.jpg", "truncated")] if bad else [])
 
 
 def ask(out: Path, until: int = 99, request: dict[str, Any] = REQUEST, bad: Sequence[int] = (), skip_bad: bool = False) -> list[int]:
     """Answers from sources that are not finished, interrupted before source `until`; the sources that were asked about."""
     asked: list[int] = []
 
-    def engine(request: Request, left: Sequence[Source]) -> Iterator[Outcome]:
+    def executor(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
         for number, source in enumerate(left):
             if int(source.key, 16) >= until:
                 raise KeyboardInterrupt
             asked.append(int(source.key, 16))
-            yield Outcome(number, 0, True, piece(int(source.key, 16), int(source.key, 16) in bad))
+            yield ChunkResult(number, 0, True, piece(int(source.key, 16), int(source.key, 16) in bad))
 
     with open_store(str(out), request, TYPES) as store:
-        fill_store(store, KEYS, Request("predict", "", {}), [Source("files", [], "", key) for key in KEYS], engine)
+        fill_store(store, KEYS, Request("predict", "", {}), [Source("files", [], "", key) for key in KEYS], executor)
         write_results(store, KEYS, str(out), skip_bad)
     return asked
 
@@ -81,7 +81,7 @@ def test_half_written_and_foreign_files_are_no_parts(tmp_path: Path) -> None:
 def test_bad_images_refuse_the_table_and_skip_bad_takes_what_was_answered(tmp_path: Path, suffix: str) -> None:
     out, errors = tmp_path / f"a{suffix}", tmp_path / f"a.bad{suffix}"
     with pytest.raises(
-        ImageError, match=r"^2 of 14 pictures cannot be used: 1-x\.jpg \(truncated\), 3-x\.jpg \(truncated\) \(all are"
+        ImageError, match=r"^2 of 14 images cannot be used: 1-x\.jpg \(truncated\), 3-x\.jpg \(truncated\) \(all are"
     ) as told:
         ask(out, bad=[1, 3])
     assert "pass --skip-bad" in str(told.value)
@@ -120,11 +120,11 @@ def test_a_folder_that_is_there_takes_parts_with_and_without_a_slash(tmp_path: P
 
 
 def test_pieces_are_merged_up_to_a_size() -> None:
-    small = [Piece({"path": ["x"] * 1000}, [("y", "truncated")]) for _ in range(20)]
+    small = [Chunk({"path": ["x"] * 1000}, [("y", "truncated")]) for _ in range(20)]
     merged = list(gathered(iter(small)))
     assert [piece.rows + len(piece.bad) for piece in merged] == [9009, 9009, 2002]
     assert MOST_ROWS <= 9009
-    assert len(list(gathered(iter([Piece({"path": ["x"], "heatmap": [bytes(20_000_000)]})] * 4)))) == 2
+    assert len(list(gathered(iter([Chunk({"path": ["x"], "heatmap": [bytes(20_000_000)]})] * 4)))) == 2
 
 
 def test_a_long_table_is_written_a_part_at_a_time(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_long_table_is_written_a_part_at_a_time(tmp_path: Path) -> None:
     with open_store(str(tmp_path / "a.csv"), REQUEST, TYPES) as store:
         for key in keys:
             rows = {"path": [f"{key}-{n:0100}" for n in range(4000)], "class_1": ["ant"] * 4000, "prob_1": [0.5] * 4000}
-            store.add(key, Outcome(0, 0, True, Piece(rows)))
+            store.add(key, ChunkResult(0, 0, True, Chunk(rows)))
         del rows
         tracemalloc.start()
         assert write_results(store, keys, str(tmp_path / "a.csv"), False) == (80_000, 0)

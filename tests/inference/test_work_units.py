@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from seewhy.data import remote
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.data.remote import inside, list_files, names_in, remove_file, write_whole
 from seewhy.errors import DataError, OutputError
 from seewhy.inference.work_units import BLOCK, find_sources, read_source, sources_of
@@ -30,12 +30,12 @@ def mixed(tmp_path: Path, contents: list[bytes]) -> Path:
     return tmp_path
 
 
-def test_the_pictures_are_those_of_predict_in_the_same_order(mixed: Path) -> None:
+def test_the_images_are_those_of_predict_in_the_same_order(mixed: Path) -> None:
     inputs = [mixed / "plain", mixed / "shards"]
     sources = find_sources(inputs)
     assert [source.kind for source in sources] == ["files", "tar", "parquet"]
     names = [name for source in sources for name, _ in read_source(source)]
-    assert names == [str(path) for path in find_pictures(inputs)]
+    assert names == [str(path) for path in find_images(inputs)]
     assert len(names) == 21
     assert [source.key for source in find_sources(inputs)] == [source.key for source in sources]
 
@@ -71,7 +71,7 @@ def test_relative_names_are_read_from_where_they_were_given(mixed: Path, monkeyp
 
 
 def test_a_dataset_s_listing_becomes_its_shards_and_files(mixed: Path) -> None:
-    listed = find_pictures([mixed / "plain", mixed / "shards"])
+    listed = find_images([mixed / "plain", mixed / "shards"])
     found = [name for source in sources_of(listed) for name, _ in read_source(source)]
     assert sorted(found) == sorted(map(str, listed))
 
@@ -102,29 +102,29 @@ def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) ->
     assert [data for _, data in read_source(sources[0])][3] == "no such file"
 
 
-def test_a_link_that_leads_nowhere_is_a_bad_picture(mixed: Path, contents: list[bytes]) -> None:
+def test_a_link_that_leads_nowhere_is_a_bad_image(mixed: Path, contents: list[bytes]) -> None:
     link = mixed / "plain" / "deep" / "3.jpg"
     link.unlink()
     link.symlink_to(mixed / "gone.jpg")
     (source,) = find_sources([mixed / "plain"])
     assert [data for _, data in read_source(source)] == [*contents[:3], "no such file", *contents[4:]]
-    assert [path.name for path in find_pictures([mixed / "plain"])] == [Path(name).name for name, _ in read_source(source)]
+    assert [path.name for path in find_images([mixed / "plain"])] == [Path(name).name for name, _ in read_source(source)]
     assert [data for _, data in read_source(sources_of([link])[0])] == ["no such file"]
     (mixed / "gone.jpg").write_bytes(contents[3])
     assert find_sources([mixed / "plain"])[0].key != source.key  # so that it is looked at again
 
 
-def test_pictures_beside_shards_are_refused(mixed: Path, contents: list[bytes]) -> None:
+def test_images_beside_shards_are_refused(mixed: Path, contents: list[bytes]) -> None:
     cover = mixed / "shards" / "cover.jpg"
     cover.write_bytes(contents[0])
-    with pytest.raises(DataError, match=r"/shards: holds shards \(0\.tar\) and pictures \(cover\.jpg\); keep them apart"):
+    with pytest.raises(DataError, match=r"/shards: holds shards \(0\.tar\) and images \(cover\.jpg\); keep them apart"):
         find_sources([mixed / "shards"])
     assert [source.kind for source in find_sources([mixed / "shards" / "*.tar", cover])] == ["tar", "files"]
     system = fsspec.filesystem("memory")
     system.pipe({"/sources-mixed/a/0.tar": (mixed / "shards" / "0.tar").read_bytes(), "/sources-mixed/cover.jpg": contents[0]})
-    with pytest.raises(DataError, match=r"^memory://sources-mixed: holds shards \(a/0\.tar\) and pictures \(cover\.jpg\); keep them apart"):
+    with pytest.raises(DataError, match=r"^memory://sources-mixed: holds shards \(a/0\.tar\) and images \(cover\.jpg\); keep them apart"):
         find_sources(["memory://sources-mixed"])
-    system.rm("/sources-mixed/a/0.tar")  # answers that were written below the pictures are no shards
+    system.rm("/sources-mixed/a/0.tar")  # answers that were written below the images are no shards
     system.pipe({"/sources-mixed/out/_seewhy.json": b"{}", "/sources-mixed/out/part-0-00000-last.parquet": b""})
     assert [list(source.places) for source in find_sources(["memory://sources-mixed"])] == [["memory://sources-mixed/cover.jpg"]]
 

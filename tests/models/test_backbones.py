@@ -30,7 +30,7 @@ from seewhy.errors import BackboneError, ConfigError, WeightsError
 from seewhy.models.backbones import BACKBONES, Backbone, create_backbone, rebuild_backbone
 from seewhy.models.fingerprint import network_hash
 from seewhy.models.transforms import eval_view, render
-from seewhy.models.trunk_tail import cut_backbone, parameter_stages
+from seewhy.models.trunk_tail import parameter_stages, split_backbone
 from seewhy.models.weights import read_weights
 from tests.cheap_run import normalised
 
@@ -40,7 +40,7 @@ SMALL = "test_resnet"  # timm's smallest chain: 0.5 M parameters, 160 x 160 pixe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pictures(backbone: Backbone, count: int = 2) -> Tensor:
+def images(backbone: Backbone, count: int = 2) -> Tensor:
     size = backbone.preprocessing.size
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -75,21 +75,21 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 
 @pytest.mark.parametrize("unfreeze", [0, 1, 2])
 def test_tail_of_trunk_is_the_whole(backbone: Backbone, unfreeze: int) -> None:
-    cut = cut_backbone(backbone, unfreeze)
+    cut = split_backbone(backbone, unfreeze)
     assert cut.trunk is not None
-    x = pictures(backbone)
+    x = images(backbone)
     with torch.inference_mode():
         whole = backbone.model(x)
         halves = cut.tail(cut.trunk(x))
     assert whole.shape == (2, 5)
-    assert (whole[0] - whole[1]).abs().max() > 1e-3 * whole.abs().max()  # it does look at the pictures
+    assert (whole[0] - whole[1]).abs().max() > 1e-3 * whole.abs().max()  # it does look at the images
     assert (whole - halves).abs().max() <= 1e-5 * whole.abs().max()
 
 
 @pytest.mark.parametrize("unfreeze", [0, 1, 3])
 def test_halves_divide_the_parameters_of_the_whole_among_them(unfreeze: int) -> None:
     backbone = create_backbone(SMALL, 5, weights="none")
-    cut = cut_backbone(backbone, unfreeze)
+    cut = split_backbone(backbone, unfreeze)
     assert cut.trunk is not None
     frozen, tail = ({id(p): p.requires_grad for p in half.parameters()} for half in (cut.trunk, cut.tail))
     assert set(frozen) | set(tail) == {id(p) for p in backbone.model.parameters()}
@@ -122,11 +122,11 @@ def test_named_backbones_have_the_stages_their_row_says(name: str, stages: int) 
 )
 def test_cuts_of_resnet18(unfreeze: int, place: str, shape: tuple[int, ...], trained: set[str]) -> None:
     backbone = create_backbone("resnet18", 5, weights="none")
-    cut = cut_backbone(backbone, unfreeze)
+    cut = split_backbone(backbone, unfreeze)
     assert cut.place == place
     assert cut.trunk is not None
     with torch.inference_mode():
-        assert cut.trunk(pictures(backbone)).shape == shape
+        assert cut.trunk(images(backbone)).shape == shape
     assert trainable(backbone) == trained
     inside = [p.requires_grad for n, p in backbone.model.named_parameters() if n.split(".")[0] in trained]
     assert all(inside)
@@ -151,13 +151,13 @@ def test_cuts_of_resnet18(unfreeze: int, place: str, shape: tuple[int, ...], tra
 )
 def test_what_trains_is_the_deepest_stages_and_the_head(name: str, unfreeze: int, depth: int, trained: set[str]) -> None:
     backbone = create_backbone(name, 5, weights="none")
-    cut_backbone(backbone, unfreeze)
+    split_backbone(backbone, unfreeze)
     assert trainable(backbone, depth) == trained
 
 
 def test_unfreeze_all_trains_everything_and_has_no_trunk() -> None:
     backbone = create_backbone(SMALL, 5, weights="none")
-    cut = cut_backbone(backbone, "all")
+    cut = split_backbone(backbone, "all")
     assert cut.trunk is None
     assert cut.tail is backbone.model
     assert cut.place == "input"
@@ -166,30 +166,30 @@ def test_unfreeze_all_trains_everything_and_has_no_trunk() -> None:
 
 def test_a_second_cut_forgets_the_first() -> None:
     backbone = create_backbone(SMALL, 5, weights="none")
-    cut_backbone(backbone, 3)
-    cut_backbone(backbone, 0)
+    split_backbone(backbone, 3)
+    split_backbone(backbone, 0)
     assert trainable(backbone) == {"fc"}
 
 
 def test_gradients_reach_the_tail_alone() -> None:
     backbone = create_backbone(SMALL, 5, weights="none")
-    cut = cut_backbone(backbone, 1)
+    cut = split_backbone(backbone, 1)
     assert cut.trunk is not None
     with torch.no_grad():
-        features = cut.trunk(pictures(backbone))
+        features = cut.trunk(images(backbone))
     cut.tail(features).square().sum().backward()
     assert {n.split(".")[0] for n, p in backbone.model.named_parameters() if p.grad is not None} == {"layer4", "fc"}
 
 
 def test_parameter_stages_count_down_from_the_classifier() -> None:
     backbone = create_backbone("resnet18", 5, weights="none")
-    cut_backbone(backbone, 2)
+    split_backbone(backbone, 2)
     depths = parameter_stages(backbone)
     assert {(name.split(".")[0], depth) for name, depth in depths.items()} == {("fc", 0), ("layer4", 1), ("layer3", 2)}
-    cut_backbone(backbone, "all")
+    split_backbone(backbone, "all")
     assert parameter_stages(backbone)["conv1.weight"] == 5
     vit = create_backbone("test_vit", 5, weights="none")
-    cut_backbone(vit, "all")
+    split_backbone(vit, "all")
     depths = parameter_stages(vit)
     assert (depths["head.weight"], depths["norm.weight"], depths["blocks.4.attn.qkv.weight"], depths["cls_token"]) == (0, 1, 2, 6)
 
@@ -197,7 +197,7 @@ def test_parameter_stages_count_down_from_the_classifier() -> None:
 def test_more_stages_than_there_are() -> None:
     backbone = create_backbone("resnet18", 5, weights="none")
     with pytest.raises(ConfigError, match=r"^--unfreeze 5: resnet18 has 5 stages; use 0 to 4, or all$"):
-        cut_backbone(backbone, 5)
+        split_backbone(backbone, 5)
 
 
 def test_a_network_with_side_roads_is_refused_where_it_cannot_be_cut() -> None:
@@ -205,10 +205,10 @@ def test_a_network_with_side_roads_is_refused_where_it_cannot_be_cut() -> None:
     with pytest.raises(
         BackboneError, match=r"^hrnet_w18_small cannot be cut behind 'stage3' \(it is no plain chain\); use --unfreeze 0 or all$"
     ):
-        cut_backbone(backbone, 1)
-    cut = cut_backbone(backbone, 0)
+        split_backbone(backbone, 1)
+    cut = split_backbone(backbone, 0)
     assert cut.trunk is not None
-    x = pictures(backbone, 1)
+    x = images(backbone, 1)
     with torch.inference_mode():
         assert (cut.tail(cut.trunk(x)) - backbone.model(x)).abs().max() < 1e-4
 
@@ -216,8 +216,8 @@ def test_a_network_with_side_roads_is_refused_where_it_cannot_be_cut() -> None:
 def test_a_convolutional_classifier_cannot_be_cut_behind_the_pooling() -> None:
     backbone = create_backbone("dla46_c", 5, weights="none")
     with pytest.raises(BackboneError, match=r"^dla46_c cannot be cut behind 'pooled' .* use --unfreeze 1 or all$"):
-        cut_backbone(backbone, 0)
-    cut_backbone(backbone, 1)
+        split_backbone(backbone, 0)
+    split_backbone(backbone, 1)
     assert "fc" in trainable(backbone)
 
 
@@ -287,7 +287,7 @@ def test_network_hash_sees_every_value_and_nothing_else() -> None:
     before = network_hash(one.model)
     assert re.fullmatch("[0-9a-f]{64}", before)
     assert network_hash(two.model) == before
-    cut_backbone(two, 1)
+    split_backbone(two, 1)
     two.model.train()
     assert network_hash(two.model) == before
     with torch.no_grad():
@@ -395,9 +395,9 @@ def test_torchvisions_resnet18_loads_and_computes_the_same(tmp_path: Path) -> No
     theirs = torchvision.models.resnet18(weights=None).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     backbone = create_backbone("resnet18", 5, weights=str(tmp_path / "tv.pth"))
-    cut = cut_backbone(backbone, 0)
+    cut = split_backbone(backbone, 0)
     assert cut.trunk is not None
-    x = pictures(backbone)
+    x = images(backbone)
     with torch.inference_mode():
         wanted = nn.Sequential(*list(theirs.children())[:-1])(x).flatten(1)
         assert (cut.trunk(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -614,9 +614,9 @@ def test_timm_weights_come_from_the_hub_once_and_then_from_its_cache(hub: Hub, t
 def test_another_size_is_taken_by_convolutions_and_refused_by_fixed_positions() -> None:
     backbone = create_backbone("resnet18", 3, "none", size=96)
     assert backbone.preprocessing.size == 96
-    cut = cut_backbone(backbone, 1)
+    cut = split_backbone(backbone, 1)
     assert cut.trunk is not None
     assert cut.trunk(torch.zeros(1, 3, 96, 96)).shape == (1, 256, 6, 6)
     assert create_backbone("resnet18", 3, "none").preprocessing.size == 224
-    with pytest.raises(BackboneError, match="vit_tiny_patch16_224 cannot take pictures of 96 pixels; leave size out"):
+    with pytest.raises(BackboneError, match="vit_tiny_patch16_224 cannot take images of 96 pixels; leave size out"):
         create_backbone("vit_tiny_patch16_224", 3, "none", size=96)

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from seewhy.core.parallel import in_order
+from seewhy.core.parallel import map_ordered
 from seewhy.explain.attribution import FeatureMaps
 from seewhy.models import executors
 from seewhy.models.backbones import create_backbone
-from seewhy.models.executors import FromSquares, kept_engine, make_engine
+from seewhy.models.executors import NormalizeInput, get_executor, make_executor
 from seewhy.models.transforms import Preprocessing
-from seewhy.models.trunk_tail import cut_backbone
+from seewhy.models.trunk_tail import split_backbone
 from tests.cheap_run import normalised
 
 TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)
@@ -38,21 +38,21 @@ def small_network(seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("unfreeze", [0, 1])
 def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
     backbone = create_backbone(name, 5, weights="none")
-    cut = cut_backbone(backbone, unfreeze)
+    cut = split_backbone(backbone, unfreeze)
     preprocessing = replace(backbone.preprocessing, size=64)
-    pictures = squares(3, 64)
+    images = squares(3, 64)
     with torch.no_grad():
-        expected = cut.trunk(torch.from_numpy(normalised(pictures, preprocessing))).numpy()
-    found = make_engine(cut.trunk, preprocessing, 3, "onnx")
+        expected = cut.trunk(torch.from_numpy(normalised(images, preprocessing))).numpy()
+    found = make_executor(cut.trunk, preprocessing, 3, "onnx")
     scale = np.abs(expected).max()
     assert scale > 0.01
-    for n in (3, 1):  # any number of pictures
-        assert np.abs(found(pictures[:n]) - expected[:n]).max() < 1e-4 * scale
-    assert np.abs(make_engine(cut.trunk, preprocessing, 3, "torch")(pictures) - expected).max() < 1e-4 * scale
+    for n in (3, 1):  # any number of images
+        assert np.abs(found(images[:n]) - expected[:n]).max() < 1e-4 * scale
+    assert np.abs(make_executor(cut.trunk, preprocessing, 3, "torch")(images) - expected).max() < 1e-4 * scale
 
 
 def normalisation(squares: np.ndarray, preprocessing: Preprocessing = TINY) -> np.ndarray:
-    return FromSquares(nn.Identity(), preprocessing)(torch.from_numpy(squares)).numpy()
+    return NormalizeInput(nn.Identity(), preprocessing)(torch.from_numpy(squares)).numpy()
 
 
 def all_grey_levels() -> np.ndarray:
@@ -80,24 +80,26 @@ def test_normalisation_of_black_and_white() -> None:
     assert normalisation(squares, half).tolist() == [[[[-1.0, 1.0]]] * 3]
 
 
-@pytest.mark.parametrize(("pictures", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
-def test_auto_takes_onnx_for_many_pictures_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, pictures: int, cuda: bool, expected: str
+@pytest.mark.parametrize(("images", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
+def test_auto_takes_onnx_for_many_images_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, images: int, cuda: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(executors, "ENGINES", {name: lambda network, size, lanes, name=name: name for name in ("onnx", "torch")})
+    monkeypatch.setattr(
+        executors, "EXECUTORS", {name: lambda network, size, max_parallel_batches, name=name: name for name in ("onnx", "torch")}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert make_engine(nn.Identity(), TINY, pictures) == expected
+    assert make_executor(nn.Identity(), TINY, images) == expected
 
 
 def test_an_export_is_kept_and_taken_by_auto(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = make_engine(small_network(), TINY, 1, "onnx")(squares(2, 16))
-    assert len(list((cache / "engines").iterdir())) == 1
+    first = make_executor(small_network(), TINY, 1, "onnx")(squares(2, 16))
+    assert len(list((cache / "executors").iterdir())) == 1
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("exported again")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    np.testing.assert_array_equal(make_engine(small_network(), TINY, 1, "auto")(squares(2, 16)), first)
+    np.testing.assert_array_equal(make_executor(small_network(), TINY, 1, "auto")(squares(2, 16)), first)
 
 
 class Hidden(nn.Module):
@@ -112,31 +114,31 @@ class Hidden(nn.Module):
 
 
 def test_other_weights_structure_or_preprocessing_are_other_exports(cache: Path) -> None:
-    cut_pooled, cut_map = (cut_backbone(create_backbone("resnet18", 5, "none"), n).trunk for n in (0, 1))
+    cut_pooled, cut_map = (split_backbone(create_backbone("resnet18", 5, "none"), n).trunk for n in (0, 1))
     networks = [small_network(), small_network(1), nn.Sequential(small_network(), nn.Flatten()), cut_pooled, cut_map]
     networks += [Hidden(torch.relu), Hidden(torch.tanh)]  # the same tensors and repr
     networks += [create_backbone("resnet18", 5, "none").model, FeatureMaps(create_backbone("resnet18", 5, "none").model)]
-    places = {executors._export_place(FromSquares(network, TINY), 16) for network in networks}
-    places |= {executors._export_place(FromSquares(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}
-    places |= {executors._export_place(FromSquares(small_network(), TINY), 32)}
+    places = {executors._export_place(NormalizeInput(network, TINY), 16) for network in networks}
+    places |= {executors._export_place(NormalizeInput(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}
+    places |= {executors._export_place(NormalizeInput(small_network(), TINY), 32)}
     assert len(places) == len(networks) + 2
 
 
 def test_an_export_that_cannot_be_kept_is_used_all_the_same(cache: Path) -> None:
     cache.mkdir()
-    (cache / "engines").write_text("a file where the folder should be")
-    found = make_engine(small_network(), TINY, 1, "onnx")(squares(2, 16))
-    np.testing.assert_allclose(found, make_engine(small_network(), TINY, 1, "torch")(squares(2, 16)), atol=1e-5)
+    (cache / "executors").write_text("a file where the folder should be")
+    found = make_executor(small_network(), TINY, 1, "onnx")(squares(2, 16))
+    np.testing.assert_allclose(found, make_executor(small_network(), TINY, 1, "torch")(squares(2, 16)), atol=1e-5)
 
 
-def test_many_pictures_run_side_by_side_to_the_bit_as_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_run_side_by_side_to_the_bit_as_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    kept: dict[tuple[str, int], executors.Engine] = {}
-    few, many = (kept_engine(kept, small_network(), TINY, n, "onnx") for n in (63, 64))
-    assert (few.lanes, many.lanes) == (1, 4)
-    assert kept_engine(kept, small_network(), TINY, 1000) is many
-    assert kept_engine(kept, small_network(), TINY, 1) is few
+    kept: dict[tuple[str, int], executors.Executor] = {}
+    few, many = (get_executor(kept, small_network(), TINY, n, "onnx") for n in (63, 64))
+    assert (few.max_parallel_batches, many.max_parallel_batches) == (1, 4)
+    assert get_executor(kept, small_network(), TINY, 1000) is many
+    assert get_executor(kept, small_network(), TINY, 1) is few
     batches = np.split(squares(96, 16), 12)
-    found = list(in_order(many, batches, many.lanes, ahead=many.lanes))
+    found = list(map_ordered(many, batches, many.max_parallel_batches, ahead=many.max_parallel_batches))
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate([many(batch) for batch in batches]))
     np.testing.assert_allclose(np.concatenate(found), few(np.concatenate(batches)), atol=1e-5)

@@ -95,8 +95,8 @@ def test_maps_are_stored_in_half_and_vectors_in_single_precision(tmp_path: Path)
     assert (store.open_rows() == np.float16(1 / 3)).all()
 
 
-def test_row_keys_are_of_picture_and_view() -> None:
-    keys = {row_key(picture, view) for picture in ("aa", "ab", "aa 1") for view in (0, 1, 10)}
+def test_row_keys_are_of_image_and_view() -> None:
+    keys = {row_key(image, view) for image in ("aa", "ab", "aa 1") for view in (0, 1, 10)}
     assert len(keys) == 9
     assert {len(key) for key in keys} == {32}
 

@@ -1,4 +1,4 @@
-"""The feature store row by row, extraction that never computes twice, engines that agree."""
+"""The feature store row by row, extraction that never computes twice, executors that agree."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from seewhy.data.image_set import ImageSet, open_images
 from seewhy.errors import OutputError
 from seewhy.models import features
 from seewhy.models.backbones import create_backbone
-from seewhy.models.executors import Engine
+from seewhy.models.executors import Executor
 from seewhy.models.feature_store import as_keys
 from seewhy.models.features import FeatureSpec, FeatureStore, extract_features, render_view, row_key
 from seewhy.models.transforms import Preprocessing, view_of
-from seewhy.models.trunk_tail import Cut, cut_backbone
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
 from tests.cheap_run import normalised
 
 TINY = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
@@ -41,16 +41,16 @@ MakeFolder = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny_cut(seed: int = 0, scale: float = 1.0) -> Cut:
+def tiny_cut(seed: int = 0, scale: float = 1.0) -> TrunkTail:
     """A trunk of one convolution, (N, 3, 16, 16) -> (N, 4, 2, 2): quick, and its answer easy to repeat."""
     convolution = nn.Conv2d(3, 4, kernel_size=8, stride=8)
     nn.init.normal_(convolution.weight, std=0.1 * scale, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(convolution.bias)
-    return Cut(nn.Sequential(convolution), nn.Identity(), "tiny")
+    return TrunkTail(nn.Sequential(convolution), nn.Identity(), "tiny")
 
 
-def expected_features(images: ImageSet, cut: Cut, views: int) -> np.ndarray:
-    """(N, V, 4, 2, 2) straight from the pictures."""
+def expected_features(images: ImageSet, cut: TrunkTail, views: int) -> np.ndarray:
+    """(N, V, 4, 2, 2) straight from the images."""
     squares = [render_view(read_image(p), v, h, TINY) for p, h in zip(images.paths, images.hashes, strict=True) for v in range(views)]
     with torch.no_grad():
         found = cut.trunk(torch.from_numpy(normalised(np.stack(squares), TINY))).numpy()
@@ -58,7 +58,7 @@ def expected_features(images: ImageSet, cut: Cut, views: int) -> np.ndarray:
 
 
 @pytest.fixture
-def pictures(cache: Path, make_folder: MakeFolder) -> ImageSet:
+def images(cache: Path, make_folder: MakeFolder) -> ImageSet:
     return open_images(str(make_folder({"cat": 5, "dog": 3})))
 
 
@@ -77,10 +77,10 @@ def test_rounding_of_uncached_features_is_that_of_the_store() -> None:
 # ---------------------------------------------------------------- extraction
 
 
-def test_features_are_those_of_the_trunk(pictures: ImageSet) -> None:
+def test_features_are_those_of_the_trunk(images: ImageSet) -> None:
     cut = tiny_cut()
-    found = extract_features(pictures, ALL, 3, cut, TINY)
-    expected = expected_features(pictures, cut, 3)
+    found = extract_features(images, ALL, 3, cut, TINY)
+    expected = expected_features(images, cut, 3)
     assert found.computed == 24
     assert found.rows.shape == (8, 3)
     for view in range(3):
@@ -90,52 +90,52 @@ def test_features_are_those_of_the_trunk(pictures: ImageSet) -> None:
     assert one_view_each.dtype == np.float32
 
 
-def test_nothing_is_computed_twice(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = extract_features(pictures, ALL, 2, tiny_cut(), TINY)
+def test_nothing_is_computed_twice(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = extract_features(images, ALL, 2, tiny_cut(), TINY)
     assert first.computed == 16
-    assert extract_features(pictures, ALL, 3, tiny_cut(), TINY).computed == 8  # the third view alone
+    assert extract_features(images, ALL, 3, tiny_cut(), TINY).computed == 8  # the third view alone
 
     def never(*arguments: Any) -> None:
-        raise AssertionError("a picture was read again")
+        raise AssertionError("an image was read again")
 
     monkeypatch.setattr(features, "read_image", never)
-    again = extract_features(pictures, ALL[::-1], 2, tiny_cut(), TINY)
+    again = extract_features(images, ALL[::-1], 2, tiny_cut(), TINY)
     assert again.computed == 0
     np.testing.assert_array_equal(again.get(ALL[::-1], 1), first.get(ALL, 1))
 
 
-def test_a_new_picture_alone_is_computed(pictures: ImageSet, make_folder: MakeFolder) -> None:
-    extract_features(pictures, ALL, 2, tiny_cut(), TINY)
-    Image.new("RGB", (40, 30), "orange").save(pictures.root / "cat" / "new.png")
-    more = open_images(str(pictures.root))
+def test_a_new_image_alone_is_computed(images: ImageSet, make_folder: MakeFolder) -> None:
+    extract_features(images, ALL, 2, tiny_cut(), TINY)
+    Image.new("RGB", (40, 30), "orange").save(images.root / "cat" / "new.png")
+    more = open_images(str(images.root))
     found = extract_features(more, np.arange(9), 2, tiny_cut(), TINY)
     assert found.computed == 2
     np.testing.assert_allclose(found.get(np.arange(9), 0), expected_features(more, tiny_cut(), 2)[:, 0], rtol=2e-3, atol=1e-4)
 
 
-def test_a_changed_picture_under_an_old_name_is_computed_again(pictures: ImageSet) -> None:
-    extract_features(pictures, ALL, 1, tiny_cut(), TINY)
-    Image.new("RGB", (40, 30), "orange").save(pictures.paths[0])
-    assert extract_features(open_images(str(pictures.root)), ALL, 1, tiny_cut(), TINY).computed == 1
+def test_a_changed_image_under_an_old_name_is_computed_again(images: ImageSet) -> None:
+    extract_features(images, ALL, 1, tiny_cut(), TINY)
+    Image.new("RGB", (40, 30), "orange").save(images.paths[0])
+    assert extract_features(open_images(str(images.root)), ALL, 1, tiny_cut(), TINY).computed == 1
 
 
-def test_another_dataset_with_the_same_pictures_reuses_them(pictures: ImageSet, tmp_path: Path) -> None:
-    first = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+def test_another_dataset_with_the_same_images_reuses_them(images: ImageSet, tmp_path: Path) -> None:
+    first = extract_features(images, ALL, 1, tiny_cut(), TINY)
     other = tmp_path / "other"
-    for n, path in enumerate(reversed(pictures.paths)):  # other names, another order, other classes
+    for n, path in enumerate(reversed(images.paths)):  # other names, another order, other classes
         (other / f"class{n % 2}").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, other / f"class{n % 2}" / f"{n}.png")
     others = open_images(str(other))
     found = extract_features(others, ALL, 1, tiny_cut(), TINY)
     assert found.computed == 0
-    same = [pictures.hashes.index(sha256) for sha256 in others.hashes]
+    same = [images.hashes.index(sha256) for sha256 in others.hashes]
     assert same != ALL.tolist()
     np.testing.assert_array_equal(found.get(ALL), first.get(np.array(same)))
 
 
-def test_equal_pictures_of_one_dataset_are_computed_once(pictures: ImageSet) -> None:
-    shutil.copy(pictures.paths[0], pictures.root / "dog" / "copy.png")
-    twice = open_images(str(pictures.root))
+def test_equal_images_of_one_dataset_are_computed_once(images: ImageSet) -> None:
+    shutil.copy(images.paths[0], images.root / "dog" / "copy.png")
+    twice = open_images(str(images.root))
     for keep in (True, False):
         found = extract_features(twice, np.arange(9), 2, tiny_cut(), TINY, FeatureSpec(cache=keep))
         assert found.computed == 16
@@ -143,15 +143,15 @@ def test_equal_pictures_of_one_dataset_are_computed_once(pictures: ImageSet) -> 
         np.testing.assert_array_equal(found.rows[copy], found.rows[0])
 
 
-def test_other_weights_place_or_preprocessing_take_another_store(pictures: ImageSet, cache: Path) -> None:
-    extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+def test_other_weights_place_or_preprocessing_take_another_store(images: ImageSet, cache: Path) -> None:
+    extract_features(images, ALL, 1, tiny_cut(), TINY)
     for cut, preprocessing in (
         (tiny_cut(seed=1), TINY),
         (replace(tiny_cut(), place="elsewhere"), TINY),
         (tiny_cut(), replace(TINY, mean=(0.4, 0.5, 0.5))),
         (tiny_cut(), replace(TINY, resize="crop")),
     ):
-        assert extract_features(pictures, ALL, 1, cut, preprocessing).computed == 8
+        assert extract_features(images, ALL, 1, cut, preprocessing).computed == 8
     assert len(list((cache / "features").iterdir())) == 5
 
 
@@ -182,18 +182,18 @@ def scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
         (Activated(partial(torch.clamp, min=0.1)), Activated(partial(torch.clamp, min=0.2))),
     ],
 )
-def test_equal_weights_in_another_structure_take_another_store(pictures: ImageSet, cache: Path, one: nn.Module, two: nn.Module) -> None:
+def test_equal_weights_in_another_structure_take_another_store(images: ImageSet, cache: Path, one: nn.Module, two: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     found = []
     for trunk in (one, two):
-        features = extract_features(pictures, ALL, 1, Cut(trunk, nn.Identity(), "tiny"), TINY)
+        features = extract_features(images, ALL, 1, TrunkTail(trunk, nn.Identity(), "tiny"), TINY)
         assert features.computed == 8
         found.append(features.get(ALL))
-        expected = expected_features(pictures, Cut(trunk, nn.Identity(), "tiny"), 1)
+        expected = expected_features(images, TrunkTail(trunk, nn.Identity(), "tiny"), 1)
         np.testing.assert_allclose(found[-1], expected[:, 0], rtol=2e-3, atol=1e-3)
     assert np.abs(found[0] - found[1]).max() > 1e-3
     assert len(list((cache / "features").iterdir())) == 2
-    assert extract_features(pictures, ALL, 1, Cut(deepcopy(one), nn.Identity(), "tiny"), TINY).computed == 0
+    assert extract_features(images, ALL, 1, TrunkTail(deepcopy(one), nn.Identity(), "tiny"), TINY).computed == 0
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "efficientvit_b0.r224_in1k", "repvit_m0_9.dist_300e_in1k"])
@@ -201,59 +201,59 @@ def test_seeds_and_classes_share_a_store(name: str) -> None:
     one, two = (create_backbone(name, classes, "none", seed=5) for classes in (3, 4))
     own = two.model.state_dict()
     two.model.load_state_dict({key: t if t.shape == own[key].shape else own[key] for key, t in one.model.state_dict().items()})
-    names = [features.store_name(cut_backbone(backbone, 0), backbone.preprocessing, "torch") for backbone in (one, two)]
+    names = [features.store_name(split_backbone(backbone, 0), backbone.preprocessing, "torch") for backbone in (one, two)]
     assert names[0] == names[1]
-    cut = cut_backbone(one, 0)
+    cut = split_backbone(one, 0)
     with torch.no_grad():
         for parameter in cut.tail.parameters():  # a fit moves the classifier
             parameter += 1
     assert features.store_name(cut, one.preprocessing, "torch") == names[0]
 
 
-def test_interruption_keeps_the_finished_batches(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = features.make_engine
+def test_interruption_keeps_the_finished_batches(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = features.make_executor
 
-    def two_batches(*arguments: Any) -> Engine:
+    def two_batches(*arguments: Any) -> Executor:
         run, done = original(*arguments), []
 
-        def engine(squares: np.ndarray) -> np.ndarray:
+        def executor(squares: np.ndarray) -> np.ndarray:
             done.append(len(squares))
             if len(done) == 3:
                 raise KeyboardInterrupt
             return run(squares)
 
-        return Engine(engine)
+        return Executor(executor)
 
     monkeypatch.setattr(features, "BATCH", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(features, "make_engine", two_batches)
+        patch.setattr(features, "make_executor", two_batches)
         with pytest.raises(KeyboardInterrupt):
-            extract_features(pictures, ALL, 1, tiny_cut(), TINY)
-    resumed = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
-    assert resumed.computed == 2  # 8 pictures less two batches of 3
-    np.testing.assert_allclose(resumed.get(ALL), expected_features(pictures, tiny_cut(), 1)[:, 0], rtol=2e-3, atol=1e-4)
+            extract_features(images, ALL, 1, tiny_cut(), TINY)
+    resumed = extract_features(images, ALL, 1, tiny_cut(), TINY)
+    assert resumed.computed == 2  # 8 images less two batches of 3
+    np.testing.assert_allclose(resumed.get(ALL), expected_features(images, tiny_cut(), 1)[:, 0], rtol=2e-3, atol=1e-4)
 
 
-def test_what_another_process_writes_while_one_waits_is_not_computed(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_process_writes_while_one_waits_is_not_computed(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     other: list[int] = []
     lock = FeatureStore.lock
 
     @contextmanager
     def held_by_another(store: FeatureStore) -> Iterator[None]:
         monkeypatch.setattr(FeatureStore, "lock", lock)
-        other.append(extract_features(pictures, ALL[:6], 1, tiny_cut(), TINY).computed)
+        other.append(extract_features(images, ALL[:6], 1, tiny_cut(), TINY).computed)
         with store.lock():
             yield
 
     monkeypatch.setattr(FeatureStore, "lock", held_by_another)
-    found = extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+    found = extract_features(images, ALL, 1, tiny_cut(), TINY)
     assert (other, found.computed) == ([6], 2)
     assert sorted(found.rows[:, 0]) == list(range(8))
 
 
 @pytest.mark.parametrize("looks", [1, 3, None], ids=["at once", "late", "never"])
 def test_features_that_a_shared_disk_shows_late_are_waited_for(
-    looks: int | None, pictures: ImageSet, monkeypatch: pytest.MonkeyPatch
+    looks: int | None, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """looks: until all rows are seen after they were computed; None: the other machine has a cache of its own."""
     two_processes = {"world_size": lambda: 2, "barrier": lambda: None, "all_reduce_scalar": float, "shard": list}
@@ -272,55 +272,55 @@ def test_features_that_a_shared_disk_shows_late_are_waited_for(
     monkeypatch.setattr("time.sleep", slept.append)
     if looks is None:
         with pytest.raises(OutputError, match="lacks features that another machine has computed"):
-            extract_features(pictures, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True))
+            extract_features(images, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True))
     else:
-        assert extract_features(pictures, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True)).rows.min() == 0
+        assert extract_features(images, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True)).rows.min() == 0
     assert len(slept) == (features.SHOWN_LATE if looks is None else looks - 1)
 
 
-def test_without_keeping_the_disk_stays_empty(pictures: ImageSet, cache: Path) -> None:
-    found = extract_features(pictures, ALL, 2, tiny_cut(), TINY, FeatureSpec(cache=False))
+def test_without_keeping_the_disk_stays_empty(images: ImageSet, cache: Path) -> None:
+    found = extract_features(images, ALL, 2, tiny_cut(), TINY, FeatureSpec(cache=False))
     assert found.computed == 16
     assert not (cache / "features").exists()
-    kept = extract_features(pictures, ALL, 2, tiny_cut(), TINY)
+    kept = extract_features(images, ALL, 2, tiny_cut(), TINY)
     np.testing.assert_array_equal(found.get(ALL, 1), kept.get(ALL, 1))
     assert found.store.dtype == kept.store.dtype == np.float16
 
 
-def test_trunk_is_left_as_it_was(pictures: ImageSet) -> None:
+def test_trunk_is_left_as_it_was(images: ImageSet) -> None:
     cut = tiny_cut()
     weight = cut.trunk[0].weight
     strides = weight.stride()
-    extract_features(pictures, ALL, 1, cut, TINY, FeatureSpec("torch"))
+    extract_features(images, ALL, 1, cut, TINY, FeatureSpec("torch"))
     assert cut.trunk[0].weight is weight
-    assert weight.stride() == strides  # the engine's layout and device are its own
+    assert weight.stride() == strides  # the executor's layout and device are its own
 
 
 # ---------------------------------------------------------------- errors
 
 
-def test_maps_beyond_half_precision_are_refused(pictures: ImageSet) -> None:
+def test_maps_beyond_half_precision_are_refused(images: ImageSet) -> None:
     with pytest.raises(OutputError, match=r"exceed half precision.*--set feature_dtype=float32"):
-        extract_features(pictures, ALL, 1, tiny_cut(scale=1e6), TINY)
+        extract_features(images, ALL, 1, tiny_cut(scale=1e6), TINY)
     flat = tiny_cut(scale=1e6)
-    vectors = Cut(nn.Sequential(flat.trunk[0], nn.Flatten()), nn.Identity(), "pooled")
-    assert np.abs(extract_features(pictures, ALL, 1, vectors, TINY).get(ALL)).max() > 65_504
+    vectors = TrunkTail(nn.Sequential(flat.trunk[0], nn.Flatten()), nn.Identity(), "pooled")
+    assert np.abs(extract_features(images, ALL, 1, vectors, TINY).get(ALL)).max() > 65_504
 
 
-def test_full_disk_is_one_line_that_names_the_cache(pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_line_that_names_the_cache(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(store: FeatureStore, batches: object, *writer: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(FeatureStore, "append", full)
     with pytest.raises(OutputError, match=r"No space left on device\); free some space or set SEEWHY_CACHE") as caught:
-        extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+        extract_features(images, ALL, 1, tiny_cut(), TINY)
     assert "\n" not in str(caught.value)
 
 
-def test_unwritable_cache_is_one_line_that_names_the_cache(pictures: ImageSet, cache: Path) -> None:
+def test_unwritable_cache_is_one_line_that_names_the_cache(images: ImageSet, cache: Path) -> None:
     (cache / "features").write_text("a file where the folder should be")
     with pytest.raises(OutputError, match="set SEEWHY_CACHE to another folder") as caught:
-        extract_features(pictures, ALL, 1, tiny_cut(), TINY)
+        extract_features(images, ALL, 1, tiny_cut(), TINY)
     assert "\n" not in str(caught.value)
 
 
@@ -334,7 +334,7 @@ def photo() -> Image.Image:
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
-def test_view_1_is_view_0_of_the_mirrored_picture(photo: Image.Image, resize: str) -> None:
+def test_view_1_is_view_0_of_the_mirrored_image(photo: Image.Image, resize: str) -> None:
     preprocessing = replace(TINY, size=64, crop=0.875, resize=resize)
     plain = render_view(photo, 0, "ab" * 32, preprocessing)
     mirrored = render_view(photo, 1, "ab" * 32, preprocessing)
@@ -344,7 +344,7 @@ def test_view_1_is_view_0_of_the_mirrored_picture(photo: Image.Image, resize: st
     assert np.abs(mirrored.astype(int) - plain).mean() > 10
 
 
-def test_random_views_depend_on_picture_and_number_alone(photo: Image.Image) -> None:
+def test_random_views_depend_on_image_and_number_alone(photo: Image.Image) -> None:
     one = render_view(photo, 2, "ab" * 32, TINY)
     np.testing.assert_array_equal(one, render_view(photo, 2, "ab" * 32, TINY))
     for number, sha256 in ((3, "ab" * 32), (2, "cd" * 32), (0, "ab" * 32)):
@@ -375,7 +375,7 @@ def test_reading_a_mapped_store_does_not_fill_memory(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 3), st.sets(st.integers(0, 6)))
 def test_jobs_name_each_missing_view_of_each_content_once(contents: list[int], views: int, known: set[int]) -> None:
-    """Pictures at odd places, of which some have the same content; the contents in `known` have all their views but the last."""
+    """Images at odd places, of which some have the same content; the contents in `known` have all their views but the last."""
     keys = [row_key(str(content), view) for content in contents for view in range(views)]
     missing = np.array([content not in known or view == views - 1 for content in contents for view in range(views)], dtype=bool)
     todo = features._firsts(as_keys(keys), missing)

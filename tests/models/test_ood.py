@@ -18,7 +18,7 @@ def test_nearest_neighbours_equal_sorting() -> None:
     np.testing.assert_allclose(fit_reference(train).strangeness(new), expected, atol=2e-3)  # kept in half precision
 
 
-def test_references_are_a_sample_and_few_pictures_have_fewer_neighbours() -> None:
+def test_references_are_a_sample_and_few_images_have_fewer_neighbours() -> None:
     vectors = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
     assert len(fit_reference(vectors).unit_features) == 4096
     two = fit_reference(vectors[:2])

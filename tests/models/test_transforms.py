@@ -34,7 +34,7 @@ def smooth(width: int, height: int) -> Image.Image:
 # ---------------------------------------------------------------- boxes
 
 
-def test_squash_takes_the_whole_picture() -> None:
+def test_squash_takes_the_whole_image() -> None:
     assert eval_view(640, 480, SQUASH) == View((0, 0, 640, 480))
     assert eval_view(7, 20_000, SQUASH, flip=True) == View((0, 0, 7, 20_000), flip=True)
 
@@ -91,11 +91,11 @@ def test_random_boxes_lie_inside_and_keep_their_bounds(width: int, height: int, 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(8, 400), height=st.integers(8, 400), seed=st.integers(0, 2**32 - 1), resize=st.sampled_from(["squash", "crop"]))
 def test_every_box_can_be_rendered(width: int, height: int, seed: int, resize: str) -> None:
-    picture = Image.new("RGB", (width, height), (10, 20, 30))
+    image = Image.new("RGB", (width, height), (10, 20, 30))
     preprocessing = Preprocessing(8, (0, 0, 0), (1, 1, 1), "bilinear", 0.95, resize)
     for view in (random_view(width, height, np.random.default_rng(seed)), eval_view(width, height, preprocessing)):
         plain = View(view.box)
-        assert np.all(render(picture, plain, (8, 8), "bilinear") == [10, 20, 30])
+        assert np.all(render(image, plain, (8, 8), "bilinear") == [10, 20, 30])
 
 
 def test_a_panorama_is_seen_whole_where_no_box_fits() -> None:
@@ -113,36 +113,36 @@ def test_render_gives_height_by_width() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
 def test_render_of_the_same_size_changes_no_pixel(interpolation: str) -> None:
-    picture = noise(32, 24)
-    assert np.array_equal(render(picture, View((0, 0, 32, 24)), (32, 24), interpolation), np.asarray(picture))
+    image = noise(32, 24)
+    assert np.array_equal(render(image, View((0, 0, 32, 24)), (32, 24), interpolation), np.asarray(image))
 
 
 def test_flip_is_the_exact_mirror_image() -> None:
-    picture = noise(91, 57)
+    image = noise(91, 57)
     box = (3.5, 2.25, 80.0, 50.75)
-    plain, mirrored = (render(picture, View(box, flip), (33, 32), "bicubic") for flip in (False, True))
+    plain, mirrored = (render(image, View(box, flip), (33, 32), "bicubic") for flip in (False, True))
     assert np.array_equal(mirrored, plain[:, ::-1])
     assert not np.array_equal(mirrored, plain)
 
 
 def test_whole_pixel_box_of_the_same_size_is_a_cut() -> None:
-    picture = noise(40, 30)
-    assert np.array_equal(render(picture, View((5, 7, 25, 27)), (20, 20), "bilinear"), np.asarray(picture)[7:27, 5:25])
+    image = noise(40, 30)
+    assert np.array_equal(render(image, View((5, 7, 25, 27)), (20, 20), "bilinear"), np.asarray(image)[7:27, 5:25])
 
 
 def test_shrinking_is_antialiased() -> None:
     board = (255 * (np.indices((64, 64)).sum(axis=0) % 2)).astype(np.uint8)
-    picture = Image.fromarray(np.stack([board] * 3, axis=-1))
-    square = render(picture, View((0, 0, 64, 64)), (8, 8), "bilinear")
+    image = Image.fromarray(np.stack([board] * 3, axis=-1))
+    square = render(image, View((0, 0, 64, 64)), (8, 8), "bilinear")
     assert np.abs(square.astype(int) - 127).max() <= 5
 
 
 def test_colour_factors_by_hand() -> None:
-    picture = Image.new("RGB", (8, 8), (100, 50, 200))
+    image = Image.new("RGB", (8, 8), (100, 50, 200))
     whole = (0.0, 0.0, 8.0, 8.0)
 
     def pixel(view: View) -> list[int]:
-        return [int(v) for v in render(picture, view, (8, 8), "bilinear")[4, 4]]
+        return [int(v) for v in render(image, view, (8, 8), "bilinear")[4, 4]]
 
     assert pixel(View(whole, brightness=1.2)) == [120, 60, 240]
     # The grey of this colour is (299 * 100 + 587 * 50 + 114 * 200) / 1000 = 82.05; contrast and saturation pull there.
@@ -157,9 +157,9 @@ def test_crop_agrees_with_torchvision(width: int, height: int) -> None:
 
     They are not the same to the bit: both round their cuts to whole pixels, one before and one after the resize.
     """
-    picture = smooth(width, height)
-    theirs = v2.Compose([v2.Resize(256, v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(224)])(picture)
-    ours = render(picture, eval_view(width, height, CROP), (224, 224), "bilinear")
+    image = smooth(width, height)
+    theirs = v2.Compose([v2.Resize(256, v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(224)])(image)
+    ours = render(image, eval_view(width, height, CROP), (224, 224), "bilinear")
     difference = np.abs(ours.astype(int) - np.asarray(theirs).astype(int))
     assert difference.max() <= 4
     assert difference.mean() <= 1
@@ -167,21 +167,21 @@ def test_crop_agrees_with_torchvision(width: int, height: int) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_squash_is_the_resize_of_torchvision_and_pillow(interpolation: str) -> None:
-    """To the bit as torchvision resizes a tensor; to a grey level here and there as it resizes a Pillow picture."""
-    picture, smoothed = noise(301, 199), smooth(301, 199)
+    """To the bit as torchvision resizes a tensor; to a grey level here and there as it resizes a Pillow image."""
+    image, smoothed = noise(301, 199), smooth(301, 199)
     resize = v2.Resize((224, 224), v2.InterpolationMode(interpolation), antialias=True)
-    theirs = resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    assert np.array_equal(render(picture, eval_view(301, 199, SQUASH), (224, 224), interpolation), theirs)
+    theirs = resize(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert np.array_equal(render(image, eval_view(301, 199, SQUASH), (224, 224), interpolation), theirs)
     difference = np.abs(render(smoothed, eval_view(301, 199, SQUASH), (224, 224), interpolation).astype(int) - np.asarray(resize(smoothed)))
     assert difference.max() <= 2
     assert difference.mean() < 0.05
 
 
 def test_a_box_is_cut_at_whole_pixels_and_holds_at_least_one() -> None:
-    picture = noise(40, 30)
-    pixels = np.asarray(picture)
-    assert np.array_equal(render(picture, View((4.6, 7.4, 25.4, 26.6)), (20, 20), "bicubic"), pixels[7:27, 5:25])
-    assert np.array_equal(render(picture, View((39.6, 29.7, 40.0, 30.0)), (1, 1), "bicubic"), pixels[29:, 39:])
+    image = noise(40, 30)
+    pixels = np.asarray(image)
+    assert np.array_equal(render(image, View((4.6, 7.4, 25.4, 26.6)), (20, 20), "bicubic"), pixels[7:27, 5:25])
+    assert np.array_equal(render(image, View((39.6, 29.7, 40.0, 30.0)), (1, 1), "bicubic"), pixels[29:, 39:])
 
 
 # ---------------------------------------------------------------- record

@@ -52,14 +52,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
 @pytest.mark.parametrize("theme", figures.THEMES)
 def test_every_figure_is_a_png_on_the_background_of_its_theme(theme: str) -> None:
     square, heatmap = np.full((20, 30, 3), 99, np.uint8), np.eye(4, dtype=np.float32)
-    pictures = [opened(figures.confusion_figure(random_confusion(count), names(count), theme)) for count in (2, 20, 101)]
-    pictures.append(opened(figures.training_curves(HISTORY, 3, theme)))
-    pictures += [opened(figures.heatmap_gallery([(square, heatmap, "a")] * count, theme)) for count in (1, 5)]
+    images = [opened(figures.confusion_figure(random_confusion(count), names(count), theme)) for count in (2, 20, 101)]
+    images.append(opened(figures.training_curves(HISTORY, 3, theme)))
+    images += [opened(figures.heatmap_gallery([(square, heatmap, "a")] * count, theme)) for count in (1, 5)]
     background = tuple(round(255 * part) for part in to_rgb(figures.THEMES[theme]["background"]))
-    for picture in pictures:
-        assert min(picture.size) > 150
-        assert picture.getpixel((0, 0)) == background
-        assert len(picture.getcolors(maxcolors=1 << 20)) > 20  # something is drawn on it
+    for image in images:
+        assert min(image.size) > 150
+        assert image.getpixel((0, 0)) == background
+        assert len(image.getcolors(maxcolors=1 << 20)) > 20  # something is drawn on it
     assert plt.get_fignums() == []
 
 
@@ -101,7 +101,7 @@ def test_training_curves_of_one_epoch_are_visible_points(drawn: list[Figure]) ->
 def test_confusion_shows_shares_of_each_row(drawn: list[Figure]) -> None:
     figures.confusion_figure(np.array([[3, 1, 0], [0, 5, 0], [0, 0, 0]]), names(3))
     (image,) = drawn[0].axes[0].images
-    np.testing.assert_allclose(image.get_array(), [[75, 25, 0], [0, 100, 0], [0, 0, 0]])  # no pictures: no shares
+    np.testing.assert_allclose(image.get_array(), [[75, 25, 0], [0, 100, 0], [0, 0, 0]])  # no images: no shares
     assert image.get_clim() == (0, 100)
 
 
@@ -150,12 +150,12 @@ def test_confusion_carries_names_and_counts_while_they_fit(drawn: list[Figure], 
 # ---------------------------------------------------------------- galleries and scores
 
 
-def test_gallery_shows_each_picture_beside_its_overlay(drawn: list[Figure]) -> None:
-    items = [(np.full((10, 10, 3), 20 * n, np.uint8), np.full((2, 2), n / 5, np.float32), f"picture {n}") for n in range(5)]
+def test_gallery_shows_each_image_beside_its_overlay(drawn: list[Figure]) -> None:
+    items = [(np.full((10, 10, 3), 20 * n, np.uint8), np.full((2, 2), n / 5, np.float32), f"image {n}") for n in range(5)]
     figures.heatmap_gallery(items)
     shown = [axis for axis in drawn[0].axes if axis.images]
     assert len(shown) == 10
-    assert [axis.get_title(loc="left") for axis in shown[::2]] == [f"picture {n}" for n in range(5)]
+    assert [axis.get_title(loc="left") for axis in shown[::2]] == [f"image {n}" for n in range(5)]
     for n, (square, heatmap, _) in enumerate(items):
         np.testing.assert_array_equal(shown[2 * n].images[0].get_array(), square)
         np.testing.assert_array_equal(shown[2 * n + 1].images[0].get_array(), overlay_heatmap(square, heatmap))

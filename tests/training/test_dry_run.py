@@ -56,7 +56,7 @@ def test_facts_by_hand_and_nothing_is_written(folder: Path, tmp_path: Path, cach
     assert found["trained_parameters"] == 3 * (96 + 1)  # the classifier of three classes on its 96 inputs
     assert found["parameters"] == sum(p.numel() for p in timm.create_model("test_resnet.r160_in1k", num_classes=3).parameters())
     assert (found["recipe"]["epochs"], found["recipe"]["batch_size"]) == (7, 256)
-    assert found["run"] == "runs/pictures-test_resnet.r160_in1k-unfreeze0-seed0"
+    assert found["run"] == "runs/images-test_resnet.r160_in1k-unfreeze0-seed0"
     assert 0 < found["seconds"] < 600
 
 
@@ -85,20 +85,20 @@ def test_what_it_says_to_people(folder: Path, capsys: pytest.CaptureFixture[str]
     Image.fromarray(same).save(folder / "ant" / "again.bmp")
     assert run_guarded(lambda: call(["train", str(folder), *NETWORK, "--unfreeze", "1", "--dry-run"])) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["data      pictures: 41 images in 3 classes", "          cow 20, ant 11, bee 10"]
+    assert lines[:2] == ["data      images: 41 images in 3 classes", "          cow 20, ant 11, bee 10"]
     assert "          1 pairs of near-duplicates by perceptual hash; training looks closer" in lines
     assert f"skipped   {folder}/bee/torn.png (not an image)" in lines
     assert "          1 images cannot be used; without --skip-bad training stops at them" in lines
     assert any(line.startswith("options   epochs 8, batch_size 32, lr 0.002,") for line in lines)
     assert any(line.startswith("time      about ") and "timed now in PyTorch on this CPU" in line for line in lines)
-    assert lines[-1] == "run       runs/pictures-test_resnet.r160_in1k-unfreeze1-seed0 (not written)"
+    assert lines[-1] == "run       runs/images-test_resnet.r160_in1k-unfreeze1-seed0 (not written)"
 
 
 def test_the_estimate_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that advances one second between two looks: each of SAMPLE images takes 1 / SAMPLE s at whatever is timed."""
     ticks = iter(range(1000))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    options: dict[str, Any] = {"data": str(folder), "backbone": "test_resnet.r160_in1k", "epochs": 3, "test_flip": False, "workers": 1}
+    options: dict[str, Any] = {"data": str(folder), "backbone": "test_resnet.r160_in1k", "epochs": 3, "tta_flip": False, "workers": 1}
     one = 1 / module.SAMPLE
 
     def seconds(**more: Any) -> float:

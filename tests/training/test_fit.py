@@ -21,14 +21,14 @@ from seewhy.data.image_set import ImageSet, open_images
 from seewhy.errors import ConfigError
 from seewhy.models.backbones import Backbone, create_backbone
 from seewhy.models.features import Features, FeatureSpec, extract_features
-from seewhy.models.trunk_tail import Cut, cut_backbone
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
 from seewhy.training import fit as fit_module
 from seewhy.training import module
 from seewhy.training.fit import Fit, fit
-from seewhy.training.loaders import CachedViews, EpochBatches, PictureViews, TrainingData, training_data
+from seewhy.training.loaders import CachedViews, EpochBatches, ImageViews, TrainingData, training_data
 from seewhy.training.module import FitModule, StandardisedLinear, cosine_with_warmup
 
-Setup = tuple[ImageSet, Split, Backbone, Cut]
+Setup = tuple[ImageSet, Split, Backbone, TrunkTail]
 
 
 def test_cosine_by_hand() -> None:
@@ -42,8 +42,8 @@ def test_cosine_by_hand() -> None:
 
 def test_parameter_groups_fall_by_stage_and_spare_norms() -> None:
     backbone = create_backbone("resnet18", 3, "none")
-    cut_backbone(backbone, 2)
-    config = make_config(data="x", unfreeze=2, lr=1e-2, weight_decay=0.1, stage_lr_decay=0.5)
+    split_backbone(backbone, 2)
+    config = make_config(data="x", unfreeze=2, lr=1e-2, weight_decay=0.1, layer_decay=0.5)
     groups = module.parameter_groups(backbone, config.resolved())
     rates = {(group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"]) for group in groups}
     assert set(rates) == {(1e-2, 0.0), (1e-2, 0.1), (5e-3, 0.0), (5e-3, 0.1), (2.5e-3, 0.0), (2.5e-3, 0.1)}
@@ -86,7 +86,7 @@ def test_processes_make_the_steps_of_one(n: int, size: int, steps: int, left_out
 
 
 def test_cached_views_take_turns() -> None:
-    # Row 10 n + v holds the number itself: picture n, view v.
+    # Row 10 n + v holds the number itself: image n, view v.
     rows = np.array([[10 * n + v for v in range(3)] for n in range(4)])
     data = CachedViews(Features(np.arange(40, dtype=np.float32)[:, None], rows, 0), np.arange(4))
     seen = {n: [] for n in range(4)}
@@ -95,7 +95,7 @@ def test_cached_views_take_turns() -> None:
         for value, label in zip(values[:, 0].tolist(), labels.tolist(), strict=True):
             seen[label].append(value - 10 * label)
     assert all(sorted(views) == [0, 1, 2] for views in seen.values())
-    assert seen[0] != seen[1]  # not all pictures show the same view in the same epoch
+    assert seen[0] != seen[1]  # not all images show the same view in the same epoch
 
 
 def test_standardised_linear_folds_into_the_classifier() -> None:
@@ -123,7 +123,7 @@ def setup(make_folder: Callable[..., Path], cache: Path) -> Callable[[int | str]
 
     def make(unfreeze: int | str) -> Setup:
         backbone = create_backbone("test_resnet.r160_in1k", 3, "none", seed=1)
-        return images, split, backbone, cut_backbone(backbone, unfreeze)
+        return images, split, backbone, split_backbone(backbone, unfreeze)
 
     return make
 
@@ -133,15 +133,15 @@ def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tupl
     values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3}
     values |= {"ema_decay": 0.0, **options}
     config: TrainConfig = make_config(**values).resolved()
-    train_data: CachedViews | PictureViews
-    val_data: CachedViews | PictureViews
+    train_data: CachedViews | ImageViews
+    val_data: CachedViews | ImageViews
     if cached:
         spec = FeatureSpec("torch")
         train_data = CachedViews(extract_features(images, split.train, 3, cut, backbone.preprocessing, spec), images.labels[split.train])
         val_data = CachedViews(extract_features(images, split.val, 1, cut, backbone.preprocessing, spec), images.labels[split.val])
     else:
-        train_data = PictureViews(images, split.train, backbone.preprocessing, config.views, 1, config.augment)
-        val_data = PictureViews(images, split.val, backbone.preprocessing, 1, 1, "standard")
+        train_data = ImageViews(images, split.train, backbone.preprocessing, config.views, 1, config.augment)
+        val_data = ImageViews(images, split.val, backbone.preprocessing, 1, 1, "standard")
     result = fit(backbone, cut, TrainingData(train_data, val_data, images.labels[split.train], 3), config, folder)
     return result, {k: v.clone() for k, v in backbone.model.state_dict().items()}
 
@@ -233,7 +233,7 @@ def test_resumed_fit_ends_with_the_same_weights(
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_loss_of_an_epoch_counts_each_picture_once(setup: Callable[[int], Setup], weighted: bool) -> None:
+def test_the_loss_of_an_epoch_counts_each_image_once(setup: Callable[[int], Setup], weighted: bool) -> None:
     _, _, backbone, cut = setup(0)
     config = make_config(data="x", backbone=backbone.name, label_smoothing=0.0).resolved()
     weights = torch.tensor([1.0, 2.0, 5.0]) if weighted else None
@@ -274,7 +274,7 @@ def test_cached_features_mix_too(setup: Callable[[int], Setup], tmp_path: Path, 
 def test_mixup_of_vectors_and_tokens_by_hand(setup: Callable[[int], Setup], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, backbone, _ = setup(1)
     config = make_config(data="x", mix="mixup").resolved()
-    module = FitModule(backbone, Cut(None, nn.Identity(), "input"), config, 3, None, 1).train()
+    module = FitModule(backbone, TrunkTail(None, nn.Identity(), "input"), config, 3, None, 1).train()
     monkeypatch.setattr(module.mixer, "make_params", lambda inputs: {"lam": 0.75})
     # 0.75 of each and 0.25 of the one before it, the last for the first.
     vectors = torch.tensor([[4.0, 0.0], [8.0, 4.0], [0.0, 12.0]])
@@ -301,7 +301,7 @@ def test_cutmix_of_what_is_no_map_is_refused(setup: Callable[[int], Setup], name
     backbone = create_backbone(name, 3, "none")
     config = make_config(data="x", backbone=name, unfreeze=1, mix="cutmix").resolved()
     with pytest.raises(ConfigError, match=r"^mix=cutmix cuts pieces of maps, and .* has none behind its trunk; use mix=mixup"):
-        training_data(images, split, backbone, cut_backbone(backbone, 1), config)
+        training_data(images, split, backbone, split_backbone(backbone, 1), config)
 
 
 def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], Setup]) -> None:
@@ -309,7 +309,7 @@ def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], 
     n = len(split.train)
 
     def square(seed: int, epoch: int, augment: str = "standard") -> torch.Tensor:
-        data = PictureViews(images, split.train, backbone.preprocessing, 0, seed, augment)
+        data = ImageViews(images, split.train, backbone.preprocessing, 0, seed, augment)
         return data.__getitems__([epoch * n])[0]
 
     assert torch.equal(square(0, 0), square(0, 0))
@@ -349,8 +349,8 @@ def test_averaged_weights_are_the_moving_average_of_the_steps(
 
 
 def test_depthwise_networks_train_in_channels_last() -> None:
-    depthwise = cut_backbone(create_backbone("efficientnet_lite0", 3, "none"), 1).tail
-    plain = cut_backbone(create_backbone("resnet18", 3, "none"), 1).tail
+    depthwise = split_backbone(create_backbone("efficientnet_lite0", 3, "none"), 1).tail
+    plain = split_backbone(create_backbone("resnet18", 3, "none"), 1).tail
     assert fit.best_memory_format(depthwise) is torch.channels_last
     assert fit.best_memory_format(plain) is torch.contiguous_format
 
@@ -366,7 +366,7 @@ def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup],
 
 def test_early_stopping_is_not_undone_by_a_resume(tmp_path: Path) -> None:
     """A checkpoint from after the last epoch of a stopped fit has nothing left to train, and brings its history."""
-    keeper = fit_module.HistoryKeeper(make_config(data="x").resolved(), 1)
+    keeper = fit_module.HistoryCallback(make_config(data="x").resolved(), 1)
     rows = [{"epoch": 1.0, "val_loss": 0.5}, {"epoch": 2.0, "val_loss": 0.6}]
     for waited, stopped in ((1, False), (2, True)):
         states = {"EarlyStopping{'monitor': 'val_loss'}": {"wait_count": waited, "patience": 2}, keeper.state_key: {"rows": rows}}

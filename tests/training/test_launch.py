@@ -32,7 +32,7 @@ from seewhy.core import distributed
 from seewhy.errors import ConfigError, RunError
 from seewhy.models.backbones import create_backbone
 from seewhy.models.feature_store import KEY, FeatureStore, take_rows
-from seewhy.models.trunk_tail import cut_backbone
+from seewhy.models.trunk_tail import split_backbone
 from seewhy.training.data_parallel import check_distributed, check_shards, sync_batch_norm
 from seewhy.training.launch import EXIT_PEER_LOST, _failure_priority, _to_error, launch
 
@@ -72,7 +72,7 @@ def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypa
     assert b.manifest["hardware"]["processes"] == 2
     assert a.manifest["split"]["hash"] == b.manifest["split"]["hash"]
 
-    # Each picture's features were computed once, by one of the two, and are those that one process computes.
+    # Each image's features were computed once, by one of the two, and are those that one process computes.
     ours, theirs = stored(tmp_path / "two"), stored(tmp_path / "one")
     assert ours.keys() == theirs.keys()
     assert sorted(path.name for path in (tmp_path / "two").rglob("keys*.bin")) == ["keys-1.bin", "keys.bin"]
@@ -82,7 +82,7 @@ def test_two_processes_train_what_one_does(make_folder, tmp_path: Path, monkeypa
     for key, row in ours.items():
         np.testing.assert_allclose(row, theirs[key], atol=2e-3, rtol=2e-3)
 
-    # On the same weights both count the same, each picture once, though two processes do not divide them.
+    # On the same weights both count the same, each image once, though two processes do not divide them.
     assert b.metrics["val"]["n"] % 2 == 1
     for part in ("val", "test"):
         assert b.metrics[part]["n"] == a.metrics[part]["n"]
@@ -166,7 +166,7 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     check_shards(6, 3)
     with pytest.raises(ConfigError, match="--batch-size 5 is too small for 3 processes"):
         check_shards(5, 3)
-    with pytest.raises(ConfigError, match="2 validation pictures are too few for 3 processes"):
+    with pytest.raises(ConfigError, match="2 validation images are too few for 3 processes"):
         check_shards(32, 2)
     with pytest.raises(ConfigError, match="--nodes needs --rendezvous"):
         launch(make_config(data="scenes"), tmp_path / "run", nodes=2)
@@ -195,7 +195,7 @@ def test_what_several_processes_on_cpus_can_train(
     backbone: str, options: dict[str, object], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(data="scenes", backbone=backbone, **options).resolved()
-    cut = cut_backbone(create_backbone(backbone, 3, "none", 0), config.unfreeze)
+    cut = split_backbone(create_backbone(backbone, 3, "none", 0), config.unfreeze)
     check_distributed(cut, config)  # a single process trains anything
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="BatchNorm") if refused else nullcontext():
@@ -228,10 +228,10 @@ def test_the_line_of_the_process_that_failed_first() -> None:
     def failure(exitcode: int, timestamp: int, **data: str) -> SimpleNamespace:
         return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, error_file_data=data, signal_name=lambda: "SIGKILL")
 
-    told, killed = failure(2, 9, seewhy="pictures: no such folder"), failure(-9, 8)
+    told, killed = failure(2, 9, seewhy="images: no such folder"), failure(-9, 8)
     lost, ended = failure(EXIT_PEER_LOST, 5), failure(-15, 4)
     assert sorted([ended, lost, killed, told], key=_failure_priority) == [told, killed, ended, lost]
-    assert str(_to_error(1, 2, told, Path("r"))) == "pictures: no such folder (process 1 of 2; the others were ended)"
+    assert str(_to_error(1, 2, told, Path("r"))) == "images: no such folder (process 1 of 2; the others were ended)"
     found = _to_error(0, 4, killed, Path("r"))
     assert isinstance(found, RunError)
     assert str(found).startswith("r: process 0 of 4 was ended by SIGKILL (out of memory?); ")

@@ -19,7 +19,7 @@ from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
 from seewhy.training import fit as fit_module
 from seewhy.training import pipeline
-from seewhy.training.run_dirs import choose_places
+from seewhy.training.run_dirs import resolve_run_dir
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -39,8 +39,8 @@ def test_default_names_do_not_collide(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     first = seewhy.train(folder, **SMALL)
     second = seewhy.train(folder, **SMALL)
-    assert first.path == Path("runs/pictures-test_resnet.r160_in1k-unfreeze1-seed0")
-    assert second.path == Path("runs/pictures-test_resnet.r160_in1k-unfreeze1-seed0-2")
+    assert first.path == Path("runs/images-test_resnet.r160_in1k-unfreeze1-seed0")
+    assert second.path == Path("runs/images-test_resnet.r160_in1k-unfreeze1-seed0-2")
     assert same_weights(first, second)  # same seed, same machine
     assert not same_weights(first, seewhy.train(folder, seed=1, **SMALL))
 
@@ -89,7 +89,7 @@ def test_mistakes_leave_nothing_behind(folder: Path, tmp_path: Path, options: di
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_pictures_stop_or_are_recorded(folder: Path, tmp_path: Path) -> None:
+def test_bad_images_stop_or_are_recorded(folder: Path, tmp_path: Path) -> None:
     data = (folder / "ant" / "0.png").read_bytes()
     (folder / "ant" / "cut.png").write_bytes(data[: len(data) // 2])
     (folder / "bee" / "empty.jpg").write_bytes(b"")
@@ -99,11 +99,11 @@ def test_bad_pictures_stop_or_are_recorded(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
     run = seewhy.train(folder, out=tmp_path / "run", skip_bad=True, **SMALL)
     assert {Path(item["path"]).name for item in run.manifest["data"]["bad"]} == {"cut.png", "empty.jpg"}
-    assert run.manifest["data"]["pictures"] == 32
+    assert run.manifest["data"]["images"] == 32
     assert "cut.png" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_same_picture_in_two_classes_is_told(folder: Path, tmp_path: Path) -> None:
+def test_same_image_in_two_classes_is_told(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "ant" / "3.png", folder / "bee" / "copy.png")
     run = seewhy.train(folder, out=tmp_path / "run", **SMALL)
     (paths,) = run.manifest["data"]["conflicting_duplicates"]
@@ -162,9 +162,9 @@ def test_split_from_another_run(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_report")
-@pytest.mark.parametrize("engine", ["onnx", "torch"])
-def test_same_bits_cached_or_not_and_with_any_number_of_workers(folder: Path, tmp_path: Path, cache: Path, engine: str) -> None:
-    options = {**SMALL, "engine": engine}
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_same_bits_cached_or_not_and_with_any_number_of_workers(folder: Path, tmp_path: Path, cache: Path, runtime: str) -> None:
+    options = {**SMALL, "runtime": runtime}
     uncached = seewhy.train(folder, out=tmp_path / "a", cache=False, **options)
     assert not (cache / "features").exists()
     cached = seewhy.train(folder, out=tmp_path / "b", **options)
@@ -221,8 +221,8 @@ def test_whole_network_and_no_cache_run_to_the_end(folder: Path, tmp_path: Path)
 
 
 def test_parts_that_leak_are_kept_and_told_of(demo_set: Path, tmp_path: Path, cache: Path) -> None:
-    """Folders train/ and test/ with smaller copies of training pictures in test: trained as given, and said in log, record and report."""
-    source = sorted((demo_set / "pictures").iterdir())[:2]
+    """Folders train/ and test/ with smaller copies of training images in test: trained as given, and said in log, record and report."""
+    source = sorted((demo_set / "images").iterdir())[:2]
     for folder in source:
         files = sorted(folder.iterdir())
         for part, chosen in (("train", files[:14]), ("test", files[14:20])):
@@ -232,16 +232,16 @@ def test_parts_that_leak_are_kept_and_told_of(demo_set: Path, tmp_path: Path, ca
     for n in range(5):
         Image.open(files[n]).resize((230, 230)).save(tmp_path / "data" / "test" / folder.name / f"again{n}.jpg", quality=95)
     run = seewhy.train(tmp_path / "data", out=tmp_path / "run", backbone="efficientnet_lite0", unfreeze=0, epochs=2)
-    leaked = run.manifest["split"]["leaked_test_pictures"]
+    leaked = run.manifest["split"]["leaked_test_images"]
     assert leaked in (3, 4, 5)  # val was cut out of the training folder, and may have taken one or two of the originals
-    assert f"{leaked} of the 17 test pictures have a near-duplicate in training" in (tmp_path / "run" / "report.html").read_text()
+    assert f"{leaked} of the 17 test images have a near-duplicate in training" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_full_disk_at_the_very_end_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails while the run is written, its checkpoints are still there, and --resume ends it without training."""
     whole = seewhy.train(folder, out=tmp_path / "whole", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("seewhy.models.saved_run.to_disk", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr("seewhy.models.saved_run.fsync_path", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OutputError, match="No space left on device"):
             seewhy.train(folder, out=tmp_path / "mine", **SMALL)
     assert (tmp_path / ".mine.partial" / "checkpoints" / "last.ckpt").exists()
@@ -275,10 +275,10 @@ def test_a_spoiled_record_of_an_unfinished_run_is_one_line(folder: Path, tmp_pat
 def test_names_that_are_all_taken_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = make_config(data="scenes", seed=3)
-    first = choose_places(config, None, False).target
+    first = resolve_run_dir(config, None, False).target
     for name in [first.name, *(f"{first.name}-{number}" for number in range(2, 999))]:
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert choose_places(config, None, False).target == first.with_name(f"{first.name}-999")
+    assert resolve_run_dir(config, None, False).target == first.with_name(f"{first.name}-999")
     (tmp_path / "runs" / f"{first.name}-999").mkdir()
     with pytest.raises(OutputError, match=r"999 runs of this name are there already; name another place with --out$"):
-        choose_places(config, None, False)
+        resolve_run_dir(config, None, False)

@@ -16,7 +16,7 @@ from seewhy.data.image_set import open_images
 from seewhy.errors import BackboneError, ConfigError
 from seewhy.models.features import extract_features
 from seewhy.training import search as search_module
-from seewhy.training.fit import Diverged, Fit
+from seewhy.training.fit import DivergedError, Fit
 from seewhy.training.search import search
 
 OPTIONS: dict[str, Any] = {
@@ -112,7 +112,7 @@ def test_trials_are_measured_with_the_features_they_were_trained_on(
     assert 0 <= trials[0]["val_accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("error", "left_out"), [(Diverged("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
+@pytest.mark.parametrize(("error", "left_out"), [(DivergedError("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
 def test_only_what_diverged_is_left_out(
     make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch, error: ConfigError, left_out: bool
 ) -> None:

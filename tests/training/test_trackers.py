@@ -157,7 +157,7 @@ def test_no_server_at_the_start_is_one_line_before_anything_is_read(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
-    monkeypatch.setattr("seewhy.training.pipeline.open_images", lambda *_: pytest.fail("pictures are read"))
+    monkeypatch.setattr("seewhy.training.pipeline.open_images", lambda *_: pytest.fail("images are read"))
     began = time.monotonic()
     command = ["train", str(folder), "--tracker", "mlflow", "--out", str(tmp_path / "run"), "--backbone", "test_resnet.r160_in1k"]
     assert run_guarded(lambda: call([*command, "--weights", "none"])) == 2
@@ -294,16 +294,16 @@ def test_a_real_server_that_vanishes_and_comes_back(
     folder: Path, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Told of the first epoch; killed in the second; the training ends well without it; it comes back, and is sent what it lacks."""
-    told = fit_module.HistoryKeeper.on_train_epoch_end
+    told = fit_module.HistoryCallback.on_train_epoch_end
 
-    def vanish(self: fit_module.HistoryKeeper, trainer: Any, module: Any) -> None:
+    def vanish(self: fit_module.HistoryCallback, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1:
             server.stop()
         told(self, trainer, module)
 
     options = {**SMALL, "epochs": 3, "tracker": "mlflow"}
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.HistoryKeeper, "on_train_epoch_end", vanish)
+        patch.setattr(fit_module.HistoryCallback, "on_train_epoch_end", vanish)
         began = time.monotonic()
         run = seewhy.train(folder, out=tmp_path / "run", **options)
         assert time.monotonic() - began < 60  # it waits for nobody

@@ -1,4 +1,4 @@
-"""The commands on any number of pictures, here or on Ray: predict and explain into tables, features, and the features of audit."""
+"""The commands on any number of images, here or on Ray: predict and explain into tables, features, and the features of audit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from seewhy.cli.options import print_json
 from seewhy.data.remote import shown
 from seewhy.errors import ConfigError, RunError, one_line
-from seewhy.inference.batch_runner import Request, answer_sources, columns_of
+from seewhy.inference.batch_runner import Request, columns_of, run_batch
 from seewhy.inference.onnx_model import is_exported, load_onnx
-from seewhy.inference.ray_backend import engine_named
-from seewhy.inference.result_store import bad_place
+from seewhy.inference.ray_backend import get_backend
+from seewhy.inference.result_store import errors_path
 from seewhy.inference.work_units import find_sources
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class Batch:
     """What the commands that write tables are given alike: see their options."""
 
-    pictures: list[str]
+    images: list[str]
     out: str | None
     skip_bad: bool
-    engine: str | None
+    backend: str | None
     address: str
     workers: int
     as_json: bool
@@ -38,15 +38,15 @@ class Batch:
 def predict_batch(run: Path, top_k: int, least: float | None, precision: float | None, batch: Batch) -> None:
     if batch.out is None:
         raise typer.BadParameter(
-            "--engine and addresses want a table to write: add --out answers.parquet (.csv, .json, a folder/ or an address)"
+            "--backend and addresses want a table to write: add --out answers.parquet (.csv, .json, a folder/ or an address)"
         )
-    engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
+    get_backend(batch.backend, batch.address, batch.workers)  # refused before any work
     if is_exported(run):
         loaded: Any = load_onnx(run)
     else:
         from seewhy.inference.tasks import prepared
 
-        loaded = prepared("predict", run, batch.engine == "ray")
+        loaded = prepared("predict", run, batch.backend == "ray")
     least = loaded.threshold_for(precision) if precision is not None else least
     options = {"top_k": top_k, "least": least}
     types = columns_of("predict", options, len(loaded.classes))
@@ -66,11 +66,11 @@ def explain_batch(run: Path, method: str, target: str | None, contrast: str | No
         )
     out = "heatmaps.parquet" if batch.out in (None, "heatmaps") else str(batch.out)
     if Path(out).suffix in (".csv", ".json"):
-        raise ConfigError(f"{out}: heatmaps are pictures, which go into .parquet, a folder/ or an address")
+        raise ConfigError(f"{out}: heatmaps are images, which go into .parquet, a folder/ or an address")
     if is_exported(run):
-        raise RunError(f"{run}: an exported file answers, it does not explain pictures in numbers; pass its run")
-    engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
-    classes = prepared("explain", run, batch.engine == "ray").classes
+        raise RunError(f"{run}: an exported file answers, it does not explain images in numbers; pass its run")
+    get_backend(batch.backend, batch.address, batch.workers)  # refused before any work
+    classes = prepared("explain", run, batch.backend == "ray").classes
     for name in (target, contrast):
         if name is not None:
             class_index(name, classes)
@@ -79,40 +79,40 @@ def explain_batch(run: Path, method: str, target: str | None, contrast: str | No
 
 
 def _answer(request: Request, types: dict[str, type], out: str, batch: Batch) -> None:
-    engine = engine_named(batch.engine, batch.address, batch.workers)
-    rows, bad = answer_sources(request, types, find_sources(batch.pictures), out, engine, batch.skip_bad)
-    place = shown(bad_place(out))
+    backend = get_backend(batch.backend, batch.address, batch.workers)
+    rows, bad = run_batch(request, types, find_sources(batch.images), out, backend, batch.skip_bad)
+    place = shown(errors_path(out))
     if batch.as_json:
-        print_json({"out": shown(out), "pictures": rows, "left_out": bad, "bad": place if bad else None})
+        print_json({"out": shown(out), "images": rows, "left_out": bad, "bad": place if bad else None})
         return
     if bad:
-        typer.echo(one_line(f"left out: {bad:,} pictures that cannot be used, with reasons in {place}"), err=True)
-    typer.echo(one_line(f"{rows} pictures -> {shown(out)}"))
+        typer.echo(one_line(f"left out: {bad:,} images that cannot be used, with reasons in {place}"), err=True)
+    typer.echo(one_line(f"{rows} images -> {shown(out)}"))
 
 
-def fill_features(config: TrainConfig, engine: str | None, address: str, workers: int, as_json: bool) -> None:
+def fill_features(config: TrainConfig, backend: str | None, address: str, workers: int, as_json: bool) -> None:
     """The command `features`."""
     from seewhy.inference.precompute import fill_for_training
 
-    filled = fill_for_training(config, engine_named(engine, address, workers))
+    filled = fill_for_training(config, get_backend(backend, address, workers))
     first = filled[0]
     if as_json:
-        numbers: dict[str, Any] = {"pictures": first.pictures, "left_out": first.bad, "computed": sum(each.computed for each in filled)}
+        numbers: dict[str, Any] = {"images": first.images, "left_out": first.bad, "computed": sum(each.computed for each in filled)}
         print_json(numbers)
         return
     typer.echo(_said(filled))
 
 
-def fill_audit(data: str, data_root: str | None, engine: str | None, address: str, workers: int) -> None:
-    """What `audit` reads, by --engine."""
+def fill_audit(data: str, data_root: str | None, backend: str | None, address: str, workers: int) -> None:
+    """What `audit` reads, by --backend."""
     from seewhy.data.listing import check_here
     from seewhy.inference.precompute import fill_for_embedding
 
     check_here(data)  # before any work: its features alone could be made of an address
-    fill_for_embedding(data, data_root, engine_named(engine, address, workers))
+    fill_for_embedding(data, data_root, get_backend(backend, address, workers))
 
 
 def _said(filled: list[Filled]) -> str:
     first = filled[0]
     bad = f", {first.bad:,} that cannot be used" if first.bad else ""
-    return f"{first.pictures:,} pictures{bad}; {sum(each.computed for each in filled):,} rows of features computed, all others were there"
+    return f"{first.images:,} images{bad}; {sum(each.computed for each in filled):,} rows of features computed, all others were there"

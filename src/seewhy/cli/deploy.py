@@ -19,7 +19,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx or model.pt2 in RUN)")] = None,
     kind: Annotated[str, typer.Option("--format", metavar="onnx|pt2", help="pt2: for PyTorch")] = "onnx",
     web: Annotated[Path | None, typer.Option(help="write this folder too: a page that answers in the browser, for any web host")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 1000,
+    images: Annotated[int, typer.Option(min=1, help="test images on which the file is compared with the run")] = 1000,
     as_json: JsonOption = False,
 ) -> None:
     """Write a run as one file that carries its preprocessing, probabilities and the heatmaps of all classes."""
@@ -29,7 +29,7 @@ def export(
 
     if web is not None and kind == "pt2":
         raise ConfigError("--web needs a file that a browser can run; leave --format pt2 out")
-    file, parity = export_file(load(run), out, kind, pictures)
+    file, parity = export_file(load(run), out, kind, images)
     if web is not None:
         write_website(file, web)
     size = file.stat().st_size
@@ -38,14 +38,14 @@ def export(
         return
     typer.echo(f"{file}  {size / 1e6:.1f} MB")
     if parity is None:
-        typer.echo("not compared with the run: its pictures are not where they were")
+        typer.echo("not compared with the run: its images are not where they were")
     else:
         maps = ""
         if parity.correlation_mean is not None:
             maps = f", heatmaps correlate {parity.correlation_mean:.4f} (least {parity.correlation_least:.4f})"
         typer.echo(
-            f"on {parity.n} test pictures: the same class in {parity.same_class:.1%}, probabilities within {parity.difference:.1e}{maps}; "
-            f"accuracy {parity.accuracy:.1%}, the run's {parity.run_accuracy:.1%}; {parity.milliseconds:.1f} ms a picture on one core"
+            f"on {parity.n} test images: the same class in {parity.same_class:.1%}, probabilities within {parity.difference:.1e}{maps}; "
+            f"accuracy {parity.accuracy:.1%}, the run's {parity.run_accuracy:.1%}; {parity.milliseconds:.1f} ms an image on one core"
         )
     if web is not None:
         typer.echo(f"{web}  a page for any web host; to try it here: python -m http.server --directory {web}")
@@ -62,9 +62,9 @@ def serve(
     ] = None,
     max_files: Annotated[int, typer.Option(min=1, help="files a request")] = 32,
     max_mb: Annotated[float, typer.Option(min=0.001, help="megabytes a request")] = 64.0,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="of a picture")] = 50.0,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="of an image")] = 50.0,
     upload_seconds: Annotated[float, typer.Option(min=0.1, help="until a request must be here")] = 30.0,
-    queue: Annotated[int, typer.Option(min=1, help="pictures under way, of all requests; more get 503")] = 256,
+    queue: Annotated[int, typer.Option(min=1, help="images under way, of all requests; more get 503")] = 256,
 ) -> None:
     """Answer over HTTP: a page for people, JSON for programs. $SEEWHY_API_KEY, if set, is wanted of every caller."""
     require("serve", "seewhy serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client")
@@ -93,7 +93,7 @@ def exported(run: Path) -> Path:
 
         print(f"exporting {file} first", file=sys.stderr)
         try:
-            export_file(load(run), file, pictures=100)
+            export_file(load(run), file, images=100)
         except OutputError as error:
             raise OutputError(f"{error} of `seewhy export {run}`, and serve the file") from error
     return file

@@ -25,7 +25,7 @@ from seewhy.cli.train import FEATURES_PARAMETERS, TRAIN_PARAMETERS, _features, _
 
 app = typer.Typer(
     name="seewhy",
-    help="Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says.",
+    help="Train an image classifier on your own images in minutes on a laptop, and see why it says what it says.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,7 +46,7 @@ def _main(
     warnings.filterwarnings("ignore", module="PIL")  # what cannot be used is named, with the reason
 
 
-app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
+app.command("train", help="Train a classifier, measure it on images it has not seen, and write the run and its report.")(
     _with_train_options(TRAIN_PARAMETERS, _train)
 )
 

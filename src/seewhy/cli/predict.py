@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seewhy.cli.options import (
-    AddressOption,
-    EngineOption,
+    BackendOption,
+    ImagesArgument,
     JsonOption,
-    PicturesArgument,
+    RayAddressOption,
     RayWorkersOption,
     RunArgument,
     SkipBadOption,
@@ -40,7 +40,7 @@ def evaluate(
     if as_json:
         print_json({evaluation.part: numbers})
         return
-    typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
+    typer.echo(f"{evaluation.part}: {numbers['n']} images in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
     for name, shown in HEADLINE.items():
         if name not in numbers:  # top-5 of five classes
             continue
@@ -56,8 +56,8 @@ def evaluate(
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run, or a file of `seewhy export`")],
-    pictures: PicturesArgument,
-    top_k: Annotated[int, typer.Option(min=1, help="classes a picture")] = 5,
+    images: ImagesArgument,
+    top_k: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
     out: Annotated[
         str | None,
         typer.Option(help="write the table here: .csv, .parquet or .json; folder/ or address: parquet files"),
@@ -69,21 +69,21 @@ def predict(
         float | None, typer.Option(min=0, max=1, help="say nothing where answers would not be right so often; chosen on val")
     ] = None,
     skip_bad: SkipBadOption = False,
-    engine: EngineOption = None,
-    address: AddressOption = "",
+    backend: BackendOption = None,
+    address: RayAddressOption = "",
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what pictures show, with calibrated probabilities."""
+    """Say what images show, with calibrated probabilities."""
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    if out is not None or is_batch(engine, address, ray_workers, pictures):
+    if out is not None or is_batch(backend, address, ray_workers, images):
         from seewhy.cli.batch import Batch, predict_batch
 
-        batch = Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json)
+        batch = Batch(images, out, skip_bad, backend, address, ray_workers, as_json)
         predict_batch(run, top_k, abstain_below, precision, batch)
         return
-    blocks, least = _answers(run, pictures, skip_bad, precision)
+    blocks, least = _answers(run, images, skip_bad, precision)
     least = abstain_below if least is None else least
     records: list[dict[str, Any]] = []
     for block in blocks:
@@ -100,25 +100,25 @@ def predict(
         typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
 
 
-def _answers(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
+def _answers(run: Path, images: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
     """Answers by a run, or by an exported file without torch, and the threshold for a precision."""
     from seewhy.inference import onnx_model
 
     if onnx_model.is_exported(run):
         model = onnx_model.load_onnx(run)
         least = model.threshold_for(precision) if precision is not None else None
-        return onnx_model.predict_onnx(model, pictures, skip_bad), least
+        return onnx_model.predict_onnx(model, images, skip_bad), least
     from seewhy.api import load
     from seewhy.inference.predict import predict_blocks
 
     loaded = load(run)
     least = loaded.threshold_for(precision) if precision is not None else None
-    return predict_blocks(loaded, pictures, skip_bad), least
+    return predict_blocks(loaded, images, skip_bad), least
 
 
 def explain(
     run: RunArgument,
-    pictures: PicturesArgument,
+    images: ImagesArgument,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -136,34 +136,34 @@ def explain(
     compare_methods: Annotated[bool, typer.Option("--compare-methods", help="the same for all methods: a table and a figure")] = False,
     out: Annotated[
         str,
-        typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
+        typer.Option(help="folder for the overlays, or for table and figure of scores; with --backend a .parquet, folder/ or address"),
     ] = "heatmaps",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="with --engine: leave unusable pictures out instead of stopping")] = False,
-    engine: EngineOption = None,
-    address: AddressOption = "",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="with --backend: leave unusable images out instead of stopping")] = False,
+    backend: BackendOption = None,
+    address: RayAddressOption = "",
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
+    """Show where in an image the evidence for a class lies, or measure how far such maps can be trusted."""
     from seewhy.api import load
     from seewhy.data.remote import is_address
     from seewhy.inference.predictions import WRITERS
 
     methods = method or ["gradcam"]
-    if is_batch(engine, address, ray_workers, pictures) or is_address(out):
+    if is_batch(backend, address, ray_workers, images) or is_address(out):
         from seewhy.cli.batch import Batch, explain_batch
 
         if evaluate_maps or compare_methods or layer or smooth > 1 or len(methods) > 1:
             raise typer.BadParameter(
-                "a table of heatmaps (--engine, addresses) is of one method and the last layer; "
+                "a table of heatmaps (--backend, addresses) is of one method and the last layer; "
                 "leave --evaluate, --compare-methods, --layer and --smooth out"
             )
-        explain_batch(run, methods[0], target, contrast, Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json))
+        explain_batch(run, methods[0], target, contrast, Batch(images, out, skip_bad, backend, address, ray_workers, as_json))
         return
     if skip_bad:
-        raise typer.BadParameter("--skip-bad is for tables of heatmaps (--engine); name pictures that can be used")
+        raise typer.BadParameter("--skip-bad is for tables of heatmaps (--backend); name images that can be used")
     if Path(out).suffix in WRITERS:
-        raise typer.BadParameter(f"{out}: overlays and scores go into a folder; add --engine local for a table of heatmaps")
+        raise typer.BadParameter(f"{out}: overlays and scores go into a folder; add --backend local for a table of heatmaps")
     if evaluate_maps or compare_methods:
         if target is not None or contrast is not None:
             raise typer.BadParameter("scores are of the predicted class; leave --target and --contrast out")
@@ -172,14 +172,14 @@ def explain(
 
         loaded = load(run)
         methods = method or list(COMPARED) if compare_methods else methods
-        table = loaded.score_methods(pictures, methods, layer or (), smooth)
-        sanity = loaded.sanity_check(pictures, methods, layer or ())
+        table = loaded.score_methods(images, methods, layer or (), smooth)
+        sanity = loaded.sanity_check(images, methods, layer or ())
         written = save_scores(table, sanity, Path(out))
         if as_json:
             print_json({"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")})
             return
         typer.echo(wide(table).T.to_string())
-        typer.echo("Mean and 95% interval over the pictures; + higher is better, - lower; * beyond both random and centre.\n")
+        typer.echo("Mean and 95% interval over the images; + higher is better, - lower; * beyond both random and centre.\n")
         typer.echo(wide_sanity(sanity).to_string())
         typer.echo(
             "Rank correlation with the trained network's maps after randomising it from the classifier down to a part; near 0 is right."
@@ -189,7 +189,7 @@ def explain(
     records: list[dict[str, Any]] = []
     loaded = load(run)
     for name in methods:
-        explanation = loaded.explain(pictures, name, target, contrast, layer or (), smooth)
+        explanation = loaded.explain(images, name, target, contrast, layer or (), smooth)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         print_json(records)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seewhy.cli.options import AddressOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
+from seewhy.cli.options import JsonOption, RayAddressOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
 from seewhy.errors import require
 
 
@@ -17,8 +17,8 @@ def audit(
     out: Annotated[Path, typer.Option(help="folder for the page and the tables")] = Path("audit"),
     seeds: Annotated[int, typer.Option(min=1, help="splits over which the leak is measured")] = 5,
     skip_bad: SkipBadOption = False,
-    engine: Annotated[str | None, typer.Option(help="local or ray: compute the features shard by shard before all else")] = None,
-    address: AddressOption = "",
+    backend: Annotated[str | None, typer.Option(help="local or ray: compute the features shard by shard before all else")] = None,
+    address: RayAddressOption = "",
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,10 +28,10 @@ def audit(
     from seewhy.data.image_set import open_images
     from seewhy.reports.audit_report import save_audit
 
-    if engine is not None or address or ray_workers:  # the latter without an engine are refused
+    if backend is not None or address or ray_workers:  # the latter without an backend are refused
         from seewhy.cli.batch import fill_audit
 
-        fill_audit(data, data_root, engine, address, ray_workers)
+        fill_audit(data, data_root, backend, address, ray_workers)
     found = audit_images(open_images(data, data_root, skip_bad), seeds)
     written = save_audit(found, out)
     counts = found.summary()
@@ -39,13 +39,13 @@ def audit(
         print_json({"audit": str(out), **counts})
         return
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts["pairs"].items())
-    typer.echo(f"{counts['pictures']:,} pictures in {counts['classes']} classes")
-    typer.echo(f"near-duplicates  {counts['grouped_pictures']:,} pictures in {counts['groups']:,} groups (pairs: {kinds})")
+    typer.echo(f"{counts['images']:,} images in {counts['classes']} classes")
+    typer.echo(f"near-duplicates  {counts['grouped_images']:,} images in {counts['groups']:,} groups (pairs: {kinds})")
     typer.echo("                 most in " + ", ".join(f"{name} {number:,}" for name, number in list(counts["pairs_by_class"].items())[:5]))
     typer.echo(f"across labels    {counts['pairs_across_labels']:,} pairs")
     if leak := counts.get("leak"):
         typer.echo(
-            f"leak             {leak['leaked']:.1%} of a random split's test pictures, worth "
+            f"leak             {leak['leaked']:.1%} of a random split's test images, worth "
             f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
             f"near-duplicates kept together ({leak['seeds']} splits)"
         )
@@ -56,7 +56,7 @@ def audit(
 
 def robustness(
     run: RunArgument,
-    pictures: Annotated[int, typer.Option(min=1, help="at most so many test pictures, drawn at random")] = 300,
+    images: Annotated[int, typer.Option(min=1, help="at most so many test images, drawn at random")] = 300,
     corruption: Annotated[
         list[str] | None,
         typer.Option(help="blur, noise, jpeg, brightness, darkness or rotation; more than once for several (default: all)"),
@@ -64,18 +64,18 @@ def robustness(
     out: Annotated[Path | None, typer.Option(help="folder for table and figure (default: the run's)")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy on blurred, noisy, badly compressed, lit or turned pictures, and on slices of the plain ones."""
+    """Measure accuracy on blurred, noisy, badly compressed, lit or turned images, and on slices of the plain ones."""
     from seewhy.api import load
     from seewhy.evaluation.robustness import run_robustness
     from seewhy.reports.tables import save_robustness
 
-    table, parts = run_robustness(load(run), pictures, corruption)
+    table, parts = run_robustness(load(run), images, corruption)
     written = save_robustness(table, parts, out or run)
     if as_json:
         print_json({"robustness": table.to_dict("records"), "slices": parts.to_dict("records")})
         return
     plain = table[table["strength"] == 0].iloc[0]
-    typer.echo(f"plain pictures  {plain['accuracy']:.1%} ({plain['low']:.1%} to {plain['high']:.1%}), n = {plain['n']}")
+    typer.echo(f"plain images  {plain['accuracy']:.1%} ({plain['low']:.1%} to {plain['high']:.1%}), n = {plain['n']}")
     wide = table[table["strength"] > 0].pivot(index="corruption", columns="strength", values="accuracy")
     typer.echo((100 * wide.loc[list(dict.fromkeys(table["corruption"][1:]))]).round(1).to_string())
     typer.echo("accuracy in % at strengths 1 (mild) to 5\n")
@@ -87,10 +87,10 @@ def robustness(
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="folder of a saved run")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="folder of another")],
-    data: Annotated[str | None, typer.Option(help="another labelled folder (default: the test pictures that both runs share)")] = None,
+    data: Annotated[str | None, typer.Option(help="another labelled folder (default: the test images that both runs share)")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which of two runs is better on the same pictures, and whether that may be chance."""
+    """Say which of two runs is better on the same images, and whether that may be chance."""
     from seewhy.api import load
     from seewhy.evaluation.comparison import compare_runs, differences
 
@@ -100,7 +100,7 @@ def compare(
     if as_json:
         print_json({"a": found.a.metrics, "b": found.b.metrics, "paired": vars(paired), "differences": differ})
         return
-    typer.echo(f"{paired.n} pictures that neither run was trained on" if data is None else f"{paired.n} pictures of {data}")
+    typer.echo(f"{paired.n} images that neither run was trained on" if data is None else f"{paired.n} images of {data}")
     for name, path, evaluation in (("A", run_a, found.a), ("B", run_b, found.b)):
         low, high = evaluation.metrics["accuracy_ci95"]
         typer.echo(f"{name}  {evaluation.metrics['accuracy']:.2%} ({low:.2%} to {high:.2%})  {path}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from seewhy.cli.options import AddressOption, EngineOption, JsonOption, RayWorkersOption, print_json
+from seewhy.cli.options import BackendOption, JsonOption, RayAddressOption, RayWorkersOption, print_json
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import RunError, one_line
 
@@ -100,7 +100,7 @@ def _dry_run(config: TrainConfig, out: Path | None, resume: bool, as_json: bool)
 def _features(own: dict[str, Any], given: dict[str, Any]) -> None:
     from seewhy.cli.batch import fill_features
 
-    fill_features(_config_of(own, given), own["engine"], own["address"], own["ray_workers"], own["json"])
+    fill_features(_config_of(own, given), own["backend"], own["address"], own["ray_workers"], own["json"])
 
 
 def _option_type(annotation: Any) -> Any:
@@ -179,9 +179,9 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
 
 
 FEATURES_PARAMETERS: list[tuple[str, Any, Any]] = [
-    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="as for train, or an address of pictures")], None),
-    ("engine", EngineOption, "local"),
-    ("address", AddressOption, ""),
+    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="as for train, or an address of images")], None),
+    ("backend", BackendOption, "local"),
+    ("address", RayAddressOption, ""),
     ("ray_workers", RayWorkersOption, 0),
     ("config", ConfigOption, None),
     ("set", SetOption, None),

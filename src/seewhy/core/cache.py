@@ -1,4 +1,4 @@
-"""Where computed things are kept (features, exported networks, picture checks, the demo set): its place, its size, its clearing."""
+"""Where computed things are kept (features, exported networks, image checks, the demo set): its place, its size, its clearing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def size_of(path: Path) -> int:
 
 
 def list_cache() -> list[CacheEntry]:
-    """What the cache holds: each feature store, exported networks, the demo set, the record of checked pictures."""
+    """What the cache holds: each feature store, exported networks, the demo set, the record of checked images."""
     root = cache_dir()
     stores = sorted((root / "features").glob("*")) if (root / "features").is_dir() else []
     others = sorted(path for path in root.glob("*") if path.name != "features" and not path.name.startswith("."))  # hidden: being written

@@ -25,7 +25,7 @@ LEFT_OVER_S = 86_400  # a work file that nobody has written to for so long belon
 
 
 @contextmanager
-def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Path]:
+def atomic_write(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """Where to write; `path` is there afterwards, whole, and as it was before if anything is raised.
 
     Raises OutputError, which ends with `advice`, where the place cannot be written.
@@ -36,9 +36,9 @@ def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(path)
         yield work
-        to_disk(work)
+        fsync_path(work)
         os.replace(work, path)
-        to_disk(path.parent)
+        fsync_path(path.parent)
     except BaseException as error:
         with suppress(OSError):  # where the folder could not be made, neither is there a file to remove
             work.unlink()
@@ -115,11 +115,11 @@ def atomic_folder(target: Path, advice: str = "choose another place", durable: b
 def move_folder(work: Path, target: Path, durable: bool = True) -> None:
     """One rename of a whole folder; `target` is not there yet, or empty."""
     for path in [*work.rglob("*"), work] if durable else ():
-        to_disk(path)
+        fsync_path(path)
     if target.is_dir():
         target.rmdir()  # succeeds only where it is empty
     work.rename(target)
-    to_disk(target.parent)
+    fsync_path(target.parent)
 
 
 def _remove_left_overs(path: Path) -> None:
@@ -131,20 +131,20 @@ def _remove_left_overs(path: Path) -> None:
                 left_over.unlink()
 
 
-def finite(content: Any) -> Any:
+def nan_to_none(content: Any) -> Any:
     """Content with None for nan and infinities at any depth; JSON has neither, and strict readers refuse a file that does."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
-        return {name: finite(value) for name, value in content.items()}
+        return {name: nan_to_none(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
+        return [nan_to_none(value) for value in content]
     return content
 
 
 def write_json(path: Path, content: Any) -> None:
     """For people to read, too; what JSON cannot hold (nan, NumPy's numbers) as `finite` has it."""
-    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def remove_tree(path: Path) -> None:
@@ -152,7 +152,7 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a power cut.
 
     Otherwise the new name may be on the disk before the content, and both readable after a crash of the system: a file of zeros.
@@ -169,7 +169,7 @@ def to_disk(path: Path) -> None:
         os.close(place)
 
 
-def harmless(cell: Any) -> Any:
+def escape_formula(cell: Any) -> Any:
     """What a CSV may hold: text that a spreadsheet would run as a formula gets an apostrophe in front.
 
     Source: OWASP, "CSV Injection". Numbers are left alone.
@@ -181,11 +181,11 @@ def csv_text(table: pd.DataFrame) -> str:
     """A table as CSV, text made `harmless`; columns whose name begins with `path` hold paths."""
     safe = table.copy()
     for name in safe.columns:
-        safe[name] = safe[name].map(harmless_path if str(name).startswith("path") else harmless)
+        safe[name] = safe[name].map(escape_formula_path if str(name).startswith("path") else escape_formula)
     text: str = safe.to_csv(index=False)
     return text
 
 
-def harmless_path(name: str) -> str:
+def escape_formula_path(name: str) -> str:
     """The same for a path, which stays one: `-x.jpg` becomes `./-x.jpg`."""
-    return f"./{name}" if harmless(name) != name else name
+    return f"./{name}" if escape_formula(name) != name else name

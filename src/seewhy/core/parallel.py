@@ -13,11 +13,11 @@ BATCH = 32
 
 T = TypeVar("T")
 R = TypeVar("R")
-Picture = tuple[str, bytes | str]  # name of an image, and its file's content or the reason why there is none
+RawImage = tuple[str, bytes | str]  # name of an image, and its file's content or the reason why there is none
 Bad = list[tuple[str, str]]  # name, reason
 
 
-def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
+def map_ordered(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
     """work(job) for each job, in order, in `workers` threads, at most `ahead` jobs before who takes them."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -33,7 +33,7 @@ def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int
                 future.cancel()
 
 
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` items, the last one shorter."""
     left = iter(items)
     while batch := list(itertools.islice(left, size)):
@@ -50,12 +50,12 @@ class Worker(Generic[R]):
 
     prepare: Callable[[bytes], Any]
     answer: Callable[[list[str], list[Any]], R]
-    lanes: int = 1
+    max_parallel_batches: int = 1
     batch: int = BATCH
 
 
 def answered(
-    worker: Worker[R], images: Iterable[T], read: Callable[[T], Picture], threads: int
+    worker: Worker[R], images: Iterable[T], read: Callable[[T], RawImage], threads: int
 ) -> Iterator[tuple[list[str], R | None, Bad]]:
     """Batches in order: names of the usable images, the result (None where there are none), and what cannot be used.
 
@@ -76,5 +76,5 @@ def answered(
         result = worker.answer(names, [ready for _, ready, reason in batch if not reason]) if names else None
         return names, result, [(name, reason) for name, _, reason in batch if reason]
 
-    batches = in_batches(in_order(prepared, images, threads, ahead=2 * worker.batch), worker.batch)
-    return in_order(answer, batches, worker.lanes, ahead=worker.lanes)
+    batches = batched(map_ordered(prepared, images, threads, ahead=2 * worker.batch), worker.batch)
+    return map_ordered(answer, batches, worker.max_parallel_batches, ahead=worker.max_parallel_batches)

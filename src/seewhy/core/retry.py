@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from seewhy.errors import ReachError, SeewhyError, reason_of
+from seewhy.errors import SeewhyError, StorageUnavailableError, reason_of
 
 T = TypeVar("T")
 
-WAITS_S = (0.5, 2.0)  # before the second and the third try
+BACKOFF_S = (0.5, 2.0)  # before the second and the third try
 DENIED = os.strerror(errno.EACCES)
 OWN: dict[type[Exception], str] = {  # what no second try changes, and no other file has
     FileNotFoundError: "no such file",
@@ -24,24 +24,26 @@ OWN: dict[type[Exception], str] = {  # what no second try changes, and no other 
     NotADirectoryError: os.strerror(errno.ENOTDIR),
 }
 OWN_NUMBERS = frozenset({errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP})
-DENYING = re.compile("ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|INVALID_OBJECT_STATE")  # clouds' words for it, which have no number
+ACCESS_DENIED = re.compile(
+    "ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|INVALID_OBJECT_STATE"
+)  # clouds' words for it, which have no number
 
 
-def own_reason(error: Exception) -> str:
+def permanent_failure(error: Exception) -> str:
     """Why this one file cannot be read; '' where the way to it has failed, so that others cannot be read either, or only now."""
     reason = next((reason for kind, reason in OWN.items() if isinstance(error, kind)), "")
     if not reason and isinstance(error, OSError) and error.errno in OWN_NUMBERS:
         reason = error.strerror or "cannot be read"
-    return reason or (DENIED if DENYING.search(str(error)) else "")
+    return reason or (DENIED if ACCESS_DENIED.search(str(error)) else "")
 
 
-def patiently(work: Callable[[], T], shown: str, own: Callable[[Exception], str] = own_reason) -> T:
+def with_retries(work: Callable[[], T], shown: str, own: Callable[[Exception], str] = permanent_failure) -> T:
     """What work() gives, tried again where the way fails: resets, time-outs, credentials that have ended, disks with errors.
 
     shown: what the message calls the place. own: why trying again is no use, '' where it is; such an error is raised, as an OSError.
-    Raises ReachError for all others.
+    Raises StorageUnavailableError for all others.
     """
-    for wait in (*WAITS_S, None):
+    for wait in (*BACKOFF_S, None):
         try:
             return work()
         except (SeewhyError, MemoryError):
@@ -53,14 +55,14 @@ def patiently(work: Callable[[], T], shown: str, own: Callable[[Exception], str]
                 raise PermissionError(errno.EACCES, DENIED) from error
             if wait is None:
                 reason = reason_of(error)
-                raise ReachError(
+                raise StorageUnavailableError(
                     f"{shown}: cannot be read now ({reason}); once disk, network and credentials are well again, the same command goes on"
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-class PatientFile(io.RawIOBase):
+class RetryingFile(io.RawIOBase):
     """An open file whose reads are tried again; places are checked here, so that a read which fails is never the content's fault.
 
     file: can be read and can seek. size: its bytes.
@@ -92,7 +94,7 @@ class PatientFile(io.RawIOBase):
         left = left if size is None or size < 0 else min(size, left)
         parts = []
         while left:
-            parts.append(patiently(partial(self._part, left), self.shown, lambda error: ""))  # it was opened: a refusal is of the way
+            parts.append(with_retries(partial(self._part, left), self.shown, lambda error: ""))  # it was opened: a refusal is of the way
             self.place += len(parts[-1])
             left -= len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)

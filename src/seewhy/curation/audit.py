@@ -1,4 +1,4 @@
-"""Pictures -> Audit: near-duplicates, what they leak and what that is worth, label issues, image issues."""
+"""Images -> Audit: near-duplicates, what they leak and what that is worth, label issues, image issues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seewhy.core.progress import progress
 from seewhy.curation.grouping import MANY
 from seewhy.curation.image_issues import find_image_issues
 from seewhy.curation.label_issues import ISSUE_LOG_ODDS, LabelIssues, fit_lda, out_of_fold, rank_label_issues
-from seewhy.curation.near_duplicates import NearPairs, group_numbers, near_pairs
+from seewhy.curation.near_duplicates import NearPairs, label_groups, near_pairs
 from seewhy.curation.split import split_images
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import SplitError, require
@@ -28,8 +28,8 @@ Indices = npt.NDArray[np.int64]
 class Leak:
     """What splitting at random, with equal files alone kept together, does to a test accuracy; one entry a seed, 0..1 each.
 
-    leaked: share of test pictures with a near-duplicate in train. plain, grouped: test accuracy of the same classifier under that
-    split and under one that keeps near-duplicates together. on_leaked, on_others: the former's, on the leaked and the other pictures.
+    leaked: share of test images with a near-duplicate in train. plain, grouped: test accuracy of the same classifier under that
+    split and under one that keeps near-duplicates together. on_leaked, on_others: the former's, on the leaked and the other images.
     """
 
     leaked: tuple[float, ...]
@@ -41,7 +41,7 @@ class Leak:
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What is worth knowing of N labelled pictures before they are trained on.
+    """What is worth knowing of N labelled images before they are trained on.
 
     near, groups: near-duplicates, and (N,) a number a group of them. leak: None where some class is too small to divide.
     log_probs: (N, C) out of fold. label_issues: labels, the least believable first. image_issues: as `find_image_issues`.
@@ -64,7 +64,7 @@ class Audit:
 
     @property
     def asked(self) -> npt.NDArray[np.bool_]:
-        """(N,) which pictures were judged by a classifier that knows their class."""
+        """(N,) which images were judged by a classifier that knows their class."""
         own: npt.NDArray[np.bool_] = np.isfinite(self.log_probs[np.arange(len(self.images)), self.images.labels])
         return own
 
@@ -85,12 +85,12 @@ class Audit:
         )
 
     def groups_table(self) -> pd.DataFrame:
-        """A row a picture, path below the dataset's folder and group: what `--group-by` takes, to be mended by hand."""
+        """A row an image, path below the dataset's folder and group: what `--group-by` takes, to be mended by hand."""
         names = [path.relative_to(self.images.root).as_posix() for path in self.images.paths]
         return pd.DataFrame({"path": names, "group": self.groups})
 
     def labels_table(self) -> pd.DataFrame:
-        """A row a picture, the least believable label first: path, label, suggested, prob_label, prob_suggested, log_odds."""
+        """A row an image, the least believable label first: path, label, suggested, prob_label, prob_suggested, log_odds."""
         order, names = self.label_issues.order, np.array(self.images.classes)
         own = self.images.labels[order]
         return pd.DataFrame(
@@ -105,11 +105,11 @@ class Audit:
         )
 
     def confusions_table(self) -> pd.DataFrame:
-        """A row a pair of classes, the commonest first: label, predicted (out of fold), pictures."""
+        """A row a pair of classes, the commonest first: label, predicted (out of fold), images."""
         predicted, names = self.log_probs.argmax(axis=1), np.array(self.images.classes)
         wrong = (predicted != self.images.labels) & self.asked
         table = pd.DataFrame({"label": names[self.images.labels[wrong]], "predicted": names[predicted[wrong]]})
-        return table.value_counts().rename("pictures").reset_index()
+        return table.value_counts().rename("images").reset_index()
 
     def summary(self) -> dict[str, Any]:
         """The counts, JSON-ready."""
@@ -117,12 +117,12 @@ class Audit:
         right = (self.log_probs.argmax(axis=1) == self.images.labels)[self.asked]
         by_class = pd.Series(np.array(self.images.classes)[self.images.labels[self.near.pairs[:, 0]]]).value_counts()
         counts: dict[str, Any] = {
-            "pictures": len(self.images),
+            "images": len(self.images),
             "classes": len(self.images.classes),
             "pairs": {kind: int((self.near.kinds == kind).sum()) for kind in ("exact", "hash", "features")},
             "pairs_across_labels": int(self.across.sum()),
             "groups": int((sizes > 1).sum()),
-            "grouped_pictures": int(sizes[sizes > 1].sum()),
+            "grouped_images": int(sizes[sizes > 1].sum()),
             "largest_group": int(sizes.max()),
             "pairs_by_class": {str(name): int(count) for name, count in by_class.head(10).items()},
             "out_of_fold_accuracy": float(right.mean()) if len(right) else None,
@@ -137,11 +137,11 @@ class Audit:
 
 
 def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audit:
-    """Looks through labelled pictures; all that needs a network uses the one that comes with the package."""
+    """Looks through labelled images; all that needs a network uses the one that comes with the package."""
     require("audit", "seewhy audit", "cleanvision")
     vectors = embed(images, workers=workers)
     near = near_pairs(images, vectors if len(images) <= MANY else None)
-    groups = group_numbers(len(images), near.pairs)
+    groups = label_groups(len(images), near.pairs)
     with progress("auditing", 3) as advance:
         leak = measure_leak(images, vectors, groups, seeds)
         advance(1)

@@ -10,29 +10,29 @@ import numpy.typing as npt
 import pandas as pd
 
 from seewhy.core import distributed
-from seewhy.curation.near_duplicates import group_numbers, near_pairs
+from seewhy.curation.near_duplicates import label_groups, near_pairs
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import ConfigError, reason_of
 from seewhy.models.features import embed
 
-MANY = 50_000  # pictures up to which features are computed to find near-duplicates
+MANY = 50_000  # images up to which features are computed to find near-duplicates
 Groups = npt.NDArray[np.int64]
 
 
-def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, keep: bool = True) -> Groups | None:
-    """(N,) a number a group of pictures that must stay in one part of a split; None where only equal bytes count.
+def group_images(images: ImageSet, how: str = "duplicates", workers: int = 2, keep: bool = True) -> Groups | None:
+    """(N,) a number a group of images that must stay in one part of a split; None where only equal bytes count.
 
-    how: 'duplicates' (by bytes, perceptual hash and features; by hash alone for more than MANY pictures, whose features would take
+    how: 'duplicates' (by bytes, perceptual hash and features; by hash alone for more than MANY images, whose features would take
     longer than the training), 'exact', the path of a .csv with columns path and group, or a regular
     expression over the path below the dataset's folder: what its first group (else the whole match) says is the group.
     keep: whether features that are computed for this stay in the cache.
-    Raises ConfigError for a table or pattern that leaves a picture out.
+    Raises ConfigError for a table or pattern that leaves an image out.
     """
     if how == "exact":
         return None
     if how == "duplicates":
         vectors = embed(images, workers=workers, keep=keep) if len(images) <= MANY else None
-        numbers = group_numbers(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
+        numbers = label_groups(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
         shared: Groups = distributed.broadcast(numbers)
         return shared
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
@@ -52,11 +52,11 @@ def _from_table(file: Path, names: list[str]) -> list[str]:
     group_of = {path.removeprefix("./"): group for path, group in zip(table["path"], table["group"], strict=True)}
     if missing := [name for name in names if name not in group_of]:
         raise ConfigError(
-            f"{file}: {len(missing)} of {len(names)} pictures are not in it, {missing[0]!r} for one; "
+            f"{file}: {len(missing)} of {len(names)} images are not in it, {missing[0]!r} for one; "
             "name each by its path below the dataset's folder"
         )
     if blank := [name for name in names if not group_of[name].strip()]:
-        raise ConfigError(f"{file}: {len(blank)} pictures have no group, {blank[0]!r} for one; give each of them one, alone or with others")
+        raise ConfigError(f"{file}: {len(blank)} images have no group, {blank[0]!r} for one; give each of them one, alone or with others")
     return [group_of[name] for name in names]
 
 

@@ -27,11 +27,11 @@ KINDS = {
 }
 
 
-class Pictures:
-    """What cleanvision opens a path with: a file, or a picture in a shard."""
+class Images:
+    """What cleanvision opens a path with: a file, or an image in a shard."""
 
     def open(self, path: str | Path, mode: str = "rb") -> BinaryIO:
-        """The picture's file, or its bytes as one."""
+        """The image's file, or its bytes as one."""
         return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
@@ -39,7 +39,7 @@ class Pictures:
 def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
-    Grey pictures with transparency are passed over: cleanvision 0.3 cannot take them.
+    Grey images with transparency are passed over: cleanvision 0.3 cannot take them.
     'odd size' is far from the median of the set; 'odd aspect ratio' a side more than about three times the other.
     """
     from cleanvision import Imagelab  # slow to import
@@ -48,7 +48,7 @@ def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
 
     with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         lab = Imagelab(filepaths=[str(path) for path in paths])
-        lab._dataset.fs = Pictures()  # type: ignore[attr-defined]  # what its list of files is opened with
+        lab._dataset.fs = Images()  # type: ignore[attr-defined]  # what its list of files is opened with
         # With more jobs it forks, in a process with threads, and waits for ever where the caller handles SIGTERM without ending.
         lab.find_issues({name: {} for name in KINDS}, n_jobs=1, verbose=False)
     rows = []
@@ -61,5 +61,5 @@ def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
 
 def _has_two_bands(path: Path) -> bool:
     """Grey or palette with transparency, which cleanvision 0.3 cannot take."""
-    with Pictures().open(path) as file, Image.open(file) as image:
+    with Images().open(path) as file, Image.open(file) as image:
         return image.mode in ("LA", "La", "PA")

@@ -37,7 +37,7 @@ def log_probabilities(model: LinearDiscriminantAnalysis, vectors: npt.NDArray[np
 
 
 def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels, folds: int = FOLDS, seed: int = 0) -> LogProbs:
-    """(N, K) features, (N,) labels and groups -> (N, C) log-probabilities of each picture by a classifier that saw none of its group.
+    """(N, K) features, (N,) labels and groups -> (N, C) log-probabilities of each image by a classifier that saw none of its group.
 
     The classifier is a linear discriminant: one wrong label among many moves a class's mean but little. A class that is missing from a
     fold's training part has -inf there.
@@ -50,7 +50,7 @@ def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # then some folds do not ask about it
         for train, rest in splitter.split(vectors, labels, groups):
-            if not 1 < len(np.unique(labels[train])) < len(train):  # too few pictures for a covariance
+            if not 1 < len(np.unique(labels[train])) < len(train):  # too few images for a covariance
                 continue
             model = fit_lda(vectors[train], labels[train])
             log_probs[np.ix_(rest, model.classes_)] = log_probabilities(model, vectors[rest])
@@ -59,9 +59,9 @@ def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels
 
 @dataclass(frozen=True, eq=False)
 class LabelIssues:
-    """The labels of N pictures, the least believable first.
+    """The labels of N images, the least believable first.
 
-    order: (N,) pictures. log_odds: (N,) of the label against the likeliest other class, in nats and in this order; negative where the
+    order: (N,) images. log_odds: (N,) of the label against the likeliest other class, in nats and in this order; negative where the
     other is likelier, infinite where nobody who knows the class was asked. suggested: (N,) that other class, in this order.
     """
 
@@ -74,7 +74,7 @@ def rank_label_issues(labels: Labels, log_probs: LogProbs) -> LabelIssues:
     """Ranks by the log-odds of the label; log_probs must be out of fold.
 
     Confident learning ranks by the margin of probabilities (Northcutt 2021, arXiv:1911.00068), which saturates: a classifier that is
-    sure gives most wrong labels, and many hard pictures, the same margin of -1. Of 5% flipped labels of Caltech-101 the first 5% by
+    sure gives most wrong labels, and many hard images, the same margin of -1. Of 5% flipped labels of Caltech-101 the first 5% by
     log-odds hold more (benchmarks/trust.py).
     """
     own = log_probs[np.arange(len(labels)), labels]

@@ -1,4 +1,4 @@
-"""Pictures -> groups that show the same thing: equal bytes, near perceptual hashes, or near features of a network."""
+"""Images -> groups that show the same thing: equal bytes, near perceptual hashes, or near features of a network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scipy.sparse.csgraph import connected_components
 from seewhy.data.image_set import ImageSet
 
 # How near is a near-duplicate? `seewhy audit` shows pairs at each limit.
-COSINE_ALONE = 0.9  # of centred features: also mirrored, cropped and recoloured pictures
-# Bits of 64 in which perceptual hashes differ at most -> cosine that confirms them. Features change with the grain of a picture, which
+COSINE_ALONE = 0.9  # of centred features: also mirrored, cropped and recoloured images
+# Bits of 64 in which perceptual hashes differ at most -> cosine that confirms them. Features change with the grain of an image, which
 # a smaller copy has lost; its hash stays. Hashes of motorbikes on white agree in many bits; their features tell them apart.
-CONFIRMED = {2: 0.7, 10: 0.85}
+HASH_COSINE_LIMITS = {2: 0.7, 10: 0.85}
 HASH_ALONE = 2  # bits, where there are no features
-PRIOR = 100  # pictures that the centre of features is worth before any is seen
+PRIOR = 100  # images that the centre of features is worth before any is seen
 BLOCK = 2048  # rows compared at a time
 KINDS = ("exact", "hash", "features")  # the nearest first
 
@@ -28,7 +28,7 @@ Pairs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class NearPairs:
-    """P pairs of pictures that show the same thing, the nearest kind of each pair.
+    """P pairs of images that show the same thing, the nearest kind of each pair.
 
     pairs: (P, 2) int64 positions, the smaller first. kinds: (P,) 'exact', 'hash' or 'features'.
     distances: (P,) bits in which the perceptual hashes differ, 0..64. cosines: (P,) of the centred features, nan where none were compared.
@@ -56,25 +56,25 @@ def digests(hashes: Sequence[str]) -> npt.NDArray[np.bytes_]:
 def hash_pairs(phashes: npt.NDArray[np.uint64], most: int = HASH_ALONE) -> Pairs:
     """(P, 2) pairs whose hashes differ in at most `most` bits.
 
-    Up to BLOCK * 10 pictures every pair is compared. Of more, those that agree in a whole band of bits: where at most `most` bits differ,
+    Up to BLOCK * 10 images every pair is compared. Of more, those that agree in a whole band of bits: where at most `most` bits differ,
     one of `most` + 1 bands has none of them. Equal hashes are then joined in a chain, and one of them compared with the others: the
     same groups from fewer pairs.
-    Of a picture's hash half of the bits are set, but hardly one where it is of one colour; such pictures are left out.
+    Of an image's hash half of the bits are set, but hardly one where it is of one colour; such images are left out.
     """
     bits = np.bitwise_count(phashes)
     told = np.flatnonzero(bits >= 8)
     hashes = phashes[told]
     if len(told) > 10 * BLOCK:
         unique, first = np.unique(hashes, return_index=True)
-        pairs: Pairs = told[np.sort(np.concatenate([chain(hashes), first[_banded(unique, most)]]), axis=1)]
+        pairs: Pairs = told[np.sort(np.concatenate([chain(hashes), first[_lsh_pairs(unique, most)]]), axis=1)]
         return pairs
     return told[_near(len(told), _alike(hashes, most))]
 
 
 def centred(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(N, K) features less their centre: the set's mean, drawn towards the same number in all K places where pictures are few.
+    """(N, K) features less their centre: the set's mean, drawn towards the same number in all K places where images are few.
 
-    What all pictures of a set have in common says nothing of a pair; without this, all radiographs would be near-duplicates.
+    What all images of a set have in common says nothing of a pair; without this, all radiographs would be near-duplicates.
     """
     count = len(features)
     centre = (PRIOR * features.mean() + count * features.mean(axis=0)) / (PRIOR + count)
@@ -83,7 +83,7 @@ def centred(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def feature_pairs(features: npt.NDArray[np.float32], least: float = COSINE_ALONE) -> Pairs:
-    """(N, K) centred features -> (P, 2) pairs of cosine at least `least`. N² K operations: 1 s for 10,000 pictures, minutes for 100,000."""
+    """(N, K) centred features -> (P, 2) pairs of cosine at least `least`. N² K operations: 1 s for 10,000 images, minutes for 100,000."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return _near(len(unit), lambda a, b: unit[a] @ unit[b].T >= least)
 
@@ -96,15 +96,15 @@ def cosines_of(features: npt.NDArray[np.float32], pairs: Pairs) -> npt.NDArray[n
 
 
 def near_pairs(images: ImageSet, vectors: npt.NDArray[np.float32] | None = None) -> NearPairs:
-    """Every pair of pictures that shows the same thing, by bytes, perceptual hash and, where given, features (N, K) of a network."""
+    """Every pair of images that shows the same thing, by bytes, perceptual hash and, where given, features (N, K) of a network."""
     exact = exact_pairs(images)
     if vectors is None:
         near, alike = hash_pairs(images.phashes, HASH_ALONE), np.empty((0, 2), dtype=np.int64)
     else:
         vectors = centred(vectors)
-        near, alike = hash_pairs(images.phashes, max(CONFIRMED)), feature_pairs(vectors)
+        near, alike = hash_pairs(images.phashes, max(HASH_COSINE_LIMITS)), feature_pairs(vectors)
         distances, cosines = _distances(images, near), cosines_of(vectors, near)
-        near = near[np.any([(distances <= bits) & (cosines >= least) for bits, least in CONFIRMED.items()], axis=0)]
+        near = near[np.any([(distances <= bits) & (cosines >= least) for bits, least in HASH_COSINE_LIMITS.items()], axis=0)]
     stacked = np.concatenate([exact, near, alike])
     kinds = np.repeat(np.array(KINDS), [len(exact), len(near), len(alike)])
     pairs, first = np.unique(stacked, axis=0, return_index=True)  # the first of equal ones: the nearest kind
@@ -117,8 +117,8 @@ def _distances(images: ImageSet, pairs: Pairs) -> npt.NDArray[np.int64]:
     return bits
 
 
-def group_numbers(n: int, pairs: Pairs) -> npt.NDArray[np.int64]:
-    """(N,) the smallest picture of each one's group: pictures joined by pairs, and by pairs of pairs."""
+def label_groups(n: int, pairs: Pairs) -> npt.NDArray[np.int64]:
+    """(N,) the smallest image of each one's group: images joined by pairs, and by pairs of pairs."""
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     _, labels = connected_components(links, directed=False)
     _, first, places = np.unique(labels, return_index=True, return_inverse=True)
@@ -142,7 +142,7 @@ def _alike(hashes: npt.NDArray[np.uint64], most: int) -> Blocks:
     return lambda a, b: np.bitwise_count(hashes[a, None] ^ hashes[b]) <= most
 
 
-def _banded(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
+def _lsh_pairs(hashes: npt.NDArray[np.uint64], most: int) -> Pairs:
     """(P, 2) pairs i < j that differ in at most `most` bits, looked for among hashes that are equal in one band of bits."""
     found = [np.empty((0, 2), dtype=np.int64)]
     edges = np.linspace(0, 64, most + 2).astype(int)

@@ -1,4 +1,4 @@
-"""ImageSet -> Split: seeded, stratified by class, pictures of a group kept in one part."""
+"""ImageSet -> Split: seeded, stratified by class, images of a group kept in one part."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.curation.near_duplicates import chain, digests, exact_pairs, group_numbers
+from seewhy.curation.near_duplicates import chain, digests, exact_pairs, label_groups
 from seewhy.data.image_set import ImageSet, digest_of_lines
 from seewhy.errors import SplitError
 
 PARTS = ("train", "val", "test")
 PROTOCOLS = ("ratio", "caltech30")
 TRAIN = PARTS.index("train")
-NOWHERE = len(PARTS)  # the part of a picture to which none is given
-CALTECH30_TRAIN = 30  # pictures a class of the protocol; 3 of them are kept for validation
+NOWHERE = len(PARTS)  # the part of an image to which none is given
+CALTECH30_TRAIN = 30  # images a class of the protocol; 3 of them are kept for validation
 CALTECH30_VAL = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which picture is used for what.
+    """Which image is used for what.
 
     protocol: how it was made ('ratio', 'caltech30', 'folders', or 'file').
     train, val, test: int64 indices into the ImageSet, sorted, disjoint.
-    groups: (N,) a number a group of the ImageSet's pictures; no group lies in two parts but those of the classes in `torn`.
+    groups: (N,) a number a group of the ImageSet's images; no group lies in two parts but those of the classes in `torn`.
     torn: classes with too few groups to have one in each part; only their exact duplicates were kept together.
     """
 
@@ -47,7 +47,7 @@ class Split:
         return indices
 
     def write(self, file: Path, images: ImageSet) -> None:
-        """`split.json`: the split by picture hash, independent of paths and order."""
+        """`split.json`: the split by image hash, independent of paths and order."""
         record = {
             "protocol": self.protocol,
             "seed": self.seed,
@@ -61,23 +61,23 @@ class Split:
             out.write("\n")
 
     def _hashes(self, images: ImageSet, name: str) -> list[str]:
-        """Those of a part's pictures, sorted."""
+        """Those of a part's images, sorted."""
         return sorted(images.hashes[i] for i in self.part(name))
 
     def _groups_by_hash(self, images: ImageSet) -> list[list[str]]:
-        """The groups of more than one picture content, each sorted, in the order of their first hashes."""
+        """The groups of more than one image content, each sorted, in the order of their first hashes."""
         groups: dict[int, set[str]] = {}
         for i in np.flatnonzero(np.bincount(self.groups)[self.groups] > 1).tolist():
             groups.setdefault(int(self.groups[i]), set()).add(images.hashes[i])
         return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
     def hash(self, images: ImageSet) -> str:
-        """sha256 over which picture is in which part."""
+        """sha256 over which image is in which part."""
         return digest_of_lines(f"{name} {sha256}" for name in sorted(PARTS) for sha256 in self._hashes(images, name))
 
 
-def leaked_pictures(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Test pictures that share a group with a training picture: what parts given by folders, or torn classes, let through."""
+def leaked_images(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Test images that share a group with a training image: what parts given by folders, or torn classes, let through."""
     return split.test[np.isin(groups[split.test], groups[split.train])]
 
 
@@ -92,15 +92,15 @@ def split_images(
 ) -> Split:
     """Divides each class at random, whole groups at a time.
 
-    groups: (N,) a number a group of pictures that show the same; exact duplicates belong together in any case. None: these alone.
+    groups: (N,) a number a group of images that show the same; exact duplicates belong together in any case. None: these alone.
     A group of several classes is dealt with the one that most of it belongs to.
     tear: what to do with a class of too few groups, or with one that holds over half of it: divide it all the same, keeping equal files
     alone together (and name it in `torn`), or raise SplitError, which is right where groups were named and not guessed.
 
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
-    caltech30: 27 train + 3 val pictures of each class, the rest test.
+    caltech30: 27 train + 3 val images of each class, the rest test.
     Parts that the folders already give are kept; missing ones are cut out of train.
-    Raises SplitError for an unknown protocol, and where a class has too few different pictures.
+    Raises SplitError for an unknown protocol, and where a class has too few different images.
     """
     if protocol not in PROTOCOLS:
         raise SplitError(f"unknown protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
@@ -108,16 +108,16 @@ def split_images(
     parts = _given_parts(images)
     given = {PARTS[part] for part in np.unique(parts).tolist() if part < NOWHERE}
     twins = exact_pairs(images)
-    exact = joined = group_numbers(len(images), twins)
+    exact = joined = label_groups(len(images), twins)
     if groups is not None:
-        if given:  # what the folders divide stays divided; `leaked_pictures` counts what that lets through
+        if given:  # what the folders divide stays divided; `leaked_images` counts what that lets through
             groups = groups * len(PARTS) + parts
-        joined = group_numbers(len(images), np.concatenate([twins, chain(groups)]))
+        joined = label_groups(len(images), np.concatenate([twins, chain(groups)]))
     joined, torn = _torn_apart(images, joined, exact, parts if given else None)
     if torn and not tear:
         raise SplitError(
-            f"class {torn[0]!r} has too few groups, or one with over half of its pictures, to keep groups in one part each; "
-            "add pictures of other groups, merge classes, or use --group-by duplicates or exact"
+            f"class {torn[0]!r} has too few groups, or one with over half of its images, to keep groups in one part each; "
+            "add images of other groups, merge classes, or use --group-by duplicates or exact"
         )
     dealt = _order_groups(images, joined)
     where = np.empty(len(dealt), dtype=np.uint8)  # the part of each group, by its place in PARTS
@@ -141,16 +141,16 @@ def split_images(
 
 
 def _given_parts(images: ImageSet) -> npt.NDArray[np.uint8]:
-    """(N,) the part in which each picture lies, as its place in PARTS, else NOWHERE."""
+    """(N,) the part in which each image lies, as its place in PARTS, else NOWHERE."""
     return np.array([PARTS.index(part) if part else NOWHERE for part in images.parts], dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """G groups of N pictures, each with the class it is dealt with: the commonest among its pictures.
+    """G groups of N images, each with the class it is dealt with: the commonest among its images.
 
-    In the order of their first picture by content, so that neither paths nor file order decide.
-    members: (N,) pictures, group after group, ascending in each. begins, sizes: (G,) where they lie in `members`. labels: (G,).
+    In the order of their first image by content, so that neither paths nor file order decide.
+    members: (N,) images, group after group, ascending in each. begins, sizes: (G,) where they lie in `members`. labels: (G,).
     """
 
     members: npt.NDArray[np.int64]
@@ -163,11 +163,11 @@ class _Groups:
         return len(self.sizes)
 
     def of(self, group: int) -> npt.NDArray[np.int64]:
-        """Its pictures, ascending."""
+        """Its images, ascending."""
         return self.members[self.begins[group] :][: self.sizes[group]]
 
     def first_of(self, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The smallest picture of each."""
+        """The smallest image of each."""
         found: npt.NDArray[np.int64] = self.members[self.begins[groups]]
         return found
 
@@ -184,12 +184,12 @@ class _Groups:
         return found
 
     def count(self, groups: npt.NDArray[np.int64]) -> int:
-        """Of their pictures."""
+        """Of their images."""
         return int(self.sizes[groups].sum())
 
 
 def _order_groups(images: ImageSet, joined: npt.NDArray[np.int64]) -> _Groups:
-    """joined: (N,) the smallest picture of each one's group."""
+    """joined: (N,) the smallest image of each one's group."""
     rank = np.empty(len(images), dtype=np.int64)
     rank[np.argsort(digests(images.hashes), kind="stable")] = np.arange(len(images))
     first = np.full(len(images), len(images))
@@ -219,7 +219,7 @@ def _torn_apart(
             label
             for label, pool in enumerate(pools)
             if label not in torn
-            # A class whose pictures all lie in groups of other classes is starved by them.
+            # A class whose images all lie in groups of other classes is starved by them.
             and (len(pool) < parts or (dealt.sizes[pool].max() > 1 and 2 * dealt.sizes[pool].max() > dealt.count(pool)))
             and np.any(np.isin(joined, joined[images.labels == label]) & (joined != exact))
         }
@@ -251,28 +251,28 @@ def _take_given(
         found = {PARTS[part] for part in parts[dealt.of(group)].tolist()}
         if len(found) > 1:
             shown = ", ".join(str(images.paths[i]) for i in dealt.of(group)[:3])
-            raise SplitError(f"the same picture lies in {' and '.join(sorted(found))} ({shown}); remove all but one")
+            raise SplitError(f"the same image lies in {' and '.join(sorted(found))} ({shown}); remove all but one")
     where[own] = parts[dealt.first_of(own)]
     missing = sorted(part for part in given if not np.any(where[own] == PARTS.index(part)))
     if missing:
-        raise SplitError(f"class {name!r} has no picture in the {missing[0]} folder; add some, or remove the class from the others")
+        raise SplitError(f"class {name!r} has no image in the {missing[0]} folder; add some, or remove the class from the others")
 
 
 def _check_enough(name: str, n: int, wanted: dict[str, int], protocol: str) -> None:
-    """At least one picture in each part, counting duplicates once. n: groups."""
+    """At least one image in each part, counting duplicates once. n: groups."""
     if n >= len(wanted) and min(wanted.values()) >= 1:
         return
-    noun = "picture" if n == 1 else "different pictures"
+    noun = "image" if n == 1 else "different images"
     if protocol == "caltech30":
         raise SplitError(f"class {name!r} has {n} {noun}; caltech30 needs at least {CALTECH30_TRAIN + 1}: use --protocol ratio")
     raise SplitError(
         f"class {name!r} has {n} {noun}, too few for one in each of {', '.join(p for p in PARTS if p in wanted)}; "
-        f"add pictures (at least {len(wanted)}) or remove the class"
+        f"add images (at least {len(wanted)}) or remove the class"
     )
 
 
 def _deal(sizes: npt.NDArray[np.int64], wanted: dict[str, int]) -> npt.NDArray[np.uint8]:
-    """(G,) pictures of each group -> (G,) its part, as a place in PARTS.
+    """(G,) images of each group -> (G,) its part, as a place in PARTS.
 
     Whole groups to the first part that has room for them (test, val, train); train takes what is over.
     In the order they come, large or small, so that each part has its share of either; but every part gets a group before any gets
@@ -296,9 +296,9 @@ def _deal(sizes: npt.NDArray[np.int64], wanted: dict[str, int]) -> npt.NDArray[n
 
 
 def read_split(path: Path, images: ImageSet) -> Split:
-    """The split of a run folder or `split.json`, applied to these pictures by their content.
+    """The split of a run folder or `split.json`, applied to these images by their content.
 
-    Raises SplitError if a picture is in none of its parts, or a part is left empty.
+    Raises SplitError if an image is in none of its parts, or a part is left empty.
     """
     file = path / "split.json" if path.is_dir() else path
     try:
@@ -314,14 +314,14 @@ def read_split(path: Path, images: ImageSet) -> Split:
     unknown = np.flatnonzero(parts == NOWHERE)
     if len(unknown):
         raise SplitError(
-            f"{file}: {len(unknown)} of {len(images)} pictures are not in this split, {images.paths[unknown[0]]} for one; "
+            f"{file}: {len(unknown)} of {len(images)} images are not in this split, {images.paths[unknown[0]]} for one; "
             "use the data it was made for, or leave out --split-from"
         )
     train, val, test = indices = [np.flatnonzero(parts == part) for part in range(len(PARTS))]
     for name, found in zip(PARTS, indices, strict=True):
         if not len(found):
-            raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
+            raise SplitError(f"{file}: no image of its {name} part is in the data; leave out --split-from")
     groups = np.array([group_of.get(sha256, -1) for sha256 in images.hashes])
     inside = np.flatnonzero(groups >= 0)
     pairs = np.concatenate([exact_pairs(images), inside[chain(groups[inside])]])
-    return Split(protocol, seed, train, val, test, group_numbers(len(images), pairs), torn)
+    return Split(protocol, seed, train, val, test, label_groups(len(images), pairs), torn)

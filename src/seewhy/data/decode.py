@@ -1,4 +1,4 @@
-"""Bytes of a picture file -> an upright RGB picture, or the reason why not; under 1 GB whatever comes."""
+"""Bytes of an image file -> an upright RGB image, or the reason why not; under 1 GB whatever comes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seewhy.errors import ImageError, reason_of
 
 MAX_PIXELS = 80_000_000  # refused before decoding; more would take over 1 GB of memory on the way to RGB (benchmarks/torture.py)
 FORMAT_PIXELS = {"JPEG": 110_000_000, "WEBP": 50_000_000}  # JPEGs are decoded at a smaller scale, WebP's decoder keeps three copies
-LARGE = 16_000_000  # pixels from which pictures are decoded one at a time, and JPEGs at the scale that LARGE_SIDE needs
+LARGE = 16_000_000  # pixels from which images are decoded one at a time, and JPEGs at the scale that LARGE_SIDE needs
 LARGE_SIDE = 2048
 MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more: some start other programs, some grow when loaded
@@ -30,14 +30,14 @@ _ONE_LARGE = threading.Lock()
 
 
 def decode(data: bytes, enough: int | None = None, most: int | None = None) -> Image.Image:
-    """Bytes of an image file -> upright RGB picture; ValueError with the reason if that cannot be.
+    """Bytes of an image file -> upright RGB image; ValueError with the reason if that cannot be.
 
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
     enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
-    transform), to at least that many pixels a side: a camera's photo in a fraction of the time. Pictures of over LARGE pixels are made
+    transform), to at least that many pixels a side: a camera's photo in a fraction of the time. Images of over LARGE pixels are made
     smaller whatever their format, by whole factors, to at least `enough` or LARGE_SIDE.
-    most: pixels that a picture may have, below the limits above.
+    most: pixels that an image may have, below the limits above.
     """
     if not data:
         raise ValueError("empty file")
@@ -69,10 +69,10 @@ def decode(data: bytes, enough: int | None = None, most: int | None = None) -> I
                 image.draft(image.mode, (enough, enough))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            picture = _to_rgb(image)
-            if large and enough is not None and (factor := min(picture.size) // enough) > 1:
-                picture = picture.reduce(factor)  # what comes next would take several times the memory of this
-            return picture
+            upright = _to_rgb(image)
+            if large and enough is not None and (factor := min(upright.size) // enough) > 1:
+                upright = upright.reduce(factor)  # what comes next would take several times the memory of this
+            return upright
     except Exception as error:  # as above
         raise ValueError(_reason(error)) from None
 
@@ -83,7 +83,7 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Strip by strip, so that a large picture is not held in several modes at once."""
+    """Strip by strip, so that a large image is not held in several modes at once."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     rows = max(1, STRIP // image.width)
@@ -106,7 +106,7 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """The content of a picture file, or of a picture in a shard; OSError where it cannot be read, or is too large for one."""
+    """The content of an image file, or of an image in a shard; OSError where it cannot be read, or is too large for one."""
     if inside := shard_of(Path(path)):
         return read_member(*inside)
     found = os.stat(path)
@@ -128,7 +128,7 @@ def read_or_reason(path: Path | str) -> bytes | str:
 
 
 def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
-    """File -> upright RGB picture; ImageError with path and reason if that cannot be. enough: see `decode`."""
+    """File -> upright RGB image; ImageError with path and reason if that cannot be. enough: see `decode`."""
     data = read_or_reason(path)
     if isinstance(data, str):
         raise ImageError(f"{path}: {data}", bad=((str(path), data),))

@@ -19,15 +19,15 @@ from seewhy.errors import DataError, ImageError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled pictures of one dataset, all of them decodable.
+    """Labelled images of one dataset, all of them decodable.
 
     paths: N files. labels: (N,) int64 indices into `classes`. hashes: N sha256 of the file contents.
     phashes: (N,) uint64 perceptual hashes. sizes: (N, 2) int64 width and height in pixels. grey: (N,) whether without colours.
     parts: N names ('train', 'val', 'test') where the dataset comes divided, else ''.
     masks: N files with the object's mask (white on black), or None where there is none.
-    bad: (path, reason) of pictures left out.
+    bad: (path, reason) of images left out.
 
-    paths and hashes of a million pictures are columns (`columns.py`), which make their values when asked.
+    paths and hashes of a million images are columns (`columns.py`), which make their values when asked.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ImageSet:
 
     @property
     def content_hash(self) -> str:
-        """sha256 over the sorted (picture, class) pairs: equal for equal data, wherever it lies."""
+        """sha256 over the sorted (image, class) pairs: equal for equal data, wherever it lies."""
         return digest_of_lines(sorted(f"{sha256} {self.classes[label]}" for sha256, label in zip(self.hashes, self.labels, strict=True)))
 
 
@@ -65,7 +65,7 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     """Dataset name or folder -> ImageSet.
 
     Raises DataError for what cannot be a dataset, ImageError with the list of unusable
-    pictures unless `skip_bad`.
+    images unless `skip_bad`.
     """
     listing = list_data(data, data_root)
     if distributed.world_size() > 1:  # each process checks its shard, and finds in the record what the others have checked
@@ -80,7 +80,7 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     classes = tuple(sorted({listing.class_names[i] for i in keep}))
     emptied = sorted(set(listing.class_names) - set(classes))
     if emptied:
-        raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable picture; add some or remove its folder")
+        raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable image; add some or remove its folder")
     index = {name: number for number, name in enumerate(classes)}
     return ImageSet(
         name=listing.name,
@@ -99,7 +99,7 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
 
 
 def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:
-    """(hash, paths) of pictures that occur with the same content under different classes."""
+    """(hash, paths) of images that occur with the same content under different classes."""
     members: dict[str, list[int]] = {}
     for i, sha256 in enumerate(images.hashes):
         members.setdefault(sha256, []).append(i)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from seewhy.core.cache import cache_dir
 from seewhy.data.columns import Paths
-from seewhy.data.shard_index import PART_NAMES, PICTURES
+from seewhy.data.shard_index import IMAGES, PART_NAMES
 from seewhy.data.shards import SOUGHT, find_shards, is_shard, members, shard_of, shards_in
 from seewhy.errors import DataError, reason_of
 
@@ -30,18 +30,18 @@ class Listing:
     masks: Sequence[Path | None]
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
-    return list(map(Path, _pictures_in(folder)))
+    return list(map(Path, _images_in(folder)))
 
 
-def _pictures_in(folder: Path) -> list[str]:
+def _images_in(folder: Path) -> list[str]:
     """The same as text, sorted as paths are: level by level."""
     found: list[str] = []
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in PICTURES)
-        found += (os.path.join(directory, name) for name in pictures)
+        images = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in IMAGES)
+        found += (os.path.join(directory, name) for name in images)
     found.sort(key=lambda text: os.path.normcase(text).replace(os.sep, "\0"))  # which comes before all that a name may hold
     for text in found:
         check_name(text)
@@ -59,10 +59,10 @@ def check_name(text: str) -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """`root/class/picture`, or `root/{train,val,test}/class/picture`."""
+    """`root/class/image`, or `root/{train,val,test}/class/image`."""
     if not root.is_dir():
         if root.exists():
-            raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of pictures for each class, a .tar or a .parquet")
+            raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of images for each class, a .tar or a .parquet")
         near = difflib.get_close_matches(str(root), DATASETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise DataError(f"{root}: no such folder or dataset{hint}; known datasets: {', '.join(DATASETS)}")
@@ -77,20 +77,20 @@ def list_folder(root: Path) -> Listing:
     parts: list[str] = []
     for part_folder, part in part_folders.items():
         for class_folder in _subfolders(part_folder):
-            pictures = _pictures_in(class_folder)
-            if not pictures:
-                raise DataError(f"{class_folder}: no pictures in this class folder; add some or remove it")
+            images = _images_in(class_folder)
+            if not images:
+                raise DataError(f"{class_folder}: no images in this class folder; add some or remove it")
             start = len(str(class_folder)) - len(str(class_folder.relative_to(root)))
-            paths += (picture[start:] for picture in pictures)
-            class_names += [class_folder.name] * len(pictures)
-            parts += [part] * len(pictures)
+            paths += (image[start:] for image in images)
+            class_names += [class_folder.name] * len(images)
+            parts += [part] * len(images)
     return _listing(root, paths, class_names, parts)
 
 
 def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
-    """The pictures of shards, each with the part that it belongs to ('' where not divided); every picture needs a label."""
-    if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_pictures(path)), None)):
-        raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of pictures ({mixed.name}); keep them apart")
+    """The images of shards, each with the part that it belongs to ('' where not divided); every image needs a label."""
+    if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_images(path)), None)):
+        raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of images ({mixed.name}); keep them apart")
     paths: list[str] = []
     class_names: list[str] = []
     parts: list[str] = []
@@ -104,7 +104,7 @@ def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
             class_names.append(member.label)
             parts.append(part)
     if not paths:
-        raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else 'its shards'}")
+        raise DataError(f"{root}: no images in {'it' if is_shard(root) else 'its shards'}")
     return _listing(root, paths, class_names, parts)
 
 
@@ -121,7 +121,7 @@ def _subfolders(folder: Path) -> list[Path]:
 def _check_classes(root: Path, names: Sequence[str]) -> None:
     """names: sorted."""
     if not names:
-        raise DataError(f"{root}: no class folders with pictures inside; expected {root}/CLASS/picture.jpg")
+        raise DataError(f"{root}: no class folders with images inside; expected {root}/CLASS/image.jpg")
     if len(names) == 1:
         raise DataError(f"{root}: only one class ({names[0]!r}); a classifier needs at least two class folders")
     lower: dict[str, str] = {}
@@ -152,23 +152,23 @@ def list_caltech101(data_root: str | None) -> Listing:
             f"{root}/caltech101: not as published ({error}); 101_ObjectCategories must hold the class folders, "
             "BACKGROUND_Google too, and nothing else"
         ) from error
-    pictures = Path(dataset.root) / "101_ObjectCategories"
+    images = Path(dataset.root) / "101_ObjectCategories"
     class_names = [dataset.categories[y] for y in dataset.y]
-    paths = Paths.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), pictures)
-    return Listing("caltech101", pictures, paths, class_names, [""] * len(paths), [None] * len(paths))
+    paths = Paths.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), images)
+    return Listing("caltech101", images, paths, class_names, [""] * len(paths), [None] * len(paths))
 
 
 def download_caltech101(root: Path) -> None:
     """Downloads and unpacks Caltech-101 (137 MB, MD5-checked by torchvision) into root/caltech101."""
     from torchvision.datasets import Caltech101
 
-    pictures = root / "caltech101" / "101_ObjectCategories"
-    was_there = pictures.exists()
+    images = root / "caltech101" / "101_ObjectCategories"
+    was_there = images.exists()
     try:
         Caltech101(root=str(root), download=True)
     except BaseException as error:  # Ctrl-C too: half unpacked, it would pass for the whole next time
         if not was_there:
-            shutil.rmtree(pictures, ignore_errors=True)
+            shutil.rmtree(images, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError)):
             raise
         reason = reason_of(error)
@@ -187,25 +187,25 @@ def list_scenes(data_root: str | None) -> Listing:
     from seewhy.data.synthetic import draw_scenes
 
     root = draw_scenes(cache_dir() / "scenes")
-    listing = list_folder(root / "pictures")
-    masks = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
-    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, masks)
+    listing = list_folder(root / "images")
+    masks = [(root / "masks" / path.relative_to(root / "images")).with_suffix(".png") for path in listing.paths]
+    return Listing("scenes", root / "images", listing.paths, listing.class_names, listing.parts, masks)
 
 
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
 
 
 def check_here(data: str) -> None:
-    """DataError for an address: what trains or audits reads pictures many times, and needs them on this machine."""
+    """DataError for an address: what trains or audits reads images many times, and needs them on this machine."""
     if "://" in data:
         raise DataError(
-            f"{data.partition('?')[0]}: an address, and this needs pictures on a disk of this machine; copy or mount them, and name their "
+            f"{data.partition('?')[0]}: an address, and this needs images on a disk of this machine; copy or mount them, and name their "
             "folder (predict, explain and features read addresses)"
         )
 
 
 def list_data(data: str, data_root: str | None = None) -> Listing:
-    """Dataset name, folder or shard -> its pictures, before they are looked at."""
+    """Dataset name, folder or shard -> its images, before they are looked at."""
     check_here(data)
     if data in DATASETS:
         return DATASETS[data](data_root)
@@ -213,25 +213,25 @@ def list_data(data: str, data_root: str | None = None) -> Listing:
     return list_shards(Path(data), shards) if shards else list_folder(Path(data))
 
 
-def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, each once, in the order given.
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+    """Files, shards, paths into shards, folders (with all below) and glob patterns -> images, each once, in the order given.
 
-    A folder gives the pictures in and below it, or those of the shards in it; DataError where it holds both.
+    A folder gives the images in and below it, or those of the shards in it; DataError where it holds both.
     """
-    found = list(dict.fromkeys(path for item in inputs for path in _pictures_of(item)))
+    found = list(dict.fromkeys(path for item in inputs for path in _images_of(item)))
     if not found:
-        raise DataError("no pictures given; name files, folders or patterns")
+        raise DataError("no images given; name files, folders or patterns")
     return found
 
 
-def _pictures_of(item: str | Path) -> Iterable[Path]:
+def _images_of(item: str | Path) -> Iterable[Path]:
     path = Path(item)
     if path.is_dir():
-        shards, pictures = shards_or_pictures(path)
-        if pictures:
-            return pictures
+        shards, images = shards_or_images(path)
+        if images:
+            return images
         if not any(len(members(shard)) for shard in shards):
-            raise DataError(f"{path}: no pictures in this folder")
+            raise DataError(f"{path}: no images in this folder")
         return itertools.chain(*map(_members_of, shards))
     if path.exists() or shard_of(path):
         return _members_of(path)
@@ -241,17 +241,17 @@ def _pictures_of(item: str | Path) -> Iterable[Path]:
     return itertools.chain(*map(_members_of, matches))
 
 
-def shards_or_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The shards in a folder, or the pictures in and below it; DataError where it holds both."""
-    shards, pictures = shards_in(folder), list_pictures(folder)
-    if shards and pictures:
-        raise mixed(str(folder), shards[0].name, str(pictures[0].relative_to(folder)))
-    return shards, pictures
+def shards_or_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The shards in a folder, or the images in and below it; DataError where it holds both."""
+    shards, images = shards_in(folder), list_images(folder)
+    if shards and images:
+        raise mixed(str(folder), shards[0].name, str(images[0].relative_to(folder)))
+    return shards, images
 
 
-def mixed(folder: str, shard: str, picture: str) -> DataError:
+def mixed(folder: str, shard: str, image: str) -> DataError:
     """What to raise for a folder of which only a part would be looked at."""
-    return DataError(f"{folder}: holds shards ({shard}) and pictures ({picture}); keep them apart, or name those you mean")
+    return DataError(f"{folder}: holds shards ({shard}) and images ({image}); keep them apart, or name those you mean")
 
 
 def _members_of(path: Path) -> Iterable[Path]:

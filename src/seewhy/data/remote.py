@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qsl
 
-from seewhy.core.files import whole_file
+from seewhy.core.files import atomic_write
 from seewhy.core.process_state import environment
-from seewhy.core.retry import PatientFile, own_reason, patiently
+from seewhy.core.retry import RetryingFile, permanent_failure, with_retries
 from seewhy.errors import DataError, OutputError, reason_of
 
 
@@ -153,19 +153,19 @@ def _raw(place: str) -> tuple[Any, int]:
 def open_file(place: str, ahead: int = 0) -> Iterator[BinaryIO]:
     """A file to read, seekable. ahead: bytes to read at a time, for those who go forwards in small steps; 0: what is asked for.
 
-    Raises DataError where it is no file that can be read, ReachError where the way to it fails, now or while it is read.
+    Raises DataError where it is no file that can be read, StorageUnavailableError where the way to it fails, now or while it is read.
     """
     try:
-        raw, size = patiently(partial(_raw, place), shown(place))
+        raw, size = with_retries(partial(_raw, place), shown(place))
     except OSError as error:
-        raise DataError(f"{shown(place)}: {own_reason(error)}; leave it out, or see to it that you may read it") from error
-    file = PatientFile(raw, size, shown(place))
+        raise DataError(f"{shown(place)}: {permanent_failure(error)}; leave it out, or see to it that you may read it") from error
+    file = RetryingFile(raw, size, shown(place))
     with io.BufferedReader(file, ahead) if ahead else file as opened:
         yield cast(BinaryIO, opened)
 
 
 def read_file(place: str, most: int) -> bytes:
-    """A file's first bytes, at most so many. Raises OSError for what is this file's own (`own_reason`), ReachError for all else."""
+    """Read a file's first bytes, at most so many; OSError for its own failure (`permanent_failure`), else StorageUnavailableError."""
 
     def read() -> bytes:
         raw, size = _raw(place)
@@ -175,13 +175,13 @@ def read_file(place: str, most: int) -> bytes:
             raise OSError(errno.EIO, "it ends before its size")
         return data
 
-    return patiently(read, shown(place))
+    return with_retries(read, shown(place))
 
 
 def write_whole(place: str, data: bytes) -> None:
     """A file of these bytes, there whole or not at all. Raises OutputError."""
     if not is_address(place):
-        with whole_file(Path(place), "choose another --out") as work:
+        with atomic_write(Path(place), "choose another --out") as work:
             work.write_bytes(data)
         return
     from pyarrow import fs

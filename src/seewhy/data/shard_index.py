@@ -1,4 +1,4 @@
-"""What a shard says of its pictures -> names and classes that can be shown and stand in a path, and the limits of both."""
+"""What a shard says of its images -> names and classes that can be shown and stand in a path, and the limits of both."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from seewhy.errors import one_line
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-MAX_BYTES = 200_000_000  # of a picture
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+MAX_BYTES = 200_000_000  # of an image
 MAX_LABEL = 255  # characters, as for a folder's name
 MAX_NAME = 1000  # bytes, of the 4,096 that a path may have
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders and shards
@@ -24,7 +24,7 @@ LABELS = ("label", "labels", "class", "cls", "target")  # what a class is called
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A picture in a shard. name: with its folders, unique in the shard. label: its class, None where the shard tells none."""
+    """An image in a shard. name: with its folders, unique in the shard. label: its class, None where the shard tells none."""
 
     name: str
     label: str | None
@@ -35,7 +35,7 @@ class Index:
     """What is in a shard, and where.
 
     names, labels: one a member, as in Member, in the shard's order.
-    tar: places, (N, 2) int64 offset and size of each member. parquet: the column of pictures, and the first row of each row group.
+    tar: places, (N, 2) int64 offset and size of each member. parquet: the column of images, and the first row of each row group.
     """
 
     names: list[str]

@@ -1,4 +1,4 @@
-"""A parquet file, as Hugging Face writes it or any other -> its pictures, their classes, and their bytes by row group."""
+"""A parquet file, as Hugging Face writes it or any other -> its images, their classes, and their bytes by row group."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from seewhy.core.retry import own_reason
-from seewhy.data.shard_index import LABELS, PICTURES, Index, plain_label, plain_name, refuse_large, why_not
+from seewhy.core.retry import permanent_failure
+from seewhy.data.shard_index import IMAGES, LABELS, Index, plain_label, plain_name, refuse_large, why_not
 from seewhy.errors import DataError, one_line
 
 MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
 GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
 STREAMED_ROWS = 16
 NAMES = ("name", "filename", "file_name", "path", "file", "key", "__key__")  # columns, the first that is there and fits
-CONTENTS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content", "data")
+CONTENTS = ("image", "img", "image", "jpg", "jpeg", "png", "webp", "bytes", "content", "data")
 # What pyarrow raises for damaged files: its errors are Python's, too.
 DAMAGE = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 Key = tuple[str, int, int, int, int]  # a shard's path, device, number, size and time
 
-_GROUPS: OrderedDict[tuple[Key, int], Any] = OrderedDict()  # (shard, row group) -> its column of pictures
+_GROUPS: OrderedDict[tuple[Key, int], Any] = OrderedDict()  # (shard, row group) -> its column of images
 
 
 def _open_parquet(file: BinaryIO, shown: str) -> Any:
@@ -57,7 +57,7 @@ def _damage(shown: str) -> Iterator[None]:
 
 def _of_disk(error: Exception) -> bool:
     """Whether the system says that it cannot read: its errors have a number, pyarrow's none."""
-    return isinstance(error, OSError) and error.errno is not None and not own_reason(error)
+    return isinstance(error, OSError) and error.errno is not None and not permanent_failure(error)
 
 
 def _group_rows(parquet: Any) -> list[int]:
@@ -73,7 +73,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _picture_column(schema: Any, shown: str) -> str:
+def _image_column(schema: Any, shown: str) -> str:
     """The column as pyarrow's readers name it: 'image.bytes' for Hugging Face's struct of bytes and path."""
     import pyarrow as pa
 
@@ -92,7 +92,7 @@ def _picture_column(schema: Any, shown: str) -> str:
             return fitting[name]
     if len(fitting) == 1:
         return next(iter(fitting.values()))
-    raise DataError(f"{shown}: no column of pictures; looked for binary ones named {', '.join(CONTENTS)}")
+    raise DataError(f"{shown}: no column of images; looked for binary ones named {', '.join(CONTENTS)}")
 
 
 def _labels(parquet: Any) -> list[str | None]:
@@ -130,16 +130,16 @@ def _names(parquet: Any, column: str) -> list[str]:
         plain = [plain_name(value) for value in values]
         if not all(plain) or any(why_not(name) for name in plain):
             continue
-        plain = [name if PurePosixPath(name).suffix.lower() in PICTURES else f"{name}.jpg" for name in plain]
+        plain = [name if PurePosixPath(name).suffix.lower() in IMAGES else f"{name}.jpg" for name in plain]
         if len(set(plain)) == len(plain):
             return plain
     return [f"{row:06d}.jpg" for row in range(parquet.metadata.num_rows)]
 
 
 def _described(parquet: Any, shown: str) -> tuple[str, list[str], list[str | None]]:
-    """The column of pictures, and the names and labels of the members; no picture's bytes are read."""
+    """The column of images, and the names and labels of the members; no image's bytes are read."""
     with _damage(shown):
-        column = _picture_column(parquet.schema_arrow, shown)
+        column = _image_column(parquet.schema_arrow, shown)
         return column, _names(parquet, column), _labels(parquet)
 
 
@@ -151,7 +151,7 @@ def index_parquet(file: BinaryIO, shown: str) -> Index:
             size = parquet.metadata.row_group(group).total_byte_size  # not by column, whose damaged facts end the process (pyarrow 26)
             if size > MAX_GROUP:
                 raise DataError(
-                    f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows"
+                    f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one image; write groups of 100 rows"
                 )
         firsts = tuple(itertools.accumulate(_group_rows(parquet), initial=0))[:-1]
     return Index(names, labels, column=column, firsts=firsts)

@@ -1,4 +1,4 @@
-"""A tar file, a WebDataset's too -> its pictures, their classes, and where their bytes lie."""
+"""A tar file, a WebDataset's too -> its images, their classes, and where their bytes lie."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from seewhy.data.shard_index import LABELS, MAX_BYTES, PICTURES, Index, plain_label, plain_name, refuse_large, why_not
+from seewhy.data.shard_index import IMAGES, LABELS, MAX_BYTES, Index, plain_label, plain_name, refuse_large, why_not
 from seewhy.errors import DataError
 
 MAX_HEADER = 16_000_000  # bytes of a header, a .cls or a .json; larger ones are made to exhaust memory
@@ -92,18 +92,18 @@ def _entries(source: _Forward, shown: str) -> Iterator[_Entry]:
         raise DataError(f"{shown}: not a whole tar file (no header at byte {source.at - len(source.block):,}); make or copy it again")
 
 
-def _groups(source: _Forward, shown: str, with_pictures: bool) -> Iterator[tuple[list[_Entry], str | None]]:
-    """WebDataset's samples, files with the same key in a row -> their pictures and their label."""
+def _groups(source: _Forward, shown: str, with_images: bool) -> Iterator[tuple[list[_Entry], str | None]]:
+    """WebDataset's samples, files with the same key in a row -> their images and their label."""
     group: list[_Entry] = []
     seen: set[str] = set()
     for entry in _entries(source, shown):
-        is_picture = PurePosixPath(entry.name).suffix.lower() in PICTURES
-        if not is_picture and entry.extension not in ("cls", "json"):
+        is_image = PurePosixPath(entry.name).suffix.lower() in IMAGES
+        if not is_image and entry.extension not in ("cls", "json"):
             continue
         if group and group[0].key != entry.key:
-            yield _pictures(group)
+            yield _images(group)
             group = []
-        if is_picture:
+        if is_image:
             if reason := why_not(entry.name):
                 raise DataError(
                     f"{shown}: the name {entry.name.encode(errors='replace').decode()} {reason}; rename it and make the tar again"
@@ -111,10 +111,10 @@ def _groups(source: _Forward, shown: str, with_pictures: bool) -> Iterator[tuple
             if entry.name in seen:
                 raise DataError(f"{shown}: {entry.name} is in it twice; rename one and make the tar again")
             seen.add(entry.name)
-            if with_pictures and entry.size > MAX_BYTES:
+            if with_images and entry.size > MAX_BYTES:
                 raise DataError(f"{shown}: {entry.name} has {entry.size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}; remove it")
-        if with_pictures or not is_picture:
-            if not is_picture and entry.size > MAX_HEADER:
+        if with_images or not is_image:
+            if not is_image and entry.size > MAX_HEADER:
                 continue
             source.seek(entry.offset)
             entry.data = source.exactly(entry.size)
@@ -122,13 +122,13 @@ def _groups(source: _Forward, shown: str, with_pictures: bool) -> Iterator[tuple
                 raise DataError(f"{shown}: not a whole tar file ({entry.name} is cut off); make or copy it again")
         group.append(entry)
     if group:
-        yield _pictures(group)
+        yield _images(group)
 
 
-def _pictures(group: list[_Entry]) -> tuple[list[_Entry], str | None]:
-    """A sample's pictures, those whose extension is a picture's as it stands ('jpg', not 'mask.png') where there is one; and its label."""
-    pictures = [entry for entry in group if PurePosixPath(entry.name).suffix.lower() in PICTURES]
-    exact = [entry for entry in pictures if f".{entry.extension}" in PICTURES]
+def _images(group: list[_Entry]) -> tuple[list[_Entry], str | None]:
+    """A sample's images, those whose extension is an image's as it stands ('jpg', not 'mask.png') where there is one; and its label."""
+    images = [entry for entry in group if PurePosixPath(entry.name).suffix.lower() in IMAGES]
+    exact = [entry for entry in images if f".{entry.extension}" in IMAGES]
     label = None
     for entry in group:
         if entry.extension == "cls":
@@ -137,7 +137,7 @@ def _pictures(group: list[_Entry]) -> tuple[list[_Entry], str | None]:
             label = _json_label(entry.data)
     if label is None:
         label = plain_label(PurePosixPath(group[0].name).parent.name)
-    return exact or pictures, label
+    return exact or images, label
 
 
 def _json_label(data: bytes) -> str | None:
@@ -154,8 +154,8 @@ def index_tar(file: BinaryIO, shown: str) -> Index:
     names: list[str] = []
     labels: list[str | None] = []
     places: list[tuple[int, int]] = []
-    for pictures, label in _groups(_Forward(file, seekable=True), shown, with_pictures=False):
-        for entry in pictures:
+    for images, label in _groups(_Forward(file, seekable=True), shown, with_images=False):
+        for entry in images:
             names.append(entry.name)
             labels.append(label)
             places.append((entry.offset, entry.size))
@@ -163,13 +163,13 @@ def index_tar(file: BinaryIO, shown: str) -> Index:
 
 
 def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:
-    for pictures, label in _groups(_Forward(file, seekable=False), shown, with_pictures=True):
-        for entry in pictures:
+    for images, label in _groups(_Forward(file, seekable=False), shown, with_images=True):
+        for entry in images:
             yield entry.name, entry.data, label
 
 
 def read_entry(file: BinaryIO, index: Index, row: int) -> bytes:
-    """A member's bytes; OSError where the file has become shorter, or it is too large for a picture."""
+    """A member's bytes; OSError where the file has become shorter, or it is too large for an image."""
     offset, size = index.places[row].tolist()
     refuse_large(size)
     file.seek(offset)

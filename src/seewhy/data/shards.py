@@ -1,6 +1,6 @@
-"""A tar or parquet file -> the pictures in it: names, labels, bytes; nothing is unpacked.
+"""A tar or parquet file -> the images in it: names, labels, bytes; nothing is unpacked.
 
-A picture in a shard has a path into it: data/train-000.tar/cat/0001.jpg.
+An image in a shard has a path into it: data/train-000.tar/cat/0001.jpg.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seewhy.errors import DataError
 SUFFIXES = (".tar", ".parquet")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # hold no place to begin reading but the first
 SOUGHT = {
-    ".tar": "a .cls beside each picture, a .json with label, class or cls, or a folder for each class",
+    ".tar": "a .cls beside each image, a .json with label, class or cls, or a folder for each class",
     ".parquet": f"a column named {', '.join(LABELS[:-1])} or {LABELS[-1]}, or Hugging Face's ClassLabel",
 }
 
@@ -42,7 +42,7 @@ def is_shard(path: Path) -> bool:
     """Whether the path is a shard's; DataError for a compressed one."""
     name = path.name.lower()
     if name.endswith(COMPRESSED) and path.is_file():
-        raise DataError(f"{path}: compressed, so that no picture can be reached without all before it; store it as plain tar")
+        raise DataError(f"{path}: compressed, so that no image can be reached without all before it; store it as plain tar")
     return name.endswith(SUFFIXES) and path.is_file()
 
 
@@ -50,7 +50,7 @@ def shard_of(path: Path) -> tuple[Path, str] | None:
     """Shard and member's name of a path into a shard, None for any other path."""
     text = str(path)
     lower = text.lower()
-    for suffix in SUFFIXES:  # by text, since every picture that is read is asked about
+    for suffix in SUFFIXES:  # by text, since every image that is read is asked about
         end = lower.find(suffix + os.sep)
         while end >= 0:
             end += len(suffix)
@@ -96,7 +96,7 @@ def _part_of(shard: Path) -> str:
 
 
 def members(shard: Path) -> list[Member]:
-    """The pictures of a shard, in its order. Raises DataError where it cannot be read as one."""
+    """The images of a shard, in its order. Raises DataError where it cannot be read as one."""
     try:
         with shard.open("rb") as file:
             index = _index(shard, file)[1]
@@ -106,12 +106,12 @@ def members(shard: Path) -> list[Member]:
 
 
 def read_member(shard: Path, name: str) -> bytes:
-    """A picture's bytes; OSError where there is no such picture, it cannot be read, or is too large for one."""
-    with shard.open("rb", buffering=0) as file:  # opened for each picture: no handle is shared by processes
+    """An image's bytes; OSError where there is no such image, it cannot be read, or is too large for one."""
+    with shard.open("rb", buffering=0) as file:  # opened for each image: no handle is shared by processes
         key, index = _index(shard, file)
         row = index.row(name)
         if row is None:
-            raise FileNotFoundError(errno.ENOENT, "no such picture in the shard")
+            raise FileNotFoundError(errno.ENOENT, "no such image in the shard")
         if not index.column:
             return read_entry(file, index, row)
         with _LOCK:  # threads that want neighbours wait for the first of them to read the row group
@@ -119,18 +119,18 @@ def read_member(shard: Path, name: str) -> bytes:
 
 
 def stamp(path: Path) -> str:
-    """Path, size and time of a file, or of the shard that holds it: what changes when the picture does. Raises OSError."""
+    """Path, size and time of a file, or of the shard that holds it: what changes when the image does. Raises OSError."""
     inside = shard_of(path)
     found = (inside[0] if inside else path).stat()
     return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
 
 
 def stream(file: BinaryIO, kind: str, shown: str = "") -> Iterator[tuple[str, bytes, str | None]]:
-    """Name, bytes and label of each picture of an open shard, in its order; names and labels are those of `members`.
+    """Name, bytes and label of each image of an open shard, in its order; names and labels are those of `members`.
 
     kind: 'tar', which is read from here on and never backwards, or 'parquet', which has to be seekable.
     shown: what messages call it. Holds one group of files, or 16 rows, at a time.
-    Raises DataError for a damaged shard or a picture that is too large for one, OSError where reading fails.
+    Raises DataError for a damaged shard or an image that is too large for one, OSError where reading fails.
     """
     shown = shown or str(getattr(file, "name", kind))
     if kind == "tar":

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from seewhy.core.files import atomic_folder, locked, remove_tree
 
-PICTURES_PER_CLASS = 60
+IMAGES_PER_CLASS = 60
 SEED = 101
 VERSION = "1"  # part of the folder's marker: change it when the drawing changes
 _SUPERSAMPLE = 3
@@ -84,7 +84,7 @@ def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tu
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Two muted colours mixed by smooth noise, stripes in half of the pictures, fine grain."""
+    """Two muted colours mixed by smooth noise, stripes in half of the images, fine grain."""
     cells = int(rng.integers(3, 12))
     noise = Image.fromarray((rng.random((cells, cells)) * 255).astype(np.uint8))
     mask = noise.resize((width, height), Image.Resampling.BICUBIC)
@@ -142,7 +142,7 @@ def _draw_object(rng: np.random.Generator, shapes: list[Shape], side: int) -> Im
 
 
 def draw_scene(name: str, number: int, seed: int = SEED) -> tuple[Image.Image, Image.Image]:
-    """One picture of class `name` and its mask: RGB, and L with 255 on the object, of the same size."""
+    """One image of class `name` and its mask: RGB, and L with 255 on the object, of the same size."""
     rng = np.random.default_rng([seed, sorted(OBJECTS).index(name), number])
     width, height = (int(v) for v in rng.integers(240, 300, size=2))
     image = _background(rng, width, height)
@@ -161,8 +161,8 @@ def draw_scene(name: str, number: int, seed: int = SEED) -> tuple[Image.Image, I
     return image, alpha.point(lambda v: 255 * (v > 127))
 
 
-def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
-    """Draws the set into root/pictures/CLASS/NNN.jpg and root/masks/CLASS/NNN.png, once; returns root."""
+def draw_scenes(root: Path, per_class: int = IMAGES_PER_CLASS) -> Path:
+    """Draws the set into root/images/CLASS/NNN.jpg and root/masks/CLASS/NNN.png, once; returns root."""
     marker = root / "complete.txt"
     wanted = f"scenes {VERSION}, seed {SEED}, {per_class} a class"
     if marker.is_file() and marker.read_text() == wanted:
@@ -179,9 +179,9 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
 
 def _draw_all(work: Path, per_class: int) -> None:
     for name in OBJECTS:
-        for folder in ("pictures", "masks"):
+        for folder in ("images", "masks"):
             (work / folder / name).mkdir(parents=True)
         for number in range(per_class):
             image, mask = draw_scene(name, number)
-            image.save(work / "pictures" / name / f"{number:03d}.jpg", quality=92)
+            image.save(work / "images" / name / f"{number:03d}.jpg", quality=92)
             mask.save(work / "masks" / name / f"{number:03d}.png")

@@ -1,4 +1,4 @@
-"""Picture files -> what looking at each of them said: hashed and decoded once, and kept in a record (a sqlite file in the cache)."""
+"""Image files -> what looking at each of them said: hashed and decoded once, and kept in a record (a sqlite file in the cache)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from seewhy.data.shards import stamp
 from seewhy.errors import OutputError
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
-RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
-ASKED_AT_ONCE = 500  # pictures, of the record
-GREY_SPREAD = 8  # of 255, between the channels of a grey picture
+RECORDED_AT_ONCE = 1024  # images; what is killed between has to look at so many again
+ASKED_AT_ONCE = 500  # images, of the record
+GREY_SPREAD = 8  # of 255, between the channels of a grey image
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # the place: read-only, full, locked
                 raise
-            LOG.info(f"{file} is damaged ({error}); it is made anew, and all pictures are looked at again")
+            LOG.info(f"{file} is damaged ({error}); it is made anew, and all images are looked at again")
             file.unlink()
             return _check_files(paths, workers, file)
     except (sqlite3.Error, OSError) as error:
@@ -117,7 +117,7 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checke
                     found[i] = known[key]
                 else:
                     todo.append(i)
-        with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
+        with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking images", len(todo)) as advance:
             for start in range(0, len(todo), RECORDED_AT_ONCE):
                 rows = []
                 chunk = todo[start : start + RECORDED_AT_ONCE]

@@ -1,4 +1,4 @@
-"""Exported file -> web application: pictures in, answers and heatmaps out as JSON, and the page for people; nothing is kept."""
+"""Exported file -> web application: images in, answers and heatmaps out as JSON, and the page for people; nothing is kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from seewhy.deploy.batcher import Batcher
-from seewhy.deploy.middleware import Limits, Meters, Refused, Watch, handle_errors, received, under_way
-from seewhy.deploy.schemas import PROBLEMS, UPLOAD, FileAnswer, Health, Model, Reply, answer_of, heatmap_of
+from seewhy.deploy.middleware import Limits, RequestMiddleware, RequestRejected, ServerMetrics, handle_errors, received, under_way
+from seewhy.deploy.schemas import PROBLEMS, UPLOAD, Health, ImagePrediction, Model, PredictResponse, answer_of, heatmap_of
 from seewhy.errors import ImageError
 from seewhy.inference.onnx_model import about
 from seewhy.version import __version__
@@ -44,7 +44,7 @@ def create_app(
     unsure_below: float = facts["unsure_below"]
     classes = model.classes
     number_of = {name: n for n, name in enumerate(classes)}
-    meters = Meters(batcher)
+    meters = ServerMetrics(batcher)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,42 +54,47 @@ def create_app(
     app = FastAPI(
         title="seewhy",
         version=__version__,
-        description="An image classifier that shows where in the picture its reasons lie.",
+        description="An image classifier that shows where in the image its reasons lie.",
         lifespan=lifespan,
         docs_url=None,  # it would load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.batcher, app.state.limits, app.state.meters, app.state.pictures = batcher, limits, meters, 0
+    app.state.batcher, app.state.limits, app.state.meters, app.state.images = batcher, limits, meters, 0
 
     def check_key(given: Annotated[str | None, Depends(KEY)]) -> None:
         if not secrets.compare_digest((given or "").encode(), (api_key or "").encode()):
-            raise Refused(401, "wrong_key", "this server wants a key: send it as the header X-API-Key")
+            raise RequestRejected(401, "wrong_key", "this server wants a key: send it as the header X-API-Key")
 
     locked = [Depends(check_key)] if api_key is not None else []
 
     @app.post(
-        "/predict", response_model=Reply, response_model_exclude_none=True, responses=PROBLEMS, openapi_extra=UPLOAD, dependencies=locked
+        "/predict",
+        response_model=PredictResponse,
+        response_model_exclude_none=True,
+        responses=PROBLEMS,
+        openapi_extra=UPLOAD,
+        dependencies=locked,
     )
     async def predict(
         request: Request,
-        top_k: Annotated[int, Query(ge=1, description="classes a picture")] = 5,
+        top_k: Annotated[int, Query(ge=1, description="classes an image")] = 5,
         heatmap: Annotated[Literal["none", "png", "array", "all"], Query(description="see Heatmap; all: of every class")] = "none",
         target: Annotated[str | None, Query(description="class of the heatmap (default: the most probable)")] = None,
     ) -> Response:
-        """Answers to pictures, sent as files of a form; in the order they came in."""
+        """Answers to images, sent as files of a form; in the order they came in."""
         if target is not None and target not in number_of:
-            raise Refused(422, "unknown_class", f"no class is named {target!r}; GET /classes lists them")
+            raise RequestRejected(422, "unknown_class", f"no class is named {target!r}; GET /classes lists them")
         if heatmap != "none" and "heatmaps" not in model.outputs:
-            raise Refused(422, "no_heatmaps", "this model's file has no heatmaps, since its network has no closed form for them")
+            raise RequestRejected(422, "no_heatmaps", "this model's file has no heatmaps, since its network has no closed form for them")
         files = await received(request, limits)
         with under_way(app, len(files), limits):
             found = await asyncio.gather(
                 *(asyncio.wrap_future(batcher.answer(data, heatmap != "none")) for _, data in files), return_exceptions=True
             )
 
-        def said(name: str, item: Any) -> FileAnswer:
+        def said(name: str, item: Any) -> ImagePrediction:
             if isinstance(item, ImageError):
-                return FileAnswer(file=name, error=str(item))
+                return ImagePrediction(file=name, error=str(item))
             if isinstance(item, BaseException):
                 raise item
             answer = answer_of(name, item, classes, model.unknown_above, unsure_below, top_k)
@@ -101,12 +106,12 @@ def create_app(
             answers = list(map(said, names, found))
         else:  # drawing takes a while, and the loop has others to serve
             answers = await asyncio.to_thread(lambda: list(map(said, names, found)))
-        meters.pictures.labels("good").inc(sum(a.error is None for a in answers))
-        meters.pictures.labels("bad").inc(sum(a.error is not None for a in answers))
+        meters.images.labels("good").inc(sum(a.error is None for a in answers))
+        meters.images.labels("bad").inc(sum(a.error is not None for a in answers))
         if all(a.error is not None for a in answers):
             shown = "; ".join(f"{a.file}: {a.error}" for a in answers[:5])
-            raise Refused(422, "no_usable_picture", f"{shown}; send JPEG, PNG, WebP, BMP, GIF or TIFF pictures")
-        reply = Reply(request_id=request.state.id, answers=answers)
+            raise RequestRejected(422, "no_usable_image", f"{shown}; send JPEG, PNG, WebP, BMP, GIF or TIFF images")
+        reply = PredictResponse(request_id=request.state.id, answers=answers)
         return Response(reply.model_dump_json(exclude_none=True), media_type="application/json")  # FastAPI would check it all again
 
     @app.get("/classes", response_model=Model, responses={401: PROBLEMS[401]}, dependencies=locked)
@@ -128,7 +133,7 @@ def create_app(
         app.add_api_route(address, page_part(name), methods=["GET"], include_in_schema=False)
     paths = {str(getattr(route, "path", "")) for route in app.routes}
     handle_errors(app)
-    app.add_middleware(Watch, limits=limits, meters=meters, paths=paths)
+    app.add_middleware(RequestMiddleware, limits=limits, meters=meters, paths=paths)
     return app
 
 

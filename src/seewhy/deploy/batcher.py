@@ -1,4 +1,4 @@
-"""Pictures of many callers -> their answers, in batches of what waits: a thread a core, from the file's bytes to the answer."""
+"""Images of many callers -> their answers, in batches of what waits: a thread a core, from the file's bytes to the answer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from seewhy.data.decode import decode
 from seewhy.errors import ImageError
 from seewhy.inference.onnx_model import load_onnx
 
-BATCH = 4  # pictures; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait
+BATCH = 4  # images; larger batches are slower on a CPU, whose caches they do not fit, and make everyone wait
 Answered = Future[dict[str, npt.NDArray[Any]]]
 Job = tuple[bytes, bool, Answered]
 
 
 class Batcher:
-    """Answers of an exported file to the bytes of picture files, from many threads at once.
+    """Answers of an exported file to the bytes of image files, from many threads at once.
 
-    cores: how many batches are answered side by side, a core each; a picture that is alone gets all of them. sizes: of the batches so far.
-    pixels: that a picture may have.
+    cores: how many batches are answered side by side, a core each; an image that is alone gets all of them. sizes: of the batches so far.
+    pixels: that an image may have.
 
-    The thread that takes a picture also decodes it and answers: handing it on between threads costs more than what it would even out.
+    The thread that takes an image also decodes it and answers: handing it on between threads costs more than what it would even out.
     """
 
     def __init__(self, file: Path | str | bytes, cores: int, pixels: int) -> None:
@@ -76,14 +76,14 @@ class Batcher:
             if not done.set_running_or_notify_cancel():
                 continue
             try:
-                picture = self._decode(data)
-                ready.append((done, (picture.shape[1], picture.shape[0]), self.model.square(picture)))
+                image = self._decode(data)
+                ready.append((done, (image.shape[1], image.shape[0]), self.model.square(image)))
             except Exception as error:  # whatever it is, its caller waits for it
                 done.set_exception(error)
         if not ready:
             return
         self.sizes.append(len(ready))
-        # Threads that have nothing to do leave their cores to this picture.
+        # Threads that have nothing to do leave their cores to this image.
         model = self._alone if len(ready) == 1 and self._idle == len(self._workers) - 1 else self.model
         try:
             wanted = self._wanted + (self._maps if any(heatmaps for _, heatmaps, _ in batch) else [])

@@ -1,4 +1,4 @@
-"""Run -> a file of one of KINDS, compared with the run on its own test pictures, and written only if both say the same."""
+"""Run -> a file of one of KINDS, compared with the run on its own test images, and written only if both say the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from seewhy.core.files import whole_file
+from seewhy.core.files import atomic_write
 from seewhy.core.progress import LOG, progress
 from seewhy.curation.split import Split, read_split
 from seewhy.data.decode import read_image
@@ -26,18 +26,18 @@ from seewhy.inference.onnx_model import load_onnx
 from seewhy.inference.predict import predict
 from seewhy.models.saved_run import SavedRun
 
-# What a file must keep to, against the run, on real pictures.
+# What a file must keep to, against the run, on real images.
 MAX_DIFFERENCE, LEAST_CORRELATION = 1e-4, 0.999
 Ask = Callable[[Path], dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A file against its run on N test pictures, from picture files to answers.
+    """A file against its run on N test images, from image files to answers.
 
     same_class: share of equal most probable classes. difference: largest of any probability. correlation_least, correlation_mean:
     Pearson's, of the heatmaps of the predicted class; None where the file has none. accuracy, run_accuracy: of file and run on
-    these pictures. milliseconds: median of an answer on one core, reading and decoding included.
+    these images. milliseconds: median of an answer on one core, reading and decoding included.
     """
 
     n: int
@@ -115,8 +115,8 @@ def _pt2(run: SavedRun) -> tuple[bytes, Ask]:
 KINDS: dict[str, Callable[[SavedRun], tuple[bytes, Ask]]] = {"onnx": _onnx, "pt2": _pt2}
 
 
-def export_file(run: SavedRun, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
-    """Writes the run as a file of one of KINDS, after comparing it with the run on at most `pictures` of its own test pictures.
+def export_file(run: SavedRun, path: Path | str | None = None, kind: str = "onnx", images: int = 1000) -> tuple[Path, Parity | None]:
+    """Writes the run as a file of one of KINDS, after comparing it with the run on at most `images` of its own test images.
 
     path: None for `model` and the kind's suffix in the run's folder. The second result is None where the run's data is no longer
     there to compare on. Raises OutputError where file and run do not say the same, or the place cannot be written.
@@ -127,20 +127,20 @@ def export_file(run: SavedRun, path: Path | str | None = None, kind: str = "onnx
     data = _data_of(run)
     LOG.info(f"building {path.name}")
     content, ask = KINDS[kind](run)
-    parity = _compare(run, ask, data, pictures) if data is not None else None
+    parity = _compare(run, ask, data, images) if data is not None else None
     if parity is not None and not parity.holds:
         maps = "" if parity.correlation_least is None else f", heatmaps correlate at least {parity.correlation_least:.4f}"
         raise OutputError(
             f"{path}: not written, since it would not say what the run says (probabilities differ by up to {parity.difference:.1e}"
             f"{maps}); please report the backbone {run.config.backbone}"
         )
-    with whole_file(path, "choose another place with --out") as work:
+    with atomic_write(path, "choose another place with --out") as work:
         work.write_bytes(content)
     return path, parity
 
 
 def _data_of(run: SavedRun) -> tuple[ImageSet, Split] | None:
-    """The pictures of a run and their split; None where they cannot be opened any more."""
+    """The images of a run and their split; None where they cannot be opened any more."""
     config = run.config
     try:
         images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
@@ -162,7 +162,7 @@ def export_state_dict(run: SavedRun, path: Path | str) -> Path:
     `torchvision.models.resnet18(num_classes=len(classes)).load_state_dict(...)` takes it.
     """
     path = Path(path)
-    with whole_file(path) as work:
+    with atomic_write(path) as work:
         try:
             torch.save({"state_dict": run.backbone.model.state_dict(), "classes": list(run.classes)}, work)
         except RuntimeError as error:  # so torch reports a full disk

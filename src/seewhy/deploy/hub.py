@@ -124,9 +124,9 @@ def write_layout(run: SavedRun, folder: Path) -> None:
 
 
 def timm_config(run: SavedRun) -> dict[str, Any]:
-    """What timm reads as config.json beside the weights: the architecture, the classes and the way from picture to input.
+    """What timm reads as config.json beside the weights: the architecture, the classes and the way from image to input.
 
-    timm's resizing differs from seewhy's in roundings; with test_flip, a run's answers are means of two of timm's.
+    timm's resizing differs from seewhy's in roundings; with tta_flip, a run's answers are means of two of timm's.
     """
     preprocessing, network = run.backbone.preprocessing, run.backbone.model
     architecture, _, tag = run.backbone.timm_name.partition(".")

@@ -34,22 +34,20 @@ class Limits:
 
     files: int = 32
     request_bytes: int = 64_000_000
-    pixels: int = 50_000_000  # of one picture
+    pixels: int = 50_000_000  # of one image
     upload_s: float = 30.0
-    waiting: int = 256  # pictures under way, of all requests
+    waiting: int = 256  # images under way, of all requests
     waiting_bytes: int = 512_000_000  # received and not yet answered, of all requests
 
     def __post_init__(self) -> None:
         if self.waiting < self.files:
-            raise ConfigError(
-                f"a queue of {self.waiting} pictures cannot take a request of {self.files}; raise --queue or lower --max-files"
-            )
+            raise ConfigError(f"a queue of {self.waiting} images cannot take a request of {self.files}; raise --queue or lower --max-files")
         if self.waiting_bytes < self.request_bytes:
             most = self.waiting_bytes / 1e6
             raise ConfigError(f"requests of {self.request_bytes / 1e6:g} MB are more than all may hold together; --max-mb {most:g} at most")
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """A request that gets a status and a line instead of an answer."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
@@ -65,32 +63,32 @@ async def received(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
     kind = request.headers.get("content-type", "").lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", kind)
     if charset and charset.group(1) not in ("utf-8", "utf8"):
-        raise Refused(400, "broken_form", "names in the form have to be UTF-8; leave the charset out")
+        raise RequestRejected(400, "broken_form", "names in the form have to be UTF-8; leave the charset out")
     if not kind.startswith("multipart/form-data"):
-        raise Refused(415, "not_a_form", "send the pictures as multipart/form-data with the field `files`")
+        raise RequestRejected(415, "not_a_form", "send the images as multipart/form-data with the field `files`")
     # One more than allowed is read, so that too many can be told from a broken form.
     async with request.form(max_files=limits.files + 1, max_fields=16) as form:
         files = [item for name, item in form.multi_items() if name == "files"]
         if not files or not all(isinstance(item, UploadFile) for item in files):
-            raise Refused(400, "no_files", "the form has no files in the field `files`")
+            raise RequestRejected(400, "no_files", "the form has no files in the field `files`")
         if len(files) > limits.files:
-            raise Refused(413, "too_many_files", f"more than {limits.files} files; send them in several requests")
-        return [(item.filename or "picture", await item.read()) for item in files if isinstance(item, UploadFile)]
+            raise RequestRejected(413, "too_many_files", f"more than {limits.files} files; send them in several requests")
+        return [(item.filename or "image", await item.read()) for item in files if isinstance(item, UploadFile)]
 
 
 @contextmanager
 def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
-    """Counts pictures as long as they are being answered; Refused where that would be too many."""
+    """Counts images as long as they are being answered; RequestRejected where that would be too many."""
     state = app.state
-    if state.pictures + count > limits.waiting:
-        raise Refused(503, "busy", f"{state.pictures} pictures are under way; come again", {"Retry-After": "1"})
-    state.pictures += count
-    state.meters.waiting.set(state.pictures)
+    if state.images + count > limits.waiting:
+        raise RequestRejected(503, "busy", f"{state.images} images are under way; come again", {"Retry-After": "1"})
+    state.images += count
+    state.meters.waiting.set(state.images)
     try:
         yield
     finally:
-        state.pictures -= count
-        state.meters.waiting.set(state.pictures)
+        state.images -= count
+        state.meters.waiting.set(state.images)
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -133,7 +131,7 @@ async def client_gone(request: Request, error: Any) -> Response:
 
 def handle_errors(app: FastAPI) -> None:
     """Every error becomes the interface's `Error`, with its status."""
-    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(RequestRejected, refused)
     app.add_exception_handler(HTTPException, http_problem)
     app.add_exception_handler(RequestValidationError, wrong_option)
     app.add_exception_handler(ClientDisconnect, client_gone)
@@ -148,27 +146,27 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class Meters:
+class ServerMetrics:
     """Prometheus's numbers of one application."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("seewhy_requests", "Requests by path and status", ["path", "status"], registry=self.registry)
-        self.pictures = Counter("seewhy_pictures", "Pictures by whether they could be used", ["state"], registry=self.registry)
+        self.images = Counter("seewhy_images", "Images by whether they could be used", ["state"], registry=self.registry)
         self.seconds = Histogram("seewhy_request_seconds", "Seconds from a request's head to the end of its answer", registry=self.registry)
-        self.waiting = Gauge("seewhy_pictures_under_way", "Pictures received and not yet answered", registry=self.registry)
-        self.batch = Gauge("seewhy_batch_pictures_mean", "Pictures a batch, mean of the last 10,000", registry=self.registry)
+        self.waiting = Gauge("seewhy_images_under_way", "Images received and not yet answered", registry=self.registry)
+        self.batch = Gauge("seewhy_batch_images_mean", "Images a batch, mean of the last 10,000", registry=self.registry)
         self.batch.set_function(lambda: float(np.mean(list(batcher.sizes) or [0])))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class Watch:
+class RequestMiddleware:
     """Gives each request a number, counts its bytes and its time while it comes in, logs and measures it; the rest is below."""
 
     # paths: those that are counted by their own name; all others are "other".
-    def __init__(self, app: Application, limits: Limits, meters: Meters, paths: Collection[str]) -> None:
+    def __init__(self, app: Application, limits: Limits, meters: ServerMetrics, paths: Collection[str]) -> None:
         self.app, self.limits, self.meters, self.paths = app, limits, meters, paths
         self.held = 0  # bytes of all requests under way
 
@@ -192,14 +190,16 @@ class Watch:
                 async with asyncio.timeout_at(deadline):  # wait_for would make a task of every piece
                     message = await receive()
             except TimeoutError:
-                raise Refused(408, "too_slow", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}) from None
+                raise RequestRejected(
+                    408, "too_slow", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}
+                ) from None
             count += len(message.get("body", b""))
             self.held += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if count > self.limits.request_bytes:
-                raise Refused(413, "too_many_bytes", too_many, {"Connection": "close"})
+                raise RequestRejected(413, "too_many_bytes", too_many, {"Connection": "close"})
             if self.held > self.limits.waiting_bytes:
-                raise Refused(503, "busy", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"})
+                raise RequestRejected(503, "busy", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"})
             return message
 
         async def watched(message: MutableMapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Run -> one graph, in ONNX or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
+"""Run -> one graph, in ONNX or for PyTorch: any RGB images in; probabilities, strangeness and all-class heatmaps out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from seewhy.models.transforms import Normalize, Preprocessing
 class AnswerNetwork(nn.Module):
     """(N, 3, S, S) uint8 -> what a run answers, in the order of `names`, as one graph.
 
-    logits: (N, C). probabilities: (N, C), calibrated. strangeness: (N,), where the run tells unknown pictures.
+    logits: (N, C). probabilities: (N, C), calibrated. strangeness: (N,), where the run tells unknown images.
     heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
     """
 
@@ -34,7 +34,7 @@ class AnswerNetwork(nn.Module):
         super().__init__()
         preprocessing, self.model = run.backbone.preprocessing, run.backbone.model
         self.normalize = Normalize(preprocessing)
-        self.temperature, self.flip = run.temperature, bool(run.config.test_flip)
+        self.temperature, self.flip = run.temperature, bool(run.config.tta_flip)
         self.vectors = run.references is not None
         if self.vectors:
             references = cast(KNNReference, run.references)
@@ -48,20 +48,20 @@ class AnswerNetwork(nn.Module):
             *(["heatmaps"] if self.weight is not None else []),
         )
 
-    def _way(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _way(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model = cast(Any, self.model)
-        features = feature_maps(self.model, pictures)
+        features = feature_maps(self.model, images)
         if not self.vectors:
             return model.forward_head(features), features, features
         vector = model.forward_head(features, pre_logits=True)
         return model.get_classifier()(vector), features, vector
 
     def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
-        pictures = self.normalize(squares)
-        logits, features, vector = self._way(pictures)
+        images = self.normalize(squares)
+        logits, features, vector = self._way(images)
         maps = gradcam_all_classes(self.weight, features) if self.weight is not None else None
         if self.flip:  # the mean over both directions, as `predict` and `explain` have it
-            other, mirrored, _ = self._way(pictures.flip(3))
+            other, mirrored, _ = self._way(images.flip(3))
             logits = (logits + other) / 2
             if maps is not None:
                 maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), mirrored).flip(3)) / 2
@@ -91,7 +91,7 @@ def _map_weight(run: SavedRun) -> Tensor | None:
 
 
 def build_onnx(run: SavedRun) -> onnx.ModelProto:
-    """pictures (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
+    """images (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
@@ -104,7 +104,7 @@ def build_onnx(run: SavedRun) -> onnx.ModelProto:
     whole.graph.output.append(squares)
     facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
     helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
-    whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
+    whole.producer_name, whole.doc_string = "seewhy", "RGB images of any size, (batch, height, width, 3) uint8"
     onnx.checker.check_model(whole, full_check=True)
     return whole
 
@@ -147,14 +147,14 @@ def metadata(run: SavedRun) -> dict[str, Any]:
         "split_sha256": manifest["split"]["hash"],
         "test_accuracy": run.metrics["test"]["accuracy"],
         "test_accuracy_ci95": run.metrics["test"].get("accuracy_ci95"),
-        "test_pictures": run.metrics["test"]["n"],
+        "test_images": run.metrics["test"]["n"],
     }
 
 
 # ---------------------------------------------------------------- PyTorch
 
 
-class _FromPictures(nn.Module):
+class _FromImages(nn.Module):
     """(N, H, W, 3) uint8 -> the outputs of `AnswerNetwork`."""
 
     def __init__(self, run: SavedRun) -> None:
@@ -162,26 +162,26 @@ class _FromPictures(nn.Module):
         self.answers = AnswerNetwork(run)
         self.preprocessing: Preprocessing = run.backbone.preprocessing
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         given, size = self.preprocessing, self.preprocessing.size
-        planes = pictures.permute(0, 3, 1, 2)
+        planes = images.permute(0, 3, 1, 2)
         squares: Tensor = self.answers(F.interpolate(planes, (size, size), mode=given.interpolation, antialias=True))
         return cast(tuple[Tensor, ...], squares)
 
 
 def build_pt2(run: SavedRun) -> bytes:
-    """The same as a program of torch.export: `torch.export.load(FILE).module()(pictures)`, without seewhy.
+    """The same as a program of torch.export: `torch.export.load(FILE).module()(images)`, without seewhy.
 
-    ConfigError for runs on centred squares, whose cut depends on the picture's size.
+    ConfigError for runs on centred squares, whose cut depends on the image's size.
     """
     if run.backbone.preprocessing.resize == "crop":
         raise ConfigError(
-            "a .pt2 file squashes the whole picture, and this run cuts the centred square out; export --format onnx does that too"
+            "a .pt2 file squashes the whole image, and this run cuts the centred square out; export --format onnx does that too"
         )
     batch, height, width = (torch.export.Dim(name, min=1 if name == "batch" else 8, max=20_000) for name in ("batch", "height", "width"))
     example = torch.zeros(2, 300, 200, 3, dtype=torch.uint8)
     with torch.no_grad():
-        program = torch.export.export(_FromPictures(run).eval(), (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
+        program = torch.export.export(_FromImages(run).eval(), (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
     data = io.BytesIO()
     torch.export.save(program, data, extra_files={"seewhy.json": json.dumps(metadata(run), ensure_ascii=False)})
     return data.getvalue()

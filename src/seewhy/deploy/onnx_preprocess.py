@@ -1,4 +1,4 @@
-"""Preprocessing -> ONNX graph: RGB pictures of any size to the network's squares, equal to `transforms.render` to the last bit."""
+"""Preprocessing -> ONNX graph: RGB images of any size to the network's squares, equal to `transforms.render` to the last bit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from seewhy.errors import ConfigError
 from seewhy.models.transforms import Preprocessing
 
 OPSET, IR = 20, 10
-BLOCKS = 8  # a side, at most: each needs no more of the picture than it reaches
-REACH = {"bilinear": 1.0, "bicubic": 2.0}  # half the width of the filter, in pixels of the smaller picture
+BLOCKS = 8  # a side, at most: each needs no more of the image than it reaches
+REACH = {"bilinear": 1.0, "bicubic": 2.0}  # half the width of the filter, in pixels of the smaller image
 
 
 def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
-    """pictures (N, H, W, 3) uint8 -> squares (N, 3, S, S) uint8.
+    """images (N, H, W, 3) uint8 -> squares (N, 3, S, S) uint8.
 
     PyTorch resizes bytes in whole numbers, one side after the other, the width first: weights in 16 bits, the sum rounded to bytes.
     The graph does that sum in float64, which holds it exactly, as matrix products with the weights.
-    The square of a picture that is one already is the picture. ConfigError for an interpolation that PyTorch does not do on bytes.
+    The square of an image that is one already is the image. ConfigError for an interpolation that PyTorch does not do on bytes.
     """
     if preprocessing.interpolation not in REACH:
         raise ConfigError(f"interpolation {preprocessing.interpolation!r} cannot be part of an ONNX file; bilinear and bicubic can")
@@ -49,7 +49,7 @@ def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
 
     @script()
     def one_side(lines: UINT8[...], length: INT64[...]) -> UINT8[...]:
-        """(N, length, M) -> (N, S, M). Lines of the square are made `rows` at a time, from those lines of the picture that they reach."""
+        """(N, length, M) -> (N, S, M). Lines of the square are made `rows` at a time, from those lines of the image that they reach."""
         n = op.Cast(length, to=TensorProto.DOUBLE)
         scale = n / side_length
         wide = op.Max(scale, op.CastLike(1.0, scale))
@@ -58,11 +58,11 @@ def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
         centre = op.Reshape(scale * (place + 0.5), op.Constant(value_ints=[blocks, rows, 1]))
         low = op.Floor(op.Max(centre - support + 0.5, op.CastLike(0.0, scale)))
         high = op.Min(op.Floor(centre + support + 0.5), n)
-        first = op.ReduceMin(low, op.Constant(value_ints=[1]))  # (blocks, 1, 1): where each block begins in the picture
+        first = op.ReduceMin(low, op.Constant(value_ints=[1]))  # (blocks, 1, 1): where each block begins in the image
         longest = op.ReduceMax(op.ReduceMax(high, op.Constant(value_ints=[1])) - first, keepdims=0)
         step = op.Range(op.CastLike(0.0, longest), longest, op.CastLike(1.0, longest))
         pixel = first + step
-        # Of each line of the picture in each of the square: (blocks, rows, longest), rows summing to 1.
+        # Of each line of the image in each of the square: (blocks, rows, longest), rows summing to 1.
         values = filter_of((pixel - centre + 0.5) * (1.0 / wide))
         values = op.Where(op.And(pixel >= low, pixel < high), values, 0.0 * values)
         fine = values / op.ReduceSum(values, op.Constant(value_ints=[2]))
@@ -77,24 +77,24 @@ def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
         return op.Reshape(op.Cast(rounded, to=TensorProto.UINT8), op.Constant(value_ints=[0, size, -1]))
 
     @script()
-    def whole_picture(pictures: UINT8[...]) -> UINT8[...]:
-        return op.Identity(pictures)
+    def whole_image(images: UINT8[...]) -> UINT8[...]:
+        return op.Identity(images)
 
     @script()
-    def centred_square(pictures: UINT8[...]) -> UINT8[...]:
+    def centred_square(images: UINT8[...]) -> UINT8[...]:
         """The square of `crop` times the short side in the middle, at whole pixels."""
-        sides = op.Cast(op.Shape(pictures, start=1, end=3), to=TensorProto.DOUBLE)
+        sides = op.Cast(op.Shape(images, start=1, end=3), to=TensorProto.DOUBLE)
         side = op.ReduceMin(sides, keepdims=1) * op.Constant(value=share)
         low = (sides - side) * 0.5
         first = op.Cast(op.Round(low), to=TensorProto.INT64)
         last = op.Cast(op.Round(low + side), to=TensorProto.INT64)
-        return op.Slice(pictures, first, last, op.Constant(value_ints=[1, 2]))
+        return op.Slice(images, first, last, op.Constant(value_ints=[1, 2]))
 
-    cut_out = centred_square if preprocessing.resize == "crop" else whole_picture
+    cut_out = centred_square if preprocessing.resize == "crop" else whole_image
 
     @script()
-    def to_squares(pictures: UINT8[...]) -> UINT8[...]:
-        cut = cut_out(pictures)
+    def to_squares(images: UINT8[...]) -> UINT8[...]:
+        cut = cut_out(images)
         sides = op.Shape(cut, start=1, end=3)
         if op.ReduceMin(op.Cast(sides == size, to=TensorProto.INT64), keepdims=0) == 1:
             squares = op.Transpose(cut, perm=[0, 3, 1, 2])
@@ -109,9 +109,9 @@ def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
     model = onnx.inliner.inline_local_functions(cast(Any, to_squares).to_model_proto(ir_version=IR))
     # A prefix, so that no name is also one of the graph that is put behind it.
     model = compose.add_prefix(model, "square_", rename_inputs=False, rename_outputs=False)
-    shapes: dict[str, list[str | int]] = {"pictures": ["batch", "height_in", "width_in", 3], "squares": ["batch", 3, size, size]}
+    shapes: dict[str, list[str | int]] = {"images": ["batch", "height_in", "width_in", 3], "squares": ["batch", 3, size, size]}
     (given,), (found,) = model.graph.input, model.graph.output
     model.graph.node[-1].output[0] = "squares"  # onnxscript numbers what two branches assign
-    given.CopyFrom(helper.make_tensor_value_info("pictures", TensorProto.UINT8, shapes["pictures"]))
+    given.CopyFrom(helper.make_tensor_value_info("images", TensorProto.UINT8, shapes["images"]))
     found.CopyFrom(helper.make_tensor_value_info("squares", TensorProto.UINT8, shapes["squares"]))
     return model

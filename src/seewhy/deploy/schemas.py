@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from seewhy.explain.overlay import heat_png
 
 
-class Choice(BaseModel):
+class ClassProbability(BaseModel):
     class_name: str
     prob: float
 
@@ -20,7 +20,7 @@ class Choice(BaseModel):
 class Heatmap(BaseModel):
     """Of one class (or of all, `class_name` null), from 0 to 1.
 
-    png: base64, a transparent picture of the given one's proportions to lay over it. rows: h lists of w values.
+    png: base64, a transparent image of the given one's proportions to lay over it. rows: h lists of w values.
     bytes: base64 of C x h x w bytes, 255 for 1, classes in the order of /classes; shape: C, h, w.
     """
 
@@ -31,7 +31,7 @@ class Heatmap(BaseModel):
     shape: list[int] | None = None
 
 
-class FileAnswer(BaseModel):
+class ImagePrediction(BaseModel):
     """Of one file. error: why there is none, and then nothing else is there.
 
     answer: the most probable class, null where it is less probable than `/classes` says for `unsure_below`. unknown: looks like
@@ -46,20 +46,20 @@ class FileAnswer(BaseModel):
     unsure: bool | None = None
     unknown: bool | None = None
     strangeness: float | None = None
-    top: list[Choice] | None = None
+    top: list[ClassProbability] | None = None
     heatmap: Heatmap | None = None
 
 
-class Reply(BaseModel):
+class PredictResponse(BaseModel):
     request_id: str
-    answers: list[FileAnswer]
+    answers: list[ImagePrediction]
 
 
 class Model(BaseModel):
     """What the served classifier is.
 
     unsure_below: least probability of an answer; precision: the share of right answers it was chosen for on val. unknown_above: the
-    strangeness from which a picture looks like nothing known. box_share: null where heatmaps cover the whole picture, else the side of
+    strangeness from which an image looks like nothing known. box_share: null where heatmaps cover the whole image, else the side of
     the centred square that they cover over the short side. enough: pixels a side beyond which more change no answer.
     """
 
@@ -67,7 +67,7 @@ class Model(BaseModel):
     backbone: str
     test_accuracy: float
     test_accuracy_ci95: list[float] | None
-    test_pictures: int
+    test_images: int
     heatmaps: bool
     unsure_below: float
     precision: float | None
@@ -97,8 +97,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Error, "description": "the upload took too long"},
     413: {"model": Error, "description": "too many bytes or files"},
     415: {"model": Error, "description": "the body is not multipart/form-data"},
-    422: {"model": Error, "description": "none of the files is a usable picture, or an option is wrong"},
-    503: {"model": Error, "description": "too many pictures under way; Retry-After says when to come again"},
+    422: {"model": Error, "description": "none of the files is a usable image, or an option is wrong"},
+    503: {"model": Error, "description": "too many images under way; Retry-After says when to come again"},
 }
 UPLOAD = {
     "requestBody": {
@@ -121,12 +121,12 @@ UPLOAD = {
 
 def answer_of(
     name: str, found: dict[str, npt.NDArray[Any]], classes: tuple[str, ...], unknown_above: float, unsure_below: float, top_k: int
-) -> FileAnswer:
+) -> ImagePrediction:
     probs = found["probabilities"]
     order = np.argsort(-probs, kind="stable")[:top_k]
     strangeness = float(found["strangeness"]) if "strangeness" in found else None
     unsure = bool(probs[order[0]] < unsure_below)
-    return FileAnswer(
+    return ImagePrediction(
         file=name,
         width=int(found["size"][0]),
         height=int(found["size"][1]),
@@ -134,7 +134,7 @@ def answer_of(
         unsure=unsure,
         unknown=strangeness is not None and strangeness > unknown_above,
         strangeness=strangeness,
-        top=[Choice(class_name=classes[c], prob=float(probs[c])) for c in order],
+        top=[ClassProbability(class_name=classes[c], prob=float(probs[c])) for c in order],
     )
 
 

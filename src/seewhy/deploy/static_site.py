@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from seewhy.core.cache import cache_dir
-from seewhy.core.files import atomic_folder, finite
+from seewhy.core.files import atomic_folder, nan_to_none
 from seewhy.errors import OutputError, reason_of
 from seewhy.inference.onnx_model import about, load_onnx
 
@@ -24,7 +24,7 @@ RUNTIME_PARTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 
 def write_website(model: Path, folder: Path, precision: float | None = None) -> Path:
     """Writes the folder, whole or not at all. OutputError where it exists or cannot be written, or onnxruntime-web cannot be had."""
-    facts = finite(about(load_onnx(model), precision))
+    facts = nan_to_none(about(load_onnx(model), precision))
     archive = fetch_runtime()
     with atomic_folder(folder, "choose another place with --web") as work:
         (work / "ort").mkdir()

@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from seewhy.evaluation.metrics import Floats, Labels, map_rows, sample_nll
 
-Sure = npt.NDArray[np.float64]  # (N,) confidence, 0..1: the largest probability of each picture
+Sure = npt.NDArray[np.float64]  # (N,) confidence, 0..1: the largest probability of each image
 Right = npt.NDArray[np.bool_]  # (N,) whether the class that has it is the true one
 BINS = 15  # of the reliability diagram, as in Guo 2017
 TRIED = 10  # coverages among which a threshold is chosen
@@ -21,9 +21,9 @@ LEAST, MOST = 0.05, 20.0  # temperatures between which the fit looks
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Equal-width bins of confidence (the largest probability of a picture), empty ones left out. Arrays of one length.
+    """Equal-width bins of confidence (the largest probability of an image), empty ones left out. Arrays of one length.
 
-    confidence: mean of a bin, 0..1. accuracy: share of right answers in it, 0..1. count: its pictures.
+    confidence: mean of a bin, 0..1. accuracy: share of right answers in it, 0..1. count: its images.
     """
 
     confidence: npt.NDArray[np.float64]
@@ -42,21 +42,21 @@ def reliability(sure: Sure, right: Right, bins: int = BINS) -> Reliability:
 
 
 def expected_calibration_error(sure: Sure, right: Right, bins: int = BINS) -> float:
-    """Mean over the pictures of |confidence - accuracy| of their bin; 0..1, lower is better (Eq. 3, arXiv:1706.04599).
+    """Mean over the images of |confidence - accuracy| of their bin; 0..1, lower is better (Eq. 3, arXiv:1706.04599).
 
-    A number of bins: few pictures give a positive error even where the probabilities are right.
+    A number of bins: few images give a positive error even where the probabilities are right.
     """
     found = reliability(sure, right, bins)
     return float((found.count * np.abs(found.confidence - found.accuracy)).sum() / found.count.sum())
 
 
 def brier_score(labels: Labels, probs: Floats) -> float:
-    """Mean over the pictures of the squared distance between probabilities and the true class's one; 0..2, lower is better (Brier 1950)."""
+    """Mean over the images of the squared distance between probabilities and the true class's one; 0..2, lower is better (Brier 1950)."""
     return float(map_rows(lambda rows: squared_distances(labels[rows], probs[rows]), len(labels)).mean())
 
 
 def squared_distances(labels: Labels, probs: Floats) -> npt.NDArray[np.float64]:
-    """(N,) squared distance between each picture's probabilities and the true class's one."""
+    """(N,) squared distance between each image's probabilities and the true class's one."""
     misses = np.array(probs, dtype=np.float64)
     misses[np.arange(len(labels)), labels] -= 1
     squares: npt.NDArray[np.float64] = (misses**2).sum(axis=1)
@@ -89,9 +89,9 @@ def fit_temperature(labels: Labels, logits: Floats) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RiskCoverage:
-    """What answering only the surest pictures costs and brings; arrays of one length, the surest first.
+    """What answering only the surest images costs and brings; arrays of one length, the surest first.
 
-    threshold: least confidence that is answered. coverage: share of the pictures answered. risk: share of these that are wrong.
+    threshold: least confidence that is answered. coverage: share of the images answered. risk: share of these that are wrong.
     """
 
     threshold: npt.NDArray[np.float64]
@@ -123,9 +123,9 @@ def threshold_for(sure: Sure, right: Right, precision: float, confidence: float 
     """The least confidence to answer at, so that answers are right with probability `precision`, or None if there is none.
 
     Selection with guaranteed risk (Geifman 2017, arXiv:1705.08500): among TRIED coverages, evenly spread, the largest at which the
-    error's upper confidence bound stays within 1 - precision. The limit then holds for new pictures like these with the given
+    error's upper confidence bound stays within 1 - precision. The limit then holds for new images like these with the given
     confidence, since the search is paid for (Bonferroni). Their Algorithm 2 halves its way instead, and ends with nothing where the
-    middle has too few pictures.
+    middle has too few images.
     """
     curve = risk_coverage(sure, right)
     n, stricter = len(sure), 1 - (1 - confidence) / TRIED

@@ -1,4 +1,4 @@
-"""Runs -> which of two is better on the same pictures, and how much one recipe varies over splits."""
+"""Runs -> which of two is better on the same images, and how much one recipe varies over splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from seewhy.models.saved_run import SavedRun
 
 @dataclass(frozen=True, eq=False)
 class RunComparison:
-    """a, b: what each run says of the same pictures. paired: their comparison; difference is b - a."""
+    """a, b: what each run says of the same images. paired: their comparison; difference is b - a."""
 
     a: Evaluation
     b: Evaluation
@@ -26,9 +26,9 @@ class RunComparison:
 
 
 def compare_runs(a: SavedRun, b: SavedRun, data: str | None = None) -> RunComparison:
-    """Two runs on the pictures that are in the test part of both, or on all pictures of another labelled folder.
+    """Two runs on the images that are in the test part of both, or on all images of another labelled folder.
 
-    Raises RunError where the runs do not know the same classes, or share no test picture.
+    Raises RunError where the runs do not know the same classes, or share no test image.
     """
     if set(a.classes) != set(b.classes):
         only = sorted(set(a.classes) ^ set(b.classes))
@@ -41,7 +41,7 @@ def compare_runs(a: SavedRun, b: SavedRun, data: str | None = None) -> RunCompar
         splits = [read_split(run.path, images) for run in (a, b)]
         shared = np.intersect1d(splits[0].test, splits[1].test)
         if not len(shared):
-            raise RunError(f"{a.path} and {b.path} share no test picture; train one with --split-from the other")
+            raise RunError(f"{a.path} and {b.path} share no test image; train one with --split-from the other")
         found = [_on(run, images, shared, splits[0].groups) for run in (a, b)]
         groups = found[0].groups
     right = [np.array([e.classes[p] for p in e.predicted]) == np.array([e.classes[t] for t in e.labels]) for e in found]
@@ -66,6 +66,6 @@ def differences(a: SavedRun, b: SavedRun) -> dict[str, tuple[Any, Any]]:
 def _on(run: SavedRun, images: Any, indices: Any, groups: Any) -> Evaluation:
     if images.classes != run.classes:
         raise DataError(
-            f"{images.root}: holds other classes than {run.path} was trained on; pass --data with labelled pictures of its classes"
+            f"{images.root}: holds other classes than {run.path} was trained on; pass --data with labelled images of its classes"
         )
     return evaluate_part(images, indices, "shared test", run.backbone, run.cut, run.config, groups, run.temperature)

@@ -1,4 +1,4 @@
-"""A picture -> the same picture as a worse camera, a worse light or a worse file would have it: CORRUPTIONS, at five strengths."""
+"""An image -> the same image as a worse camera, a worse light or a worse file would have it: CORRUPTIONS, at five strengths."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ class Corruption:
     unit: str
 
 
-def _blur(picture: Tensor, sigma: float) -> Tensor:
+def _blur(image: Tensor, sigma: float) -> Tensor:
     from torchvision.transforms.v2 import functional as V  # slow to import
 
     side = 2 * int(3 * sigma + 0.5) + 1
-    blurred: Tensor = V.gaussian_blur(picture, [side, side], [sigma, sigma])
+    blurred: Tensor = V.gaussian_blur(image, [side, side], [sigma, sigma])
     return blurred
 
 
-def _noise(picture: Tensor, sigma: float) -> Tensor:
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-    return (picture.float() + 255 * sigma * noise).round().clamp(0, 255).to(torch.uint8)
+def _noise(image: Tensor, sigma: float) -> Tensor:
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    return (image.float() + 255 * sigma * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def _jpeg(picture: Tensor, quality: float) -> Tensor:
+def _jpeg(image: Tensor, quality: float) -> Tensor:
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=int(quality))
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=int(quality))
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
-def _brightness(picture: Tensor, added: float) -> Tensor:
+def _brightness(image: Tensor, added: float) -> Tensor:
     """Added to the value of HSV, which is the largest channel: colours keep their hue and saturation."""
-    scaled = picture.float() / 255
+    scaled = image.float() / 255
     value = scaled.amax(dim=0, keepdim=True)
     brighter = (value + added).clamp(0, 1)
     ratio = torch.where(value > 0, brighter / value.clamp(min=1e-6), 0.0)
@@ -53,15 +53,15 @@ def _brightness(picture: Tensor, added: float) -> Tensor:
     return (255 * lit).round().clamp(0, 255).to(torch.uint8)
 
 
-def _rotation(picture: Tensor, degrees: float) -> Tensor:
+def _rotation(image: Tensor, degrees: float) -> Tensor:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as V
 
-    turned: Tensor = V.rotate(picture, degrees, InterpolationMode.BILINEAR, fill=[127.0])
+    turned: Tensor = V.rotate(image, degrees, InterpolationMode.BILINEAR, fill=[127.0])
     return turned
 
 
-# Blur, noise, JPEG and brightness: the values of ImageNet-C (Hendrycks 2019, arXiv:1903.12261), whose pictures are 224 pixels wide too.
+# Blur, noise, JPEG and brightness: the values of ImageNet-C (Hendrycks 2019, arXiv:1903.12261), whose images are 224 pixels wide too.
 # Darkness is its brightness turned round; rotation is not among its corruptions.
 CORRUPTIONS: dict[str, Corruption] = {
     "blur": Corruption(_blur, (1, 2, 3, 4, 6), "sigma in pixels of the network's square"),
@@ -76,6 +76,6 @@ CORRUPTIONS: dict[str, Corruption] = {
 def corrupt(square: Square, name: str, strength: int) -> Square:
     """(S, S, 3) uint8 RGB -> the same shape; strength 1 (mild) to 5 (severe). The same square gives the same result."""
     chosen = CORRUPTIONS[name]
-    picture = torch.from_numpy(square.copy()).permute(2, 0, 1)
-    changed = chosen.of(picture, chosen.values[strength - 1])
+    image = torch.from_numpy(square.copy()).permute(2, 0, 1)
+    changed = chosen.of(image, chosen.values[strength - 1])
     return np.ascontiguousarray(changed.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""A fitted network x a part of the pictures -> Evaluation: logits, metrics, confusion matrix."""
+"""A fitted network x a part of the images -> Evaluation: logits, metrics, confusion matrix."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from seewhy.models.feature_store import StoredRows, take_rows
 from seewhy.models.features import Features, FeatureSpec, extract_features
 from seewhy.models.saved_run import SavedRun
 from seewhy.models.transforms import EVAL_VIEW, MIRRORED_VIEW
-from seewhy.models.trunk_tail import Cut, with_vector
+from seewhy.models.trunk_tail import TrunkTail, with_penultimate
 
 TOP = 5
-BATCH = 128  # pictures that the tail answers at a time
+BATCH = 128  # images that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a network says of N labelled pictures.
+    """What a network says of N labelled images.
 
     part: 'train', 'val', 'test' or 'all'. paths: N texts. logits: (N, C), unnormalised. labels: (N,) true classes.
-    groups: (N,) a number a group of pictures that show the same. temperature: what divides the logits before the softmax.
+    groups: (N,) a number a group of images that show the same. temperature: what divides the logits before the softmax.
     """
 
     part: str
@@ -49,7 +49,7 @@ class Evaluation:
 
     @cached_property
     def probs(self) -> npt.NDArray[np.float64]:
-        """(N, C) calibrated probabilities: softmax(logits / temperature). Of many pictures and classes they are large: 8 bytes each."""
+        """(N, C) calibrated probabilities: softmax(logits / temperature). Of many images and classes they are large: 8 bytes each."""
         return self._probs_of(slice(None))
 
     def _probs_of(self, rows: slice) -> npt.NDArray[np.float64]:
@@ -119,7 +119,7 @@ class Evaluation:
         }
 
     def _calibration(self) -> dict[str, Any]:
-        """How far the probabilities can be believed, and what answering only the surest pictures brings."""
+        """How far the probabilities can be believed, and what answering only the surest images brings."""
         labels, n = self.labels, len(self.labels)
         plain = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
         nats = metrics.map_rows(lambda rows: metrics.sample_nll(labels[rows], self.logits[rows] / self.temperature), n)
@@ -138,27 +138,27 @@ def evaluate_part(
     indices: npt.NDArray[np.int64],
     part: str,
     backbone: Backbone,
-    cut: Cut,
+    cut: TrunkTail,
     config: TrainConfig,
     groups: npt.NDArray[np.int64] | None = None,
     temperature: float = 1.0,
 ) -> Evaluation:
-    """The pictures at `indices` as a run of this config answers them; the frozen part comes from the cache.
+    """The images at `indices` as a run of this config answers them; the frozen part comes from the cache.
 
-    Processes that train together share the pictures, and each gets all logits.
+    Processes that train together share the images, and each gets all logits.
 
-    With test_flip, logits are the mean of those of the picture and of its mirror image.
-    groups: (N,) a number a picture of all `images`; None: each is a group of its own.
+    With tta_flip, logits are the mean of those of the image and of its mirror image.
+    groups: (N,) a number an image of all `images`; None: each is a group of its own.
     """
     halves, spec = cut, FeatureSpec.of(config)
     if cut.trunk is None:  # trained as a whole
-        halves, spec = Cut(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
-    views = MIRRORED_VIEW + 1 if config.test_flip else EVAL_VIEW + 1
+        halves, spec = TrunkTail(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
+    views = MIRRORED_VIEW + 1 if config.tta_flip else EVAL_VIEW + 1
     mine = distributed.shard(indices)
-    asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
+    asked = mine if len(mine) else indices[:1]  # of few images some processes have none
     features = extract_features(images, asked, views, halves, backbone.preprocessing, spec)
     logits = tail_logits(halves.tail, features.store, features.rows[:, EVAL_VIEW])
-    if config.test_flip:
+    if config.tta_flip:
         logits += tail_logits(halves.tail, features.store, features.rows[:, MIRRORED_VIEW])
         logits /= views
     return Evaluation(
@@ -174,20 +174,20 @@ def evaluate_part(
 
 def classifier_vectors(
     backbone: Backbone,
-    cut: Cut,
+    cut: TrunkTail,
     images: ImageSet,
     indices: npt.NDArray[np.int64],
     spec: FeatureSpec,
 ) -> Iterator[npt.NDArray[np.float32]] | None:
-    """(B, K) what the classifier reads of the pictures at `indices` (evaluation view), block after block, (N, K) in all, for every process.
+    """(B, K) what the classifier reads of the images at `indices` (evaluation view), block after block, (N, K) in all, for every process.
 
     None where the network has no such vector.
     """
     trained_whole = cut.trunk is None
-    tail = with_vector(backbone, backbone.model if trained_whole else cut.tail)
+    tail = with_penultimate(backbone, backbone.model if trained_whole else cut.tail)
     if tail is None:
         return None
-    halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
+    halves = TrunkTail(tail, nn.Identity(), "vectors") if trained_whole else TrunkTail(cut.trunk, tail, cut.place)
     mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]
     features = extract_features(images, asked, EVAL_VIEW + 1, halves, backbone.preprocessing, spec)
@@ -195,7 +195,7 @@ def classifier_vectors(
 
 
 def _vector_blocks(tail: nn.Module, features: Features, n: int, mine: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
-    """n: pictures of all processes. mine: those of this one, whose features they are; of few pictures some processes have none."""
+    """n: images of all processes. mine: those of this one, whose features they are; of few images some processes have none."""
     each = BLOCK * BATCH  # rows of a process
     for start in range(0, n, each * distributed.world_size()):
         begin = start // distributed.world_size()
@@ -223,7 +223,7 @@ def tail_logits(
 
 
 def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> Evaluation:
-    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
+    """A saved run on a part of its own split (found again by content), or on all images of `data`.
 
     Raises SplitError if the data has changed since, DataError for classes the run does not know.
     """

@@ -21,11 +21,11 @@ HEADLINE = {
     "mean_per_class_accuracy": "mean per-class accuracy",
     "macro_f1": "macro F1",
 }
-ROWS = 4096  # pictures whose (C,) numbers are held in float64 at a time
+ROWS = 4096  # images whose (C,) numbers are held in float64 at a time
 
 
 def map_rows(work: Callable[[slice], npt.NDArray[Any]], n: int) -> npt.NDArray[Any]:
-    """(N,) values of N pictures, from what `work` gives of a slice of them: what it needs meanwhile is held of ROWS pictures alone."""
+    """(N,) values of N images, from what `work` gives of a slice of them: what it needs meanwhile is held of ROWS images alone."""
     return np.concatenate([work(slice(start, start + ROWS)) for start in range(0, max(n, 1), ROWS)])
 
 
@@ -44,7 +44,7 @@ def negative_log_likelihood(labels: Labels, logits: Floats) -> float:
 
 
 def sample_nll(labels: Labels, logits: Floats) -> npt.NDArray[np.float64]:
-    """(N,) -log softmax(logits)[label] of each picture, in nats."""
+    """(N,) -log softmax(logits)[label] of each image, in nats."""
     scores = np.asarray(logits, dtype=np.float64)
     nats: npt.NDArray[np.float64] = logsumexp(scores, axis=1) - scores[np.arange(len(labels)), labels]
     return nats
@@ -67,12 +67,12 @@ def in_top_k(labels: Labels, probs: Floats, k: int) -> npt.NDArray[np.bool_]:
 
 
 def top_k_accuracy(labels: Labels, probs: Floats, k: int) -> float:
-    """Share of pictures whose true class is among the k most probable (scikit-learn's `top_k_accuracy_score`); k of at least C gives 1."""
+    """Share of images whose true class is among the k most probable (scikit-learn's `top_k_accuracy_score`); k of at least C gives 1."""
     return float(in_top_k(labels, probs, k).mean())
 
 
 def confusion_matrix(labels: Labels, predicted: Labels, classes: int, weights: Labels | None = None) -> npt.NDArray[np.int64]:
-    """(C, C) counts; row = true class, column = predicted class. weights: (N,) how often each picture counts (None: once)."""
+    """(C, C) counts; row = true class, column = predicted class. weights: (N,) how often each image counts (None: once)."""
     cells = labels * classes + predicted
     counts = np.bincount(cells, minlength=classes * classes, weights=weights)  # floats, where there are weights
     return counts.astype(np.int64).reshape(classes, classes)
@@ -80,7 +80,7 @@ def confusion_matrix(labels: Labels, predicted: Labels, classes: int, weights: L
 
 @dataclass(frozen=True, eq=False)
 class PerClass:
-    """(C,) arrays; precision is 0 for a class never predicted, recall 0 for one without pictures."""
+    """(C,) arrays; precision is 0 for a class never predicted, recall 0 for one without images."""
 
     precision: npt.NDArray[np.float64]
     recall: npt.NDArray[np.float64]
@@ -89,7 +89,7 @@ class PerClass:
 
 
 def per_class(confusion: npt.NDArray[np.int64]) -> PerClass:
-    """Precision, recall, F1 and number of pictures of each class."""
+    """Precision, recall, F1 and number of images of each class."""
     hits = np.diag(confusion).astype(np.float64)
     support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
     return PerClass(
@@ -105,7 +105,7 @@ def _share(part: npt.NDArray[np.float64], whole: npt.NDArray[np.int64]) -> npt.N
 
 
 def mean_per_class_accuracy(confusion: npt.NDArray[np.int64]) -> float:
-    """Mean recall of the classes that have pictures (scikit-learn's balanced accuracy)."""
+    """Mean recall of the classes that have images (scikit-learn's balanced accuracy)."""
     numbers = per_class(confusion)
     return float(numbers.recall[numbers.support > 0].mean())
 
@@ -117,7 +117,7 @@ def macro_f1(confusion: npt.NDArray[np.int64]) -> float:
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); assumes independent pictures."""
+    """Wilson score interval of a proportion (Wilson 1927); assumes independent images."""
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -148,10 +148,10 @@ def group_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[tuple[float, float]]:
-    """Percentile bootstrap interval of each statistic of N pictures, drawing whole groups with replacement (Efron 1979; Field 2007).
+    """Percentile bootstrap interval of each statistic of N images, drawing whole groups with replacement (Efron 1979; Field 2007).
 
-    groups: (N,) a number a group; pictures that show the same thing come and go together, since they are no independent evidence.
-    statistics: (N,) how often each picture counts -> the values. Where all of them are equal, the interval has no width.
+    groups: (N,) a number a group; images that show the same thing come and go together, since they are no independent evidence.
+    statistics: (N,) how often each image counts -> the values. Where all of them are equal, the interval has no width.
     """
     _, places = np.unique(groups, return_inverse=True)
     count = int(places.max()) + 1
@@ -163,9 +163,9 @@ def group_bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two classifiers on the same N pictures.
+    """Two classifiers on the same N images.
 
-    only_a, only_b: pictures that one alone gets right. p_value: McNemar's exact test of whether both are right equally often.
+    only_a, only_b: images that one alone gets right. p_value: McNemar's exact test of whether both are right equally often.
     difference: accuracy of b minus that of a; low, high: its paired bootstrap interval.
     """
 
@@ -203,7 +203,7 @@ def auroc(known: Floats, unknown: Floats) -> float:
 def fpr_at_tpr(known: Floats, unknown: Floats, passed: float = 0.95) -> float:
     """FPR@95: share of `unknown` scores below the threshold that lets `passed` of the `known` through. 0..1, lower is better.
 
-    The convention of the field (Hendrycks 2017, arXiv:1610.02136): known pictures are the positives.
+    The convention of the field (Hendrycks 2017, arXiv:1610.02136): known images are the positives.
     """
     threshold = np.quantile(known, passed, method="inverted_cdf")  # the least that lets so many through
     return float(np.mean(np.asarray(unknown) <= threshold))

@@ -1,4 +1,4 @@
-"""Network x pictures -> heatmaps: activations of a layer and the gradients of a class score there, put through a method of cam.py."""
+"""Network x images -> heatmaps: activations of a layer and the gradients of a class score there, put through a method of cam.py."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from seewhy.explain.pixel_attribution import chosen_classes, class_scores, pixel
 # ---------------------------------------------------------------- the last feature maps
 
 
-def feature_maps(model: nn.Module, pictures: Tensor) -> Tensor:
+def feature_maps(model: nn.Module, images: Tensor) -> Tensor:
     """(N, 3, S, S) -> the last feature maps before pooling, as the network lays them out."""
-    features: Tensor = cast(Any, model).forward_features(pictures)
+    features: Tensor = cast(Any, model).forward_features(images)
     return features
 
 
 class FeatureMaps(nn.Module):
-    """A network up to its head, for an engine to run."""
+    """A network up to its head, for an executor to run."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return feature_maps(self.model, pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        return feature_maps(self.model, images)
 
 
 def as_channels_first(model: nn.Module, features: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | 
     classifier = cast(Any, model).get_classifier()
     if not isinstance(classifier, nn.Linear) or features.ndim != 4 or classifier.in_features != features.shape[1]:
         return None
-    whole = logits.isfinite().all(dim=1)  # a picture that overflowed says nothing about the head
+    whole = logits.isfinite().all(dim=1)  # an image that overflowed says nothing about the head
     closed = nn.functional.linear(features[whole].mean(dim=(2, 3)), classifier.weight)
     scores = logits[whole] if classifier.bias is None else logits[whole] - classifier.bias
     if not len(scores):
@@ -96,7 +96,7 @@ def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | 
 def head_gradients(
     model: nn.Module, features: Tensor, targets: Tensor | None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of each picture's class score with respect to its features: from the head down, no further.
+    """Gradient of each image's class score with respect to its features: from the head down, no further.
 
     features: from `feature_maps`. targets: (N,) class indices, None for the predicted class. contrast: (N,) classes whose
     score is taken away. Returns logits (N, C), targets (N,), gradients shaped like the features. For a head of average
@@ -120,11 +120,11 @@ def head_gradients(
 
 
 def layer_gradients(
-    model: nn.Module, pictures: Tensor, layers: Sequence[str], targets: Tensor | None, contrast: Tensor | None = None
+    model: nn.Module, images: Tensor, layers: Sequence[str], targets: Tensor | None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Activations and gradients at named layers, in one forward pass; nothing below the first of them is differentiated.
 
-    pictures: (N, 3, S, S) normalised. Returns logits (N, C), targets (N,), and a pair of tensors a layer, as the layer lays
+    images: (N, 3, S, S) normalised. Returns logits (N, C), targets (N,), and a pair of tensors a layer, as the layer lays
     them out. Raises ConfigError for a layer the network does not have, BackboneError for one whose output is no tensor.
     """
     found: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ def layer_gradients(
     handles = [module.register_forward_hook(keep(name)) for name, module in zip(layers, modules, strict=True)]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            logits: Tensor = model(pictures.clone())
+            logits: Tensor = model(images.clone())
             chosen = chosen_classes(logits.detach(), targets)
             if missing := [name for name in layers if name not in found]:
                 raise BackboneError(f"layer {missing[0]} takes no part in an answer of {type(model).__name__}; name another layer")
@@ -170,57 +170,57 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
 
 def class_activation_maps(
     model: nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     method: str,
     targets: Tensor | None = None,
     contrast: Tensor | None = None,
     layers: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps (N, h, w) >= 0 of one class a picture, with logits (N, C) and target classes (N,).
+    """Maps (N, h, w) >= 0 of one class an image, with logits (N, C) and target classes (N,).
 
-    model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32. contrast: (N,) classes the targets are held
+    model: timm network in eval mode. images: (N, 3, S, S) normalised float32. contrast: (N,) classes the targets are held
     against: evidence for the one and not the other. layers: dotted names; several are fused; none: the last feature maps.
     """
     if method in PIXEL_METHODS:
         if layers:
             raise ConfigError(f"{method} explains pixels, not a layer; leave the layer out or choose another method")
-        return pixel_maps(model, pictures, method, targets, contrast)
+        return pixel_maps(model, images, method, targets, contrast)
     layers = layers or default_layers(model)
     if method in PERTURBATION_METHODS:
-        return perturbation_maps(model, pictures, method, targets, contrast, layers)
+        return perturbation_maps(model, images, method, targets, contrast, layers)
     if not layers:
         with torch.no_grad():
-            features = feature_maps(model, pictures)
+            features = feature_maps(model, images)
         return maps_of_features(model, features, method, targets, contrast)
-    logits, chosen, pairs = layer_gradients(model, pictures, layers, targets, contrast)
+    logits, chosen, pairs = layer_gradients(model, images, layers, targets, contrast)
     maps = [_map(model, activations, gradients, method) for activations, gradients in pairs]
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
 
 
 def smoothed_maps(
     model: nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     method: str,
     targets: Tensor | None = None,
     contrast: Tensor | None = None,
     layers: Sequence[str] = (),
     smooth: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`class_activation_maps` averaged over smooth x smooth copies of each picture, moved around its rim by half cells of a 7 x 7 map.
+    """`class_activation_maps` averaged over smooth x smooth copies of each image, moved around its rim by half cells of a 7 x 7 map.
 
     Places between the centres of a coarse map's cells become visible, at smooth^2 times the cost. Maps (N, S, S), each scaled to
-    0..1 before the mean, with logits and targets of the picture as it is. benchmarks/cam_quality.py measures what it brings.
+    0..1 before the mean, with logits and targets of the image as it is. benchmarks/cam_quality.py measures what it brings.
     """
     if smooth == 1:
-        return class_activation_maps(model, pictures, method, targets, contrast, layers)
+        return class_activation_maps(model, images, method, targets, contrast, layers)
     with torch.inference_mode(False), torch.no_grad():
-        logits: Tensor = model(pictures.clone())
+        logits: Tensor = model(images.clone())
         chosen = chosen_classes(logits, targets)
-    size = pictures.shape[-1]
+    size = images.shape[-1]
     offsets = [round((n - (smooth - 1) / 2) * size / 14) for n in range(smooth)]
-    total = torch.zeros(len(pictures), size, size)
+    total = torch.zeros(len(images), size, size)
     for dy, dx in itertools.product(offsets, offsets):
-        moved = torch.roll(pictures, (dy, dx), dims=(2, 3))
+        moved = torch.roll(images, (dy, dx), dims=(2, 3))
         maps, _, _ = class_activation_maps(model, moved, method, chosen, contrast, layers)
         large = nn.functional.interpolate(scale_to_one(maps)[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
         total += torch.roll(large, (-dy, -dx), dims=(1, 2)).to(total.device)
@@ -228,46 +228,46 @@ def smoothed_maps(
 
 
 def maps_of_methods(
-    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = (), smooth: int = 1
+    model: nn.Module, images: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = (), smooth: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
     """(method, maps (N, h, w) >= 0) of each method in turn; those that start from the last feature maps share one forward pass."""
     features = None
     for method in methods:
         if smooth > 1:
-            yield method, smoothed_maps(model, pictures, method, targets, None, layers, smooth)[0]
+            yield method, smoothed_maps(model, images, method, targets, None, layers, smooth)[0]
         elif method in METHODS and not (layers or default_layers(model)):
             if features is None:
                 with torch.no_grad():
-                    features = feature_maps(model, pictures)
+                    features = feature_maps(model, images)
             yield method, maps_of_features(model, features, method, targets)[0]
         else:
-            yield method, class_activation_maps(model, pictures, method, targets, layers=layers)[0]
+            yield method, class_activation_maps(model, images, method, targets, layers=layers)[0]
 
 
 def perturbation_maps(
-    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, contrast: Tensor | None, layers: Sequence[str]
+    model: nn.Module, images: Tensor, method: str, targets: Tensor | None, contrast: Tensor | None, layers: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`class_activation_maps` by a method that asks the network anew for each channel, in batches of the pictures."""
+    """`class_activation_maps` by a method that asks the network anew for each channel, in batches of the images."""
     maps = []
     with torch.inference_mode(False), torch.no_grad():
-        pictures = pictures.clone()  # may be an inference tensor
-        logits: Tensor = model(pictures)
+        images = images.clone()  # may be an inference tensor
+        logits: Tensor = model(images)
         chosen = chosen_classes(logits, targets)
 
         def masked_scores(masks: Tensor) -> Tensor:
-            return class_scores(model(pictures * masks[:, None]), chosen, contrast)
+            return class_scores(model(images * masks[:, None]), chosen, contrast)
 
         everywhere: Sequence[str | None] = layers or [None]
         for layer in everywhere:
-            features = feature_maps(model, pictures) if layer is None else output_of(model, pictures, layer)
+            features = feature_maps(model, images) if layer is None else output_of(model, images, layer)
 
             def changed_scores(changed: Tensor, layer: str | None = layer) -> Tensor:
-                answer = cast(Any, model).forward_head(changed) if layer is None else forward_from(model, pictures, layer, changed)
+                answer = cast(Any, model).forward_head(changed) if layer is None else forward_from(model, images, layer, changed)
                 return class_scores(answer, chosen, contrast)
 
-            activations = finite_pictures(as_channels_first(model, features))
+            activations = finite_images(as_channels_first(model, features))
             if method == "scorecam":
-                weights = scorecam_weights(activations, masked_scores, pictures.shape[-1])
+                weights = scorecam_weights(activations, masked_scores, images.shape[-1])
             else:
                 weights = ablationcam_weights(features, changed_scores, channel_axis(model, features))
             maps.append(zero_nonfinite(weighted_map(activations, weights)))
@@ -279,42 +279,42 @@ def channel_axis(model: nn.Module, features: Tensor) -> int:
     return 1 if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW" else features.ndim - 1
 
 
-def output_of(model: nn.Module, pictures: Tensor, layer: str) -> Tensor:
-    """What a named layer gives for the pictures; a copy, since a network may go on in place."""
+def output_of(model: nn.Module, images: Tensor, layer: str) -> Tensor:
+    """What a named layer gives for the images; a copy, since a network may go on in place."""
     found: list[Tensor] = []
     handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
     try:
-        model(pictures)
+        model(images)
     finally:
         handle.remove()
     return found[0]
 
 
-def forward_from(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
-    """Logits of the pictures if a named layer gave `output`."""
+def forward_from(model: nn.Module, images: Tensor, layer: str, output: Tensor) -> Tensor:
+    """Logits of the images if a named layer gave `output`."""
     handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, own: output.clone())
     try:
-        logits: Tensor = model(pictures)
+        logits: Tensor = model(images)
     finally:
         handle.remove()
     return logits
 
 
-def finite_pictures(activations: Tensor) -> Tensor:
-    """(N, K, H, W) with zeros for each picture that holds a NaN or an infinity, at which a decomposition would refuse the batch."""
+def finite_images(activations: Tensor) -> Tensor:
+    """(N, K, H, W) with zeros for each image that holds a NaN or an infinity, at which a decomposition would refuse the batch."""
     if bool(activations.isfinite().all()):
         return activations
     return torch.where(activations.isfinite().all(dim=(1, 2, 3), keepdim=True), activations, torch.zeros_like(activations))
 
 
 def _map(model: nn.Module, activations: Tensor, gradients: Tensor, method: str) -> Tensor:
-    activations, gradients = finite_pictures(as_channels_first(model, activations)), as_channels_first(model, gradients)
+    activations, gradients = finite_images(as_channels_first(model, activations)), as_channels_first(model, gradients)
     return zero_nonfinite(weighted_map(activations, METHODS[method](activations, gradients)))
 
 
 def maps_of_features(
     model: nn.Module, features: Tensor, method: str, targets: Tensor | None = None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`class_activation_maps` from the last feature maps that are there already, whichever engine computed them."""
+    """`class_activation_maps` from the last feature maps that are there already, whichever executor computed them."""
     logits, chosen, gradients = head_gradients(model, features, targets, contrast)
     return _map(model, features, gradients, method), logits, chosen

@@ -105,10 +105,10 @@ def ablationcam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], 
 
 
 def scorecam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """Score-CAM: the class score of the picture seen through each channel. (N, K, h, w) -> (N, K, 1, 1), which sum to 1.
+    """Score-CAM: the class score of the image seen through each channel. (N, K, h, w) -> (N, K, 1, 1), which sum to 1.
 
-    Each channel, enlarged bilinearly to the picture and scaled to 0..1, is a mask; the softmax of the scores over the channels
-    are the weights: Eq. 5-8 and Alg. 1, arXiv:1910.01279 (the score of the empty picture, taken away there, cancels out).
+    Each channel, enlarged bilinearly to the image and scaled to 0..1, is a mask; the softmax of the scores over the channels
+    are the weights: Eq. 5-8 and Alg. 1, arXiv:1910.01279 (the score of the empty image, taken away there, cancels out).
     score: masks (N, size, size) -> (N,) class scores (logits).
     """
     scores = []

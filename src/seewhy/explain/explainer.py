@@ -1,4 +1,4 @@
-"""A run x pictures -> Explanation: a heatmap a picture, its overlay, and the scores behind it."""
+"""A run x images -> Explanation: a heatmap an image, its overlay, and the scores behind it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seewhy.core.parallel import BATCH, in_batches, in_order
+from seewhy.core.parallel import BATCH, batched, map_ordered
 from seewhy.core.progress import progress
 from seewhy.data.decode import read_image
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.errors import ConfigError, OutputError
 from seewhy.evaluation.metrics import softmax
 from seewhy.explain.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, smoothed_maps
 from seewhy.explain.cam import ALL_METHODS, PERTURBATION_METHODS, PIXEL_METHODS, scale_to_one
 from seewhy.explain.overlay import overlay_heatmap
-from seewhy.models.executors import Engine, FromSquares, kept_engine
+from seewhy.models.executors import Executor, NormalizeInput, get_executor
 from seewhy.models.features import square_of
 from seewhy.models.saved_run import SavedRun
 from seewhy.models.transforms import Preprocessing, directions, eval_view, render
 
-OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
+OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the image stays sharp
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Why the network says what it says of N pictures.
+    """Why the network says what it says of N images.
 
-    maps: (N, h, w) float32, 0..1, of the class `targets[n]`, over what the network saw of the picture.
+    maps: (N, h, w) float32, 0..1, of the class `targets[n]`, over what the network saw of the image.
     targets: (N,) class indices. probs: (N, C). method: its name in ALL_METHODS.
     """
 
@@ -48,7 +48,7 @@ class Explanation:
     preprocessing: Preprocessing
 
     def overlay(self, n: int) -> Image.Image:
-        """What the network saw of the n-th picture, in its own proportions, with the heatmap over it; RGB."""
+        """What the network saw of the n-th image, in its own proportions, with the heatmap over it; RGB."""
         return Image.fromarray(overlay_heatmap(display_view(self.paths[n], self.preprocessing), self.maps[n]))
 
     def records(self) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Explanation:
         ]
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Writes one overlay a picture, NAME.CLASS.METHOD.png; the files written."""
+        """Writes one overlay an image, NAME.CLASS.METHOD.png; the files written."""
         folder = Path(folder)
         written: list[Path] = []
         try:
@@ -84,13 +84,13 @@ class Explanation:
 
 
 def display_view(path: Path | str, preprocessing: Preprocessing, long_side: int = OVERLAY_SIZE) -> npt.NDArray[np.uint8]:
-    """The evaluation view in the picture's own proportions: (h, w, 3) uint8 RGB, the longer side `long_side`."""
-    picture = read_image(path, 2 * long_side)
-    view = eval_view(picture.width, picture.height, preprocessing)
+    """The evaluation view in the image's own proportions: (h, w, 3) uint8 RGB, the longer side `long_side`."""
+    image = read_image(path, 2 * long_side)
+    view = eval_view(image.width, image.height, preprocessing)
     left, top, right, bottom = view.box
     factor = long_side / max(right - left, bottom - top)
     size = (max(1, round(factor * (right - left))), max(1, round(factor * (bottom - top))))
-    return render(picture, view, size, "lanczos")
+    return render(image, view, size, "lanczos")
 
 
 def class_index(name: str, classes: Sequence[str]) -> int:
@@ -104,12 +104,12 @@ def class_index(name: str, classes: Sequence[str]) -> int:
 
 
 def classes_of(names: str | Sequence[str] | None, classes: Sequence[str], n: int) -> torch.Tensor | None:
-    """(n,) class indices of one name for all pictures or of one a picture; ConfigError where their number does not fit."""
+    """(n,) class indices of one name for all images or of one an image; ConfigError where their number does not fit."""
     if names is None:
         return None
     each = [names] * n if isinstance(names, str) else names
     if len(each) != n:
-        raise ConfigError(f"{len(each)} classes for {n} pictures; name one class, or one a picture")
+        raise ConfigError(f"{len(each)} classes for {n} images; name one class, or one an image")
     return torch.tensor([class_index(name, classes) for name in each])
 
 
@@ -131,43 +131,43 @@ def explain(
 ) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
 
-    target: one class, or one a picture. contrast: likewise, whose score is taken away: why the one and not the other.
-    layers: dotted names of layers, fused where there are several; none: the last feature maps, which the engine of `predict`
+    target: one class, or one an image. contrast: likewise, whose score is taken away: why the one and not the other.
+    layers: dotted names of layers, fused where there are several; none: the last feature maps, which the executor of `predict`
     computes, since nothing of a map needs the gradients below the head. smooth: the mean over smooth x smooth moved copies
     (`attribution.smoothed_maps`), finer at that many times the cost.
 
-    Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
+    Raises ConfigError for an unknown method, class or layer, ImageError for an unusable image.
     """
     check_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     for name in layers:
         named_layer(model, name)  # refused before any work
     layers = layers if method in PIXEL_METHODS else layers or default_layers(model)
-    paths = find_pictures(inputs)
+    paths = find_images(inputs)
     wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, contrast))
-    below = FromSquares(nn.Identity(), preprocessing)
-    if from_pictures := bool(layers) or smooth > 1 or method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
-        forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
+    below = NormalizeInput(nn.Identity(), preprocessing)
+    if from_images := bool(layers) or smooth > 1 or method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
+        forward = Executor(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
-        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths))
+        forward = get_executor(run.executors["maps"], FeatureMaps(model), preprocessing, len(paths))
     maps, targets, logits = [], [], []
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
         """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
-        return [torch.from_numpy(forward(way)) for way in directions(np.stack(batch), run.config.test_flip)]
+        return [torch.from_numpy(forward(way)) for way in directions(np.stack(batch), run.config.tta_flip)]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         contrasts = others[done : done + len(way)] if others is not None else None
-        if from_pictures:
+        if from_images:
             return smoothed_maps(model, way, method, given, contrasts, layers, smooth)
         return maps_of_features(model, way, method, given, contrasts)
 
     done = 0
     with progress("explaining", len(paths)) as advance:
-        batches = in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)
-        for ways in in_order(ways_of, batches, forward.lanes, ahead=forward.lanes):
+        batches = batched(map_ordered(lambda path: square_of(path, preprocessing), paths, workers), BATCH)
+        for ways in map_ordered(ways_of, batches, forward.max_parallel_batches, ahead=forward.max_parallel_batches):
             given = wanted[done : done + len(ways[0])] if wanted is not None else None
-            found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else maps_both_ways(maps_of, ways, given)
+            found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else flip_tta_maps(maps_of, ways, given)
             maps.append(scale_to_one(found).numpy())
             targets.append(chosen.numpy())
             logits.append(scores.numpy())
@@ -184,12 +184,12 @@ def explain(
     )
 
 
-def maps_both_ways(
+def flip_tta_maps(
     maps_of: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ways: list[torch.Tensor],
     given: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Maps, logits and targets of what `predict` answers: means over pictures and their mirror images, whose maps are turned back.
+    """Maps, logits and targets of what `predict` answers: means over images and their mirror images, whose maps are turned back.
 
     The predicted class is that of the mean logits; where a direction alone would have said another, its map is made again.
     """

@@ -21,10 +21,10 @@ from torchvision.transforms.functional import gaussian_blur
 from seewhy.explain.cam import scale_to_one
 
 STEPS = 14  # of the insertion and deletion curves
-MARGIN = 0.03  # of the picture's side, around the object, in the pointing game
-ROAD_SHARES = (0.1, 0.3, 0.5)  # of the pixels that are removed; more would cost seconds a picture
+MARGIN = 0.03  # of the image's side, around the object, in the pointing game
+ROAD_SHARES = (0.1, 0.3, 0.5)  # of the pixels that are removed; more would cost seconds an image
 ROAD_NOISE = 0.01  # deviation of what is added to an imputed pixel, as the authors' code has it
-Answer = Callable[[Tensor], Tensor]  # (M, 3, S, S) normalised pictures -> (M, C) probabilities
+Answer = Callable[[Tensor], Tensor]  # (M, 3, S, S) normalised images -> (M, C) probabilities
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Score:
 
 
 def average_drop(whole: Tensor, masked: Tensor) -> Tensor:
-    """max(0, p - p') / p of the class probabilities p of the picture and p' of the picture times its map. 0..1, lower is better.
+    """max(0, p - p') / p of the class probabilities p of the image and p' of the image times its map. 0..1, lower is better.
 
     "Average drop %", Sec. 4.1, arXiv:1710.11063. A map of all ones has a drop of 0: read it beside `confidence_increase` and the baselines.
     """
@@ -47,47 +47,47 @@ def average_drop(whole: Tensor, masked: Tensor) -> Tensor:
 
 
 def confidence_increase(whole: Tensor, masked: Tensor) -> Tensor:
-    """1 where the class is more probable in the picture times its map than in the picture (Sec. 4.1, arXiv:1710.11063)."""
+    """1 where the class is more probable in the image times its map than in the image (Sec. 4.1, arXiv:1710.11063)."""
     return (masked > whole).to(whole.dtype)
 
 
-def deletion(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+def deletion(answer: Answer, images: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
     """Area under the class probability as pixels are set to the mean colour, the most salient first. 0..1, lower is better.
 
     Sec. 3.3, arXiv:1806.07421.
     """
-    return _area(answer, torch.zeros_like(pictures), pictures, targets, maps)
+    return _area(answer, torch.zeros_like(images), images, targets, maps)
 
 
-def insertion(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
-    """Area under the class probability as pixels come back into the blurred picture, the most salient first. Higher is better.
+def insertion(answer: Answer, images: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+    """Area under the class probability as pixels come back into the blurred image, the most salient first. Higher is better.
 
     Sec. 3.3, arXiv:1806.07421; blur of 11 pixels with sigma 5, as the authors' code has it.
     """
-    return _area(answer, pictures, gaussian_blur(pictures, [11, 11], [5.0, 5.0]), targets, maps)
+    return _area(answer, images, gaussian_blur(images, [11, 11], [5.0, 5.0]), targets, maps)
 
 
-def road(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
+def road(answer: Answer, images: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
     """(p without the least relevant pixels - p without the most relevant ones) / 2, mean over shares. -0.5..0.5, higher is better.
 
     Remove and debias: removed pixels are replaced by the noisy linear imputation of Sec. 4, arXiv:2202.00449, which gives away
     less by its shape than a flat colour. pytorch-grad-cam's ROADCombined, on probabilities.
     """
-    found = torch.zeros(len(pictures), dtype=pictures.dtype)
+    found = torch.zeros(len(images), dtype=images.dtype)
     generator = torch.Generator().manual_seed(0)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # SuperLU lets other threads work
         for share in ROAD_SHARES:
             for sign, relevance in ((1, 1 - maps), (-1, maps)):
                 removed = _most_relevant(relevance, share)
-                noise = ROAD_NOISE * torch.randn(pictures.shape, generator=generator, dtype=pictures.dtype)
-                imputed = torch.stack(list(pool.map(impute, pictures, removed, noise)))
+                noise = ROAD_NOISE * torch.randn(images.shape, generator=generator, dtype=images.dtype)
+                imputed = torch.stack(list(pool.map(impute, images, removed, noise)))
                 found += sign * class_probabilities(answer, imputed, targets)
     return found / (2 * len(ROAD_SHARES))
 
 
-# of: (class probabilities of the pictures (N,), of the pictures times their maps (N,)) -> (N,).
+# of: (class probabilities of the images (N,), of the images times their maps (N,)) -> (N,).
 MASKING_METRICS = {"average drop": Score(average_drop, "lower"), "confidence increase": Score(confidence_increase, "higher")}
-# of: (answer, pictures (N, 3, S, S), targets (N,), maps (N, S, S) 0..1) -> (N,).
+# of: (answer, images (N, 3, S, S), targets (N,), maps (N, S, S) 0..1) -> (N,).
 DELETION_METRICS = {
     "deletion AUC": Score(deletion, "lower"),
     "insertion AUC": Score(insertion, "higher"),
@@ -102,7 +102,7 @@ QUALITY = MASKING_METRICS | DELETION_METRICS
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """1 where the map's maximum lies on the object or within 3% of the side of it, 0 elsewhere and for a map of zeros. -> (N,).
 
-    maps: (N, S, S). masks: the same, bool. The pointing game, Sec. 4.2, arXiv:1608.00507, whose margin is 15 pixels of pictures of
+    maps: (N, S, S). masks: the same, bool. The pointing game, Sec. 4.2, arXiv:1608.00507, whose margin is 15 pixels of images of
     about 500. Equal maxima share the hit.
     """
     near = [distance_transform_edt(~mask.numpy()) <= MARGIN * mask.shape[-1] for mask in masks]
@@ -191,9 +191,9 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------- steps of the above
 
 
-def class_probabilities(answer: Answer, pictures: Tensor, targets: Tensor) -> Tensor:
-    """(N,) probability of each picture's class."""
-    return answer(pictures).gather(1, targets[:, None])[:, 0]
+def class_probabilities(answer: Answer, images: Tensor, targets: Tensor) -> Tensor:
+    """(N,) probability of each image's class."""
+    return answer(images).gather(1, targets[:, None])[:, 0]
 
 
 def _ranks(maps: Tensor) -> Tensor:
@@ -218,14 +218,14 @@ def _area(answer: Answer, salient: Tensor, rest: Tensor, targets: Tensor, maps: 
 NEIGHBOURS = tuple((dy, dx, 1 / 6 if dy == 0 or dx == 0 else 1 / 12) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 
 
-def impute(picture: Tensor, removed: Tensor, noise: Tensor) -> Tensor:
+def impute(image: Tensor, removed: Tensor, noise: Tensor) -> Tensor:
     """(3, S, S) with each removed pixel the weighted mean of its eight neighbours, plus its place of `noise` (3, S, S).
 
-    Removed neighbours are unknowns too, so this is one sparse linear system a picture: Eq. 5, arXiv:2202.00449.
+    Removed neighbours are unknowns too, so this is one sparse linear system an image: Eq. 5, arXiv:2202.00449.
     """
     if not bool(removed.any()) or bool(removed.all()):  # nothing to do, or nothing to do it from
-        return picture if not bool(removed.any()) else torch.zeros_like(picture)
-    mask, values = removed.numpy(), picture.numpy().astype(np.float64)
+        return image if not bool(removed.any()) else torch.zeros_like(image)
+    mask, values = removed.numpy(), image.numpy().astype(np.float64)
     number = np.full(mask.shape, -1)
     number[mask] = np.arange(mask.sum())
     y, x = np.nonzero(mask)
@@ -244,9 +244,9 @@ def impute(picture: Tensor, removed: Tensor, noise: Tensor) -> Tensor:
     columns.append(np.arange(len(y)))
     weights.append(diagonal)
     system = csc_matrix((np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))), shape=(len(y), len(y)))
-    # The system is symmetric but for the picture's rim: an ordering for such ones takes half the time of the default.
+    # The system is symmetric but for the image's rim: an ordering for such ones takes half the time of the default.
     factors = splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-    solved = torch.from_numpy(factors.solve(known).T).to(picture.dtype)
-    imputed = picture.clone()
+    solved = torch.from_numpy(factors.solve(known).T).to(image.dtype)
+    imputed = image.clone()
     imputed[:, removed] = solved + noise[:, removed]
     return imputed

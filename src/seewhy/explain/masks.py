@@ -1,4 +1,4 @@
-"""Picture file -> the object's outline as a mask, where its dataset has one: the demo set, Caltech-101, or masks of one's own."""
+"""Image file -> the object's outline as a mask, where its dataset has one: the demo set, Caltech-101, or masks of one's own."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CALTECH_FOLDERS = {"airplanes": "Airplanes_Side_2", "Faces": "Faces_2", "Faces_e
 
 
 def outline_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.bool_] | None:
-    """(size, size) True on the object, as the network sees the picture; None where no outline is known.
+    """(size, size) True on the object, as the network sees the image; None where no outline is known.
 
-    .../pictures/CLASS/NAME.jpg has its mask in .../masks/CLASS/NAME.png (white on black), as the demo set lays them out.
+    .../images/CLASS/NAME.jpg has its mask in .../masks/CLASS/NAME.png (white on black), as the demo set lays them out.
     .../101_ObjectCategories/CLASS/image_0001.jpg has its contour in .../Annotations/CLASS/annotation_0001.mat.
     """
     if mask := _mask_file(path):
         return _seen(read_image(mask).convert("L"), preprocessing) > 127
     if annotation := _annotation_file(path):
-        picture = read_image(path)
-        drawn = Image.new("L", picture.size)
+        image = read_image(path)
+        drawn = Image.new("L", image.size)
         ImageDraw.Draw(drawn).polygon([(float(x), float(y)) for x, y in _contour(annotation)], fill=255)
         return _seen(drawn, preprocessing) > 127
     return None
@@ -41,7 +41,7 @@ def _seen(mask: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
 def _mask_file(path: Path) -> Path | None:
     folder = path.parent.parent
     mask = (folder.parent / "masks" / path.parent.name / path.name).with_suffix(".png")
-    return mask if folder.name == "pictures" and mask.is_file() else None
+    return mask if folder.name == "images" and mask.is_file() else None
 
 
 def _annotation_file(path: Path) -> Path | None:
@@ -54,7 +54,7 @@ def _annotation_file(path: Path) -> Path | None:
 
 
 def _contour(annotation: Path) -> npt.NDArray[np.float64]:
-    """(P, 2) x and y of the outline in pixels of the picture from 0, as Caltech's show_annotation.m places it (from 1)."""
+    """(P, 2) x and y of the outline in pixels of the image from 0, as Caltech's show_annotation.m places it (from 1)."""
     from scipy.io import loadmat
 
     try:

@@ -1,4 +1,4 @@
-"""Run x pictures -> a table of heatmap methods x scores, each with an interval and beside maps that know nothing."""
+"""Run x images -> a table of heatmap methods x scores, each with an interval and beside maps that know nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from seewhy.core.parallel import in_batches, in_order
+from seewhy.core.parallel import batched, map_ordered
 from seewhy.core.progress import progress
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.errors import ConfigError
 from seewhy.evaluation.metrics import mean_interval
 from seewhy.explain.attribution import maps_of_methods
@@ -35,7 +35,7 @@ from seewhy.explain.faithfulness import (
     structural_similarity,
 )
 from seewhy.explain.masks import outline_of
-from seewhy.models.executors import FromSquares, float_engine
+from seewhy.models.executors import NormalizeInput, float_executor
 from seewhy.models.features import square_of
 from seewhy.models.saved_run import SavedRun
 from seewhy.models.weights import classifier_names
@@ -46,7 +46,7 @@ BATCH = 16
 AREA = "object area (chance level)"
 
 
-SAME = 1e-5  # of maps from 0 to 1: rounding, and far less than a grey level of the picture that they cover
+SAME = 1e-5  # of maps from 0 to 1: rounding, and far less than a grey level of the image that they cover
 
 
 COMPARED = tuple(name for name in ALL_METHODS if name not in SLOW)
@@ -63,9 +63,9 @@ def score_methods(
 ) -> pd.DataFrame:
     """One row a method (and baseline) and score: method, score, better, mean, low, high, n.
 
-    low, high: 95% bootstrap interval of the mean over pictures.
-    LOCALIZATION_METRICS are there where outlines are known (outlines.py), over those pictures; so is a row of method AREA for the
-    energy-based pointing game: the share of the picture that the object covers, which a flat map would score.
+    low, high: 95% bootstrap interval of the mean over images.
+    LOCALIZATION_METRICS are there where outlines are known (outlines.py), over those images; so is a row of method AREA for the
+    energy-based pointing game: the share of the image that the object covers, which a flat map would score.
     Maps are of the predicted class, in the plain direction. Probabilities are the softmax of the network's own logits, not divided by
     the run's temperature as its answers are: the papers' scores are defined so, and published numbers can be compared.
     """
@@ -73,37 +73,37 @@ def score_methods(
         check_method(method)
     if unknown := [score for score in scores if score not in QUALITY]:
         raise ConfigError(f"unknown score {unknown[0]!r}; use one of {', '.join(QUALITY)}")
-    paths = find_pictures(inputs)
+    paths = find_images(inputs)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
-    below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
+    below, size = NormalizeInput(nn.Identity(), preprocessing), preprocessing.size
     values: dict[tuple[str, str], list[Tensor]] = {}
 
     def read(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         return square_of(path, preprocessing), outline_of(path, preprocessing)
 
     asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(DELETION_METRICS)) * STEPS)
-    engine = float_engine(model, size, asked)
+    runtime = float_executor(model, size, asked)
 
-    def answer(pictures: Tensor) -> Tensor:
-        return torch.from_numpy(engine(pictures.permute(0, 2, 3, 1).contiguous().numpy())).softmax(dim=1)
+    def answer(images: Tensor) -> Tensor:
+        return torch.from_numpy(runtime(images.permute(0, 2, 3, 1).contiguous().numpy())).softmax(dim=1)
 
     with progress("scoring heatmaps", len(paths) * (len(methods) + len(BASELINES))) as advance:
-        for number, batch in enumerate(in_batches(in_order(read, paths, workers), BATCH)):
-            pictures = below(torch.from_numpy(np.stack([square for square, _ in batch])))
-            probs = answer(pictures)
+        for number, batch in enumerate(batched(map_ordered(read, paths, workers), BATCH)):
+            images = below(torch.from_numpy(np.stack([square for square, _ in batch])))
+            probs = answer(images)
             targets = probs.argmax(dim=1)
             whole = probs.gather(1, targets[:, None])[:, 0]
             outlines = {n: outline for n, (_, outline) in enumerate(batch) if outline is not None}
             masks = torch.from_numpy(np.stack(list(outlines.values()))) if outlines else None
-            method_maps = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers, smooth))
+            method_maps = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, images, methods, targets, layers, smooth))
             baseline_maps = ((name, baseline(len(batch), size, number)) for name, baseline in BASELINES.items())
             known: list[tuple[Tensor, dict[str, Tensor]]] = []  # with a linear head several methods give one map: it is scored once
             for name, maps in itertools.chain(method_maps, baseline_maps):
                 found = next((scored for earlier, scored in known if torch.allclose(earlier, maps, rtol=0, atol=SAME)), None)
                 if found is None:
-                    masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKING_METRICS) else whole
+                    masked = class_probabilities(answer, images * maps[:, None], targets) if set(scores) & set(MASKING_METRICS) else whole
                     found = {
-                        score: QUALITY[score].of(*((whole, masked) if score in MASKING_METRICS else (answer, pictures, targets, maps)))
+                        score: QUALITY[score].of(*((whole, masked) if score in MASKING_METRICS else (answer, images, targets, maps)))
                         for score in scores
                     }
                     if masks is not None:
@@ -129,29 +129,29 @@ def sanity_check(
     """How alike each method's maps stay as the network forgets, from the classifier down: a row a method and stage.
 
     Columns: method, randomised_to (the classifier, or the first unit of the deepest stage, the next, ...; all above it too),
-    then mean, low and high (95% bootstrap interval over pictures) of `spearman` and `ssim` between the maps of the trained and of
+    then mean, low and high (95% bootstrap interval over images) of `spearman` and `ssim` between the maps of the trained and of
     the randomised network, of the class the trained one predicts; n. Near 0 is as it should be; a map that stays explains nothing.
     parts: only so many of them; 1: the classifier alone.
     """
     for method in methods:
         check_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
-    below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
+    below, size = NormalizeInput(nn.Identity(), preprocessing), preprocessing.size
     cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))][:parts]
     randomised_model = copy.deepcopy(model)
     targets: dict[int, Tensor] = {}  # of each batch: what the trained network predicts
     trained: dict[tuple[str, int], Tensor] = {}
     values: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    paths = find_pictures(inputs)
+    paths = find_images(inputs)
     with progress("randomising the network", len(paths) * len(methods) * (len(cascade) + 1)) as advance:
         for randomised in ([], *cascade):
             randomise(randomised_model, randomised, seed)
-            for number, batch in enumerate(in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)):
-                pictures = below(torch.from_numpy(np.stack(batch)))
+            for number, batch in enumerate(batched(map_ordered(lambda path: square_of(path, preprocessing), paths, workers), BATCH)):
+                images = below(torch.from_numpy(np.stack(batch)))
                 if number not in targets:
                     with torch.no_grad():
-                        targets[number] = model(pictures).argmax(dim=1)
-                for method, maps in maps_of_methods(randomised_model, pictures, methods, targets[number], layers):
+                        targets[number] = model(images).argmax(dim=1)
+                for method, maps in maps_of_methods(randomised_model, images, methods, targets[number], layers):
                     before = trained.setdefault((method, number), maps)
                     advance(len(batch))
                     if randomised:

@@ -23,17 +23,17 @@ def colour_map(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     return np.stack([np.interp(values, STOPS, COLOURS[:, channel]) for channel in range(4)], axis=-1)
 
 
-def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def overlay_heatmap(image: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
 
     The map is enlarged bicubically and clipped to 0..1.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     large = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
     glow, opacity = np.split(colour_map(large), [3], axis=-1)
     opacity = opacity / 255
-    grey = picture.mean(axis=2, keepdims=True)
-    base = 0.55 * picture + 0.25 * grey + 0.2 * picture * large[..., None]
+    grey = image.mean(axis=2, keepdims=True)
+    base = 0.55 * image + 0.25 * grey + 0.2 * image * large[..., None]
     mixed: npt.NDArray[np.uint8] = np.clip(base * (1 - opacity) + glow * opacity, 0, 255).round().astype(np.uint8)
     return mixed
 

@@ -1,4 +1,4 @@
-"""An exported ONNX file x picture files -> Predictions, by ONNX Runtime alone: no torch, no SciPy."""
+"""An exported ONNX file x image files -> Predictions, by ONNX Runtime alone: no torch, no SciPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import onnxruntime
 
 from seewhy.core.parallel import Worker
 from seewhy.data.decode import MAX_SIDE, MIN_SIDE, decode, read_image
-from seewhy.data.listing import find_pictures
+from seewhy.data.listing import find_images
 from seewhy.errors import ConfigError, RunError, reason_of
 from seewhy.inference.onnx_validation import check_graph
 from seewhy.inference.predictions import Predictions, answer_files
@@ -50,21 +50,21 @@ class OnnxModel:
 
     @property
     def unknown_above(self) -> float:
-        """The strangeness above which a picture looks like nothing known; infinite where the file has none."""
+        """The strangeness above which an image looks like nothing known; infinite where the file has none."""
         above = self.facts["unknown_above"]
         return math.inf if above is None else float(above)
 
-    def ask(self, pictures: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    def ask(self, images: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
         """Run the file on (N, H, W, 3) uint8 RGB; by name, all outputs or those `wanted`.
 
         logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8; where the file has them strangeness (N,), heatmaps (N, C, h, w).
         """
         names = self.outputs if wanted is None else wanted
-        return dict(zip(names, self._run(self.session, list(names), pictures), strict=True))
+        return dict(zip(names, self._run(self.session, list(names), images), strict=True))
 
-    def _run(self, session: Any, names: list[str], pictures: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
+    def _run(self, session: Any, names: list[str], images: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         try:
-            found: list[npt.NDArray[Any]] = session.run(names, {"pictures": pictures}, ASKED_ALONE)
+            found: list[npt.NDArray[Any]] = session.run(names, {"images": images}, ASKED_ALONE)
         except Exception as error:  # onnxruntime raises types of its own
             raise RunError(f"{self.name}: cannot answer ({reason_of(error, 120)}); export the run again") from error
         return found
@@ -76,14 +76,14 @@ class OnnxModel:
         except Exception as error:  # onnxruntime raises types of its own
             raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
 
-    def square(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many pictures can be asked about in one call."""
-        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["squares"], picture[None])[0]
+    def square(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many images can be asked about in one call."""
+        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["squares"], image[None])[0]
         square: npt.NDArray[np.uint8] = squares[0].transpose(1, 2, 0)
         return square
 
     def read(self, path: Path | str) -> npt.NDArray[np.uint8]:
-        """A picture file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
+        """An image file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
         return np.asarray(read_image(path, self.facts["enough"]))
 
     def threshold_for(self, precision: float) -> float:
@@ -136,7 +136,7 @@ def _session(source: str | bytes, threads: int, spin: bool = True) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = 3
     options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the bytes may claim to be
-    options.enable_mem_pattern = False  # one would be kept for every size of picture
+    options.enable_mem_pattern = False  # one would be kept for every size of image
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
@@ -147,7 +147,7 @@ def _check(facts: dict[str, Any]) -> bytes:
         raise ValueError("classes are no list of names")
     if not MIN_SIDE <= int(facts["enough"]) <= MAX_SIDE:
         raise ValueError("enough is no number of pixels")
-    numbers = [facts["unknown_above"] or 0, facts["test_accuracy"], facts["test_pictures"], facts["preprocessing"]["crop"]]
+    numbers = [facts["unknown_above"] or 0, facts["test_accuracy"], facts["test_images"], facts["preprocessing"]["crop"]]
     numbers += [*(facts["test_accuracy_ci95"] or ()), *(row[key] or 0 for row in facts["abstain"] for key in ("precision", "threshold"))]
     if not all(math.isfinite(float(number)) for number in numbers):
         raise ValueError("numbers are not finite")
@@ -173,9 +173,9 @@ def worker_of(model: OnnxModel) -> Worker[Predictions]:
 def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
     """Predictions of files, folders and patterns, a batch at a time; as `predict.predict_blocks` of the run.
 
-    Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
+    Raises DataError where nothing is found, ImageError with the list of unusable images unless `skip_bad`.
     """
-    return answer_files(worker_of(model), model.classes, find_pictures(inputs), skip_bad, os.cpu_count() or 1)
+    return answer_files(worker_of(model), model.classes, find_images(inputs), skip_bad, os.cpu_count() or 1)
 
 
 def is_exported(path: Path) -> bool:
@@ -189,7 +189,7 @@ def is_exported(path: Path) -> bool:
 def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
     """JSON-ready facts. unsure_below: least probability of an answer; precision: what it was chosen for on val, or None.
 
-    box_share: None where heatmaps cover the whole picture, else the side of the centred square they cover over the short side.
+    box_share: None where heatmaps cover the whole image, else the side of the centred square they cover over the short side.
     Raises ConfigError for a precision that the file does not know.
     """
     facts = model.facts
@@ -202,7 +202,7 @@ def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
         "backbone": facts["backbone"]["name"],
         "test_accuracy": facts["test_accuracy"],
         "test_accuracy_ci95": facts["test_accuracy_ci95"],
-        "test_pictures": facts["test_pictures"],
+        "test_images": facts["test_images"],
         "heatmaps": "heatmaps" in model.outputs,
         "unsure_below": WITHOUT_PRECISION if precision is None else model.threshold_for(precision),
         "precision": precision,

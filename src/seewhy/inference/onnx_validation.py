@@ -1,4 +1,4 @@
-"""ONNX bytes -> RunError where they could do more than compute answers from pictures."""
+"""ONNX bytes -> RunError where they could do more than compute answers from images."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from seewhy.errors import RunError, reason_of
 
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})  # operators of ONNX and ONNX Runtime; none of them reads files or talks to others
 ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
-INPUT = "pictures"
+INPUT = "images"
 
 
 def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> bytes:
     """Return the graph as it was read here, for ONNX Runtime: raw bytes may say two things, so what it gets is what was checked.
 
-    Raises RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`, of this rank each, in one pass.
-    Refused are weights in other files, operators from elsewhere, and loops, which could run for ever.
+    Raises RunError unless it takes `images` (N, H, W, 3) uint8 and gives some of `outputs`, of this rank each, in one pass.
+    RequestRejected are weights in other files, operators from elsewhere, and loops, which could run for ever.
     How much memory and time the allowed operators take is not bounded by this.
     """
     try:

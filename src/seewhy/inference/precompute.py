@@ -1,4 +1,4 @@
-"""DATA x TrainConfig -> the cache as its training wants it: checked pictures and the frozen trunk's features, by any engine of scale."""
+"""DATA x TrainConfig -> the cache as its training wants it: checked images and the frozen trunk's features, by any backend of scale."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ from seewhy.data.listing import list_data
 from seewhy.data.remote import is_address
 from seewhy.data.verify import FACTS, Checked, record_checked
 from seewhy.errors import ConfigError, OutputError
-from seewhy.inference.batch_runner import Engine, Request
-from seewhy.inference.result_store import Outcome, Piece, Store
+from seewhy.inference.batch_runner import Backend, Request
+from seewhy.inference.result_store import Chunk, ChunkResult, Store
 from seewhy.inference.tasks import frozen_part
 from seewhy.inference.work_units import Source, find_sources, sources_of
-from seewhy.models.executors import settled_engine
+from seewhy.models.executors import resolve_runtime
 from seewhy.models.feature_store import FeatureStore, KnownKeys, as_keys
 from seewhy.models.features import EMBEDDER, feature_shape, row_key, store_name
 from seewhy.version import __version__
 
-KEPT: dict[str, type] = {"path": str, **FACTS}  # of a picture, beside its features
+KEPT: dict[str, type] = {"path": str, **FACTS}  # of an image, beside its features
 
 
 @dataclass(frozen=True)
 class Filled:
-    """pictures: looked at now or before. bad: those of them that cannot be used. computed: rows of features that are new."""
+    """images: looked at now or before. bad: those of them that cannot be used. computed: rows of features that are new."""
 
-    pictures: int
+    images: int
     bad: int
     computed: int
 
 
-def fill_for_training(config: TrainConfig, engine: Engine) -> list[Filled]:
+def fill_for_training(config: TrainConfig, backend: Backend) -> list[Filled]:
     """What `train` with this config reads: features of the frozen trunk and, where near-duplicates are looked for, of the embedder.
 
     Raises ConfigError where such a training keeps no features.
     """
     config = config.resolved()
     if config.unfreeze == "all" or config.fresh_views or not config.cache:
-        raise ConfigError("nothing to keep: --unfreeze all, --views 0 and --no-cache train on pictures; choose an --unfreeze and views")
-    sources, pictures, classes = _sources_of(config)
-    filled = [_fill(config, max(config.views, 2 if config.test_flip else 1), sources, pictures, classes, engine)]
-    if config.group_by == "duplicates" and pictures <= MANY:
-        filled.append(fill_for_embedding(config.data, config.data_root, engine))
+        raise ConfigError("nothing to keep: --unfreeze all, --views 0 and --no-cache train on images; choose an --unfreeze and views")
+    sources, images, classes = _sources_of(config)
+    filled = [_fill(config, max(config.views, 2 if config.tta_flip else 1), sources, images, classes, backend)]
+    if config.group_by == "duplicates" and images <= MANY:
+        filled.append(fill_for_embedding(config.data, config.data_root, backend))
     return filled
 
 
-def fill_for_embedding(data: str, data_root: str | None, engine: Engine) -> Filled:
+def fill_for_embedding(data: str, data_root: str | None, backend: Backend) -> Filled:
     """What `audit` and the search for near-duplicates read: one view by the network that comes with the package."""
     config = make_config(data=data, data_root=data_root, backbone=EMBEDDER, unfreeze=0).resolved()
-    sources, pictures, _ = _sources_of(config)
-    return _fill(config, 1, sources, pictures, 2, engine)
+    sources, images, _ = _sources_of(config)
+    return _fill(config, 1, sources, images, 2, backend)
 
 
 def _sources_of(config: TrainConfig) -> tuple[list[Source], int, int]:
-    """Sources, the number of pictures (a million where only reading would tell) and of classes."""
+    """Sources, the number of images (a million where only reading would tell) and of classes."""
     if is_address(config.data):
         return find_sources([config.data]), 1_000_000, 2
     listing = list_data(config.data, config.data_root)
     return sources_of(listing.paths), len(listing.paths), len(set(listing.class_names))
 
 
-def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: int, classes: int, engine: Engine) -> Filled:
+def _fill(config: TrainConfig, views: int, sources: Sequence[Source], images: int, classes: int, backend: Backend) -> Filled:
     backbone, cut = frozen_part(config, classes)
     if cut.trunk is None:
         raise ConfigError(f"nothing to keep: --unfreeze {config.unfreeze} trains all of {config.backbone}; choose a smaller one")
-    runs = settled_engine(config.engine, pictures)
+    runs = resolve_runtime(config.runtime, images)
     name = store_name(cut, backbone.preprocessing, runs, config.feature_dtype)
     store = FeatureStore(cache_dir() / "features" / name, feature_shape(cut.trunk, backbone.preprocessing), config.feature_dtype)
     given = dump_config(config)
     if config.weights and Path(config.weights).is_file():  # workers may stand in another folder
         given["weights"] = str(Path(config.weights).resolve())
-    options = {"config": given, "classes": classes, "views": views, "engine": runs}
+    options = {"config": given, "classes": classes, "views": views, "runtime": runs}
     record = {"seewhy": __version__, "store": name, "views": views}
     place = cache_dir() / "filled" / hashlib.sha256(json.dumps(record).encode()).hexdigest()[:20]
     try:
@@ -95,7 +95,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
                 LOG.info(f"going on: {len(sources) - len(left):,} of {len(sources):,} shards and blocks of files are in the cache")
             computed = 0
             request = Request("features", "", options)
-            for outcome in engine(request, [sources[number] for number in left]) if left else ():
+            for outcome in backend(request, [sources[number] for number in left]) if left else ():
                 source = sources[left[outcome.source]]
                 computed += _keep(outcome, source, store, known)
                 journal.add(source.key, _facts(outcome))
@@ -108,7 +108,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
 
 
 def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
-    """Whether the rows of all pictures of a source are in the store, which may have been cleared since."""
+    """Whether the rows of all images of a source are in the store, which may have been cleared since."""
     names = [
         row_key(sha256, view)
         for piece in journal.pieces([key])
@@ -119,7 +119,7 @@ def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
     return not names or not known.lacks(as_keys(names)).any()
 
 
-def _keep(outcome: Outcome, source: Source, store: FeatureStore, known: KnownKeys) -> int:
+def _keep(outcome: ChunkResult, source: Source, store: FeatureStore, known: KnownKeys) -> int:
     """A piece's features into the store, those that it lacks, and its facts into the record of checked files; the number of new rows."""
     columns = outcome.piece.columns
     if not columns:
@@ -140,7 +140,7 @@ def _keep(outcome: Outcome, source: Source, store: FeatureStore, known: KnownKey
     return len(missing) if new else 0
 
 
-def _facts(outcome: Outcome) -> Outcome:
+def _facts(outcome: ChunkResult) -> ChunkResult:
     """A piece without its features."""
     columns: dict[str, list[Any]] = {name: values for name, values in outcome.piece.columns.items() if name in KEPT}
-    return Outcome(outcome.source, outcome.number, outcome.last, Piece(columns, outcome.piece.bad))
+    return ChunkResult(outcome.source, outcome.number, outcome.last, Chunk(columns, outcome.piece.bad))

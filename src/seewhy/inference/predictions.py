@@ -1,4 +1,4 @@
-"""Class probabilities of pictures -> Predictions: a table of the most probable classes, as CSV, parquet or JSON; needs no torch."""
+"""Class probabilities of images -> Predictions: a table of the most probable classes, as CSV, parquet or JSON; needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.core.files import harmless, harmless_path, whole_file
+from seewhy.core.files import atomic_write, escape_formula, escape_formula_path
 from seewhy.core.parallel import Worker, answered
 from seewhy.core.progress import progress
 from seewhy.data.decode import read_or_reason
@@ -28,10 +28,10 @@ Columns = dict[str, list[Any]]  # name -> a value a row
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Class probabilities of N pictures.
+    """Class probabilities of N images.
 
-    probs: (N, C), rows summing to 1, calibrated by the run's temperature. unknown: (N,) whether a picture looks like nothing that the
-    run was trained on, which 5% of known pictures do too. bad: (path, reason) of pictures left out with `skip_bad`.
+    probs: (N, C), rows summing to 1, calibrated by the run's temperature. unknown: (N,) whether an image looks like nothing that the
+    run was trained on, which 5% of known images do too. bad: (path, reason) of images left out with `skip_bad`.
     """
 
     paths: tuple[str, ...]
@@ -41,7 +41,7 @@ class Predictions:
     bad: tuple[tuple[str, str], ...] = field(default=())
 
     def columns(self, top_k: int = 5, abstain_below: float | None = None) -> Columns:
-        """One row a picture: path, class_1, prob_1, class_2, ... for the top_k most probable classes, and unknown.
+        """One row an image: path, class_1, prob_1, class_2, ... for the top_k most probable classes, and unknown.
 
         abstain_below: adds the column `answer`, class_1 where its probability is at least this and nothing elsewhere.
         """
@@ -96,7 +96,7 @@ def open_table(path: Path | str) -> Iterator[Callable[[Columns], None]]:
     """
     path = Path(path)
     check_table(path)
-    with whole_file(path) as work, WRITERS[path.suffix](work) as write:
+    with atomic_write(path) as work, WRITERS[path.suffix](work) as write:
         yield write
 
 
@@ -112,7 +112,7 @@ def _csv_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
                 started.append(True)
             paths, *others = columns.values()
             for name, *cells in zip(paths, *others, strict=True):
-                rows.writerow([harmless_path(name), *map(harmless, cells)])
+                rows.writerow([escape_formula_path(name), *map(escape_formula, cells)])
 
         yield write
 
@@ -158,9 +158,9 @@ WRITERS: dict[str, Callable[[Any], AbstractContextManager[Callable[[Columns], No
 
 
 def unreadable_error(bad: Sequence[tuple[str, str]], total: int, kept: int, count: int | None = None, listed: str = "") -> ImageError:
-    """What to raise for pictures that could not be used, (path, reason) each.
+    """What to raise for images that could not be used, (path, reason) each.
 
-    total, kept: pictures, and those of them that can be used. count: of all bad ones, if `bad` are only the first. listed: where all stand.
+    total, kept: images, and those of them that can be used. count: of all bad ones, if `bad` are only the first. listed: where all stand.
     """
     advice = ("pass --skip-bad to leave them out" + (", answers are kept" if listed else "")) if kept else "none is left to predict"
     return ImageError.of(bad, total, (f"all are listed in {listed}; " if listed else "") + advice, count)
@@ -180,7 +180,7 @@ def answer_files(
         return None if bad and not skip_bad else worker.answer(names, inputs)  # the list is all that will be said
 
     nothing = Predictions((), np.empty((0, len(classes))), classes, np.zeros(0, dtype=bool))
-    asked = Worker(worker.prepare, answer, worker.lanes, worker.batch)
+    asked = Worker(worker.prepare, answer, worker.max_parallel_batches, worker.batch)
     with progress("predicting", len(paths)) as advance:
         for names, found, left_out in answered(asked, paths, lambda path: (str(path), read_or_reason(path)), threads):
             kept += len(names)
@@ -198,4 +198,4 @@ def as_columns(worker: Worker[Predictions], options: dict[str, Any]) -> Worker[C
     def answer(names: list[str], inputs: list[Any]) -> Columns:
         return worker.answer(names, inputs).columns(options["top_k"], options["least"])
 
-    return Worker(worker.prepare, answer, worker.lanes, worker.batch)
+    return Worker(worker.prepare, answer, worker.max_parallel_batches, worker.batch)

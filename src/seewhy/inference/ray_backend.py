@@ -20,9 +20,9 @@ from seewhy.core.process_state import environment, quiet
 from seewhy.core.progress import LOG, progress
 from seewhy.data.remote import shown
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, require
-from seewhy.inference.batch_runner import Engine, Request, Work, asked_files, make_work, outcomes_here, outcomes_of
-from seewhy.inference.result_store import Outcome, Piece
-from seewhy.inference.work_units import Source, Tries
+from seewhy.inference.batch_runner import Backend, Request, Work, asked_files, make_worker, results_of, run_local
+from seewhy.inference.result_store import Chunk, ChunkResult
+from seewhy.inference.work_units import FailureCounter, Source
 
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
 BLOCKS = 10_000  # pieces of work that Ray is told of, at most
@@ -44,7 +44,7 @@ class Cluster:
     workers: int = 0
 
 
-class Answerer:
+class InferenceActor:
     """One actor: makes its network ready at the first source, and answers them one after another.
 
     What is raised travels back as a row, since Ray would try it again, or wrap it in its own words.
@@ -63,11 +63,11 @@ class Answerer:
             try:
                 if (died := ray.get(self.tries.begin.remote(number, self.survived))) >= DEATHS:
                     raise RunError(
-                        f"{_named(source)}: {died} workers died of it, out of memory or by a picture that crashes what reads it; "
+                        f"{_named(source)}: {died} workers died of it, out of memory or by an image that crashes what reads it; "
                         "leave it out, or try fewer --ray-workers"
                     )
                 work = self.work = self.work or self._made()
-                for outcome in outcomes_of(work, number, source):
+                for outcome in results_of(work, number, source):
                     yield {**_packed(outcome), "error": [""], "text": [""]}
                 self.survived = number
             except SeewhyError as error:
@@ -82,13 +82,13 @@ class Answerer:
 
         torch.set_num_threads(self.cores)
         if not self.files:
-            return make_work(self.request, self.cores)
+            return make_worker(self.request, self.cores)
         with tempfile.TemporaryDirectory() as folder:  # the machine of this actor need not see the run's folder
             content = ray.get(self.files)
             for name, data in content.items():
                 Path(folder, name).write_bytes(data)
             asked = folder if "run.json" in content else str(Path(folder, next(iter(content))))
-            return make_work(replace(self.request, asked=asked), self.cores)
+            return make_worker(replace(self.request, asked=asked), self.cores)
 
 
 def _source(text: str) -> Source:
@@ -108,7 +108,7 @@ def _refusal(error: SeewhyError) -> dict[str, list[Any]]:
     return {"facts": [""], "rows": [b""], "error": [type(error).__name__], "text": [str(error)]}
 
 
-def _packed(outcome: Outcome) -> dict[str, list[Any]]:
+def _packed(outcome: ChunkResult) -> dict[str, list[Any]]:
     """A row of Ray Data: what it is as JSON, and its own rows in Arrow's format."""
     import pyarrow as pa
 
@@ -119,12 +119,12 @@ def _packed(outcome: Outcome) -> dict[str, list[Any]]:
     return {"facts": [json.dumps(facts)], "rows": [sink.getvalue().to_pybytes()]}
 
 
-def _outcome(row: dict[str, Any]) -> Outcome:
+def _outcome(row: dict[str, Any]) -> ChunkResult:
     import pyarrow as pa
 
     source, number, last, bad = json.loads(row["facts"])
     columns = pa.ipc.open_stream(row["rows"]).read_all().to_pydict()
-    return Outcome(source, number, last, Piece(columns, [(name, reason) for name, reason in bad]))
+    return ChunkResult(source, number, last, Chunk(columns, [(name, reason) for name, reason in bad]))
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def _await_place(ray: Any, cores: int, gpus: int) -> None:
         ray.util.remove_placement_group(group)
 
 
-def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source]) -> Iterator[Outcome]:
+def run_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source]) -> Iterator[ChunkResult]:
     """Pieces of all sources, in the order in which they are done; a source whose actor died begins again, and gives its pieces twice.
 
     Raises ConfigError without Ray or a cluster, RunError where the cluster ends, and what workers raise.
@@ -209,14 +209,14 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
         fewer = f" (no more of {cluster.workers} fit)" if count < min(cluster.workers, len(sources)) else ""
         LOG.info(f"{count} workers on Ray{fewer}, {cores} {'core' if cores == 1 else 'cores'} each")
         _await_place(ray, cores, gpus)
-        tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
+        tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(FailureCounter).remote()
         asked = Path(request.asked)
         files = ray.put({file.name: file.read_bytes() for file in asked_files(asked)}) if request.asked else None
         items = [{"number": number, "source": _text(source)} for number, source in enumerate(sources)]
         with warnings.catch_warnings():  # Ray 2.60 says of max_restarts that 2.64 will not take it, and has nothing in its place
             warnings.simplefilter("ignore", DeprecationWarning)
             data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
-                Answerer,
+                InferenceActor,
                 fn_constructor_args=(request, files, cores, tries),
                 batch_size=1,
                 batch_format="numpy",
@@ -247,13 +247,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = getattr(error, "cause", None) or error.__cause__
 
 
-def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engine:
-    """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
+def get_backend(name: str | None, address: str = "", workers: int = 0) -> Backend:
+    """An backend of `scale.run_batch`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
-        require("ray", "--engine ray", "ray")
-        return partial(outcomes_on_ray, Cluster(address, workers))
+        require("ray", "--backend ray", "ray")
+        return partial(run_on_ray, Cluster(address, workers))
     if name not in (None, "local"):
-        raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")
+        raise ConfigError(f"--backend {name!r}: no such backend; use local or ray")
     if address or workers:
-        raise ConfigError("--address and --ray-workers are for --engine ray; add it, or leave them out")
-    return outcomes_here
+        raise ConfigError("--address and --ray-workers are for --backend ray; add it, or leave them out")
+    return run_local

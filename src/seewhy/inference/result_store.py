@@ -27,7 +27,7 @@ MOST_ROWS, MOST_BYTES = 8192, 32_000_000  # of a chunk, so that no part is too l
 
 
 @dataclass
-class Piece:
+class Chunk:
     """Rows of answers in the order of the images, columns by name, and what was left out."""
 
     columns: Columns = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ChunkResult:
     """A piece that a worker has finished. source: position among those asked for. number: of the piece in its source, from 0.
 
     last: whether it is the source's last one.
@@ -48,12 +48,12 @@ class Outcome:
     source: int
     number: int
     last: bool
-    piece: Piece
+    piece: Chunk
 
 
-def gathered(small: Iterator[Piece]) -> Iterator[Piece]:
+def gathered(small: Iterator[Chunk]) -> Iterator[Chunk]:
     """Merge pieces into ones of up to MOST_ROWS images or MOST_BYTES of values."""
-    held, weight = Piece(), 0
+    held, weight = Chunk(), 0
     for piece in small:
         for name, values in piece.columns.items():
             held.columns.setdefault(name, []).extend(values)
@@ -61,7 +61,7 @@ def gathered(small: Iterator[Piece]) -> Iterator[Piece]:
         held.bad += piece.bad
         if held.rows + len(held.bad) >= MOST_ROWS or weight >= MOST_BYTES:
             yield held
-            held, weight = Piece(), 0
+            held, weight = Chunk(), 0
     if held.rows or held.bad:
         yield held
 
@@ -69,7 +69,7 @@ def gathered(small: Iterator[Piece]) -> Iterator[Piece]:
 # ---------------------------------------------------------------- part files
 
 
-def encode(piece: Piece, types: Mapping[str, type], suffix: str) -> bytes:
+def encode(piece: Chunk, types: Mapping[str, type], suffix: str) -> bytes:
     """A piece as a part file. types: of its columns.
 
     .parquet: the rows, and as metadata what was left out. .json: a line of the number of rows and what was left out, a line of the columns;
@@ -87,17 +87,17 @@ def encode(piece: Piece, types: Mapping[str, type], suffix: str) -> bytes:
     return file.getvalue()
 
 
-def decode(place: str) -> Piece:
+def decode(place: str) -> Chunk:
     """The piece in a part file."""
     with open_file(place) as file:
         data = file.read()
     if place.endswith(".json"):
         head, columns = map(json.loads, data.split(b"\n"))
-        return Piece(columns, _pairs(head["bad"]))
+        return Chunk(columns, _pairs(head["bad"]))
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(data))
-    return Piece(table.to_pydict(), _pairs(json.loads(table.schema.metadata[b"bad"])))
+    return Chunk(table.to_pydict(), _pairs(json.loads(table.schema.metadata[b"bad"])))
 
 
 def read_head(place: str) -> tuple[int, Bad]:
@@ -158,13 +158,13 @@ class Store:
                     ends[key] = number + 1
         self.finished = {key: end for key, end in ends.items() if counts[key] >= set(range(end))}
 
-    def add(self, key: str, outcome: Outcome) -> None:
+    def add(self, key: str, outcome: ChunkResult) -> None:
         """Keep a piece; the same one again takes its own place."""
         write_whole(self._part(key, outcome.number, outcome.last), encode(outcome.piece, self.types, self.suffix))
         if outcome.last:
             self.finished[key] = outcome.number + 1
 
-    def pieces(self, keys: Sequence[str]) -> Iterator[Piece]:
+    def pieces(self, keys: Sequence[str]) -> Iterator[Chunk]:
         """All pieces of these sources, in order."""
         return map(decode, self._parts(keys))
 
@@ -196,7 +196,7 @@ def is_folder(out: str) -> bool:
     return is_address(out) or out.endswith("/") or Path(out).is_dir()
 
 
-def bad_place(out: str) -> str:
+def errors_path(out: str) -> str:
     """Where the images that were left out are listed: preds.csv -> preds.bad.csv; in a folder, ERRORS_TABLE."""
     return inside(out, ERRORS_TABLE) if is_folder(out) else str(Path(out).with_suffix(f".bad{Path(out).suffix}"))
 
@@ -239,7 +239,7 @@ def write_results(store: Store, keys: Sequence[str], out: str, skip_bad: bool) -
     for count, left_out in store.heads(keys):
         rows, bad = rows + count, bad + len(left_out)
         first += left_out[: 5 - len(first)]
-    place = bad_place(out)
+    place = errors_path(out)
     if bad:
         with _errors_table(place) as write:
             for _, left_out in store.heads(keys):

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from seewhy.core.retry import DENIED, own_reason, patiently
+from seewhy.core.retry import DENIED, permanent_failure, with_retries
 from seewhy.data.decode import read_bytes
-from seewhy.data.listing import check_name, find_pictures, mixed, shards_or_pictures
+from seewhy.data.listing import check_name, find_images, mixed, shards_or_images
 from seewhy.data.remote import Found, is_address, list_files, open_file, read_file, shown
-from seewhy.data.shard_index import MAX_BYTES, PICTURES
+from seewhy.data.shard_index import IMAGES, MAX_BYTES
 from seewhy.data.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, stream
-from seewhy.errors import DataError, ReachError
+from seewhy.errors import DataError, StorageUnavailableError
 
 BLOCK = 1024  # plain files that are one source
 RECORD = "_seewhy.json"  # stands in a folder of answers, whose parts are no shards
@@ -41,7 +41,7 @@ class Source:
 def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """What is named -> sources, in the order given; each plain file once, and names as `predict` has them.
 
-    Raises DataError where something is missing, cannot be reached or holds no pictures.
+    Raises DataError where something is missing, cannot be reached or holds no images.
     """
     found: list[Source] = []
     files: list[Found] = []
@@ -66,12 +66,12 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     if files:
         found.append(_source("files", files))
     if not found:
-        raise DataError("no pictures given; name files, folders or patterns")
+        raise DataError("no images given; name files, folders or patterns")
     return found
 
 
 def sources_of(paths: Sequence[Path]) -> list[Source]:
-    """Pictures of a dataset -> sources: the shards that hold some of them, and blocks of the plain files."""
+    """Images of a dataset -> sources: the shards that hold some of them, and blocks of the plain files."""
     shards = dict.fromkeys(inner[0] for path in paths if (inner := shard_of(path)))
     plain = [path for path in paths if shard_of(path) is None]
     found = [_source(_kind(str(shard)), [_found(shard)]) for shard in shards]
@@ -96,10 +96,10 @@ def _local(item: str) -> Iterable[Found]:
     if is_shard(path):
         return [_found(path)]
     if path.is_dir():
-        shards, _ = shards_or_pictures(path)
-        return map(_found, shards or find_pictures([item]))
+        shards, _ = shards_or_images(path)
+        return map(_found, shards or find_images([item]))
     if path.is_file() or shard_of(path):
-        return map(_found, find_pictures([item]))
+        return map(_found, find_images([item]))
     import glob
 
     matches = sorted({check_name(match) for match in glob.iglob(item, recursive=True) if os.path.isfile(match)})
@@ -109,7 +109,7 @@ def _local(item: str) -> Iterable[Found]:
 
 
 def _found(path: Path) -> Found:
-    """A file as it is now; a link that leads nowhere is a picture that cannot be read, which reading it will say."""
+    """A file as it is now; a link that leads nowhere is an image that cannot be read, which reading it will say."""
     inner = shard_of(path)
     try:
         stat = (inner[0] if inner else path).stat()
@@ -121,7 +121,7 @@ def _found(path: Path) -> Found:
 def _addressed(item: str) -> list[Found]:
     head, _, options = item.partition("?")
     if head.lower().endswith(COMPRESSED):
-        raise DataError(f"{item}: compressed, so that no picture can be reached without all before it; store it as plain tar")
+        raise DataError(f"{item}: compressed, so that no image can be reached without all before it; store it as plain tar")
     if "*" in head or "[" in head:
         fixed = re.split(r"[*\[]", head, maxsplit=1)[0].rpartition("/")[0]
         pattern = head + (f"?{options}" if options else "")
@@ -134,12 +134,12 @@ def _addressed(item: str) -> list[Found]:
     if len(listed) == 1 and listed[0].place == item:
         return listed
     answers = {_folder(file) for file in listed if shown(file.place).endswith(f"/{RECORD}")}
-    plain = [file for file in listed if Path(shown(file.place)).suffix.lower() in PICTURES]
+    plain = [file for file in listed if Path(shown(file.place)).suffix.lower() in IMAGES]
     shards = [file for file in listed if _kind(file.place) != "files" and _folder(file) not in answers]
     if plain and shards:
         raise mixed(shown(item), *(shown(files[0].place).removeprefix(shown(item)).lstrip("/") for files in (shards, plain)))
     if not plain and not shards:
-        raise DataError(f"{shown(item)}: no pictures in this folder")
+        raise DataError(f"{shown(item)}: no images in this folder")
     return plain or shards
 
 
@@ -148,10 +148,10 @@ def _folder(file: Found) -> str:
 
 
 def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
-    """Name and bytes of each picture, or its name and why it cannot be read; one picture is held at a time.
+    """Name and bytes of each image, or its name and why it cannot be read; one image is held at a time.
 
-    A shard that is damaged gives the pictures before the damage, then its own name with the reason.
-    Raises DataError where a shard cannot be opened, ReachError where what is there cannot be read at the moment.
+    A shard that is damaged gives the images before the damage, then its own name with the reason.
+    Raises DataError where a shard cannot be opened, StorageUnavailableError where what is there cannot be read at the moment.
     """
     if source.kind == "files":
         yield from _plain(source)
@@ -168,33 +168,35 @@ def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
 
 
 def _plain(source: Source) -> Iterator[tuple[str, bytes | str]]:
-    """Pictures in files. A cloud may say 'denied' of one; where it says so of all, or of one read before, credentials have ended."""
+    """Images in files. A cloud may say 'denied' of one; where it says so of all, or of one read before, credentials have ended."""
     read, denied = "", 0
     for place in source.places:
         content = _content(place, source.root)
         if content == DENIED and is_address(place):
             denied += 1
             if (read and _content(read, source.root) == DENIED) or denied == len(source.places) > 1:
-                raise ReachError(f"{shown(place)}: {DENIED}, as for others beside it; renew your credentials, and the same command goes on")
+                raise StorageUnavailableError(
+                    f"{shown(place)}: {DENIED}, as for others beside it; renew your credentials, and the same command goes on"
+                )
         elif isinstance(content, bytes):
             read = place
         yield shown(place), content
 
 
 def _content(place: str, root: str) -> bytes | str:
-    """A picture's bytes, or what is wrong with its file. Raises ReachError."""
+    """An image's bytes, or what is wrong with its file. Raises StorageUnavailableError."""
     try:
         if not is_address(place):
-            return patiently(partial(read_bytes, Path(root, place)), place)
+            return with_retries(partial(read_bytes, Path(root, place)), place)
         data = read_file(place, MAX_BYTES + 1)
         return data if len(data) <= MAX_BYTES else f"more than {MAX_BYTES / 1e6:.0f} MB"
     except OSError as error:
-        return own_reason(error)
+        return permanent_failure(error)
     except DataError as error:  # of the shard that a path leads into
         return str(error)
 
 
-class Tries:
+class FailureCounter:
     """Counts how often a source was begun by workers that then began no other: an actor of Ray's, without torch, so that it is small."""
 
     def __init__(self) -> None:

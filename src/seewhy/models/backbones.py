@@ -77,7 +77,7 @@ def create_backbone(
     """The network with a new classifier of `classes` outputs.
 
     weights: None for the pretrained ones, 'none' for a random start, else a file. resize: see Preprocessing.
-    size: side of its pictures in pixels; None for what it was made for.
+    size: side of its images in pixels; None for what it was made for.
     Raises BackboneError for an unknown name or a size it cannot take, WeightsError where weights cannot be had or do not fit.
     """
     named = BACKBONES.get(name)
@@ -107,11 +107,11 @@ def create_backbone(
 
 @torch.inference_mode()
 def _check_size(name: str, model: nn.Module, size: int) -> None:
-    """Convolutional networks take pictures of any size; many transformers do not."""
+    """Convolutional networks take images of any size; many transformers do not."""
     try:
         model(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError) as error:
-        raise BackboneError(f"{name} cannot take pictures of {size} pixels; leave size out, or choose another backbone") from error
+        raise BackboneError(f"{name} cannot take images of {size} pixels; leave size out, or choose another backbone") from error
 
 
 def _start_classifier(model: nn.Module) -> None:
@@ -138,7 +138,7 @@ def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, prep
 
 
 def check_request(name: str, weights: str | None) -> None:
-    """The mistakes that can be seen at once, before any picture is read: an unknown name, a missing file.
+    """The mistakes that can be seen at once, before any image is read: an unknown name, a missing file.
 
     Raises BackboneError or WeightsError.
     """
@@ -165,7 +165,7 @@ def _preprocessing(model: nn.Module, resize: str) -> Preprocessing:
     data = cast(Any, timm.data).resolve_model_data_config(model)
     _, height, width = data["input_size"]
     if height != width:
-        raise BackboneError(f"a network for {height} x {width} pictures; seewhy needs square ones")
+        raise BackboneError(f"a network for {height} x {width} images; seewhy needs square ones")
     return Preprocessing(height, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"], resize)
 
 

@@ -29,7 +29,7 @@ FILE_BITS = 40  # a row's number is that of its file, above these bits, and its 
 def stored_dtype(shape: Sequence[int], kept: str = "auto") -> type[np.float16] | type[np.float32]:
     """What features are kept as: 'float16', 'float32', or (auto) maps in half precision and vectors in single.
 
-    What trains on pictures directly rounds the same way, so that cached or not is the same mathematics.
+    What trains on images directly rounds the same way, so that cached or not is the same mathematics.
     """
     if kept == "auto":
         return np.float32 if len(shape) == 1 else np.float16

@@ -1,4 +1,4 @@
-"""Frozen trunk x views -> Features: each picture's fixed part computed once, by whichever process it falls to, and kept."""
+"""Frozen trunk x views -> Features: each image's fixed part computed once, by whichever process it falls to, and kept."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from seewhy.config import TrainConfig
 from seewhy.core import distributed
 from seewhy.core.cache import cache_dir
-from seewhy.core.parallel import BATCH, in_batches, in_order
+from seewhy.core.parallel import BATCH, batched, map_ordered
 from seewhy.core.progress import progress
 from seewhy.data.decode import read_image
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import OutputError
 from seewhy.models.backbones import create_backbone
-from seewhy.models.executors import make_engine, runtime_of, settled_engine, steady
+from seewhy.models.executors import batch_invariant, make_executor, resolve_runtime, runtime_of
 from seewhy.models.feature_store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.models.fingerprint import network_hash
 from seewhy.models.transforms import EVAL_VIEW, MIRRORED_VIEW, Preprocessing, eval_view, render, view_of
-from seewhy.models.trunk_tail import Cut, cut_backbone
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
 
 FORMAT = 4
 SHOWN_LATE = 60  # s until a disk that machines share shows the files of others
@@ -55,38 +55,38 @@ class FeatureSpec:
     @staticmethod
     def of(config: TrainConfig, distributed: bool = False) -> FeatureSpec:
         """What this config asks for."""
-        return FeatureSpec(config.engine, config.workers, config.cache, config.feature_dtype, distributed)
+        return FeatureSpec(config.runtime, config.workers, config.cache, config.feature_dtype, distributed)
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the frozen trunk says of each picture and view.
+    """What the frozen trunk says of each image and view.
 
     store: (R, *shape) of float16 maps or float32 vectors, on disk (memory-mapped) or in memory.
-    rows: (N, V) int64, the row of view v of picture n.
-    computed: how many (picture, view) pairs were computed now; the others came from the cache.
+    rows: (N, V) int64, the row of view v of image n.
+    computed: how many (image, view) pairs were computed now; the others came from the cache.
     """
 
     store: npt.NDArray[Any] | StoredRows
     rows: npt.NDArray[np.int64]
     computed: int
 
-    def get(self, pictures: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0) -> npt.NDArray[np.float32]:
-        """(B, *shape) float32 of the given pictures (positions in `rows`) and views."""
-        return take_rows(self.store, self.rows[pictures, views])
+    def get(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0) -> npt.NDArray[np.float32]:
+        """(B, *shape) float32 of the given images (positions in `rows`) and views."""
+        return take_rows(self.store, self.rows[images, views])
 
 
-def store_name(cut: Cut, preprocessing: Preprocessing, engine: str, kept: str = "auto") -> str:
+def store_name(cut: TrunkTail, preprocessing: Preprocessing, runtime: str, kept: str = "auto") -> str:
     """The content key of a store: trunk (structure and weights), cut point, preprocessing, what computes, what it is kept as, format."""
     assert cut.trunk is not None  # callers have a trunk, or nothing to store
-    facts = {"format": FORMAT, "network": network_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(engine)}
+    facts = {"format": FORMAT, "network": network_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(runtime)}
     facts |= preprocessing.as_dict() | ({} if kept == "auto" else {"kept": kept})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def row_key(picture_hash: str, view: int) -> bytes:
-    """32 bytes that stand for one view of one picture's content."""
-    return hashlib.sha256(f"{picture_hash} {view}".encode()).digest()
+def row_key(image_hash: str, view: int) -> bytes:
+    """32 bytes that stand for one view of one image's content."""
+    return hashlib.sha256(f"{image_hash} {view}".encode()).digest()
 
 
 # ---------------------------------------------------------------- extraction
@@ -96,16 +96,16 @@ def extract_features(
     images: ImageSet,
     indices: npt.NDArray[np.int64],
     views: int,
-    cut: Cut,
+    cut: TrunkTail,
     preprocessing: Preprocessing,
     spec: FeatureSpec = FeatureSpec(),
 ) -> Features:
-    """Features of `views` views of the pictures at `indices`; what the cache holds is not computed again.
+    """Features of `views` views of the images at `indices`; what the cache holds is not computed again.
 
     Interrupted at any moment, the finished rows are kept.
     """
     assert cut.trunk is not None
-    spec = replace(spec, runtime=settled_engine(spec.runtime, len(images)))
+    spec = replace(spec, runtime=resolve_runtime(spec.runtime, len(images)))
     shape = feature_shape(cut.trunk, preprocessing)
     keys = (row_key(images.hashes[i], v) for i in indices for v in range(views))
     wanted = np.fromiter(keys, dtype=KEY, count=len(indices) * views)
@@ -167,14 +167,14 @@ def _firsts(wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_]) -> n
 
 
 def _jobs(indices: npt.NDArray[np.int64], todo: npt.NDArray[np.int64], views: int) -> Iterator[tuple[int, list[int]]]:
-    """(picture, its missing views) of each picture that lacks some. todo: places in the pictures at `indices`, view after view."""
+    """(image, its missing views) of each image that lacks some. todo: places in the images at `indices`, view after view."""
     for n, places in itertools.groupby(todo, key=lambda place: int(place) // views):
         yield int(indices[n]), [int(place) % views for place in places]
 
 
 @torch.inference_mode()
 def feature_shape(trunk: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Shape of one picture's features."""
+    """Shape of one image's features."""
     device = next(trunk.parameters()).device
     example = torch.zeros(1, 3, preprocessing.size, preprocessing.size, device=device)
     return tuple(trunk.eval()(example).shape[1:])
@@ -188,29 +188,29 @@ def _compute(
     preprocessing: Preprocessing,
     spec: FeatureSpec,
 ) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
-    """Batches of (keys, features) of the missing views, `count` in all, each picture read once for all of its views."""
+    """Batches of (keys, features) of the missing views, `count` in all, each image read once for all of its views."""
     if not count:
         return
-    run = make_engine(trunk, preprocessing, count, spec.runtime)
+    run = make_executor(trunk, preprocessing, count, spec.runtime)
     dtype = stored_dtype(feature_shape(trunk, preprocessing), spec.dtype)
 
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
-        picture = read_image(images.paths[i], preprocessing.enough)
+        image = read_image(images.paths[i], preprocessing.enough)
         squares: dict[int, npt.NDArray[np.uint8]] = {}
         for v in todo:
             mirrored = v == MIRRORED_VIEW and EVAL_VIEW in squares  # the same pixels the other way round
             squares[v] = (
-                np.ascontiguousarray(squares[EVAL_VIEW][:, ::-1]) if mirrored else render_view(picture, v, images.hashes[i], preprocessing)
+                np.ascontiguousarray(squares[EVAL_VIEW][:, ::-1]) if mirrored else render_view(image, v, images.hashes[i], preprocessing)
             )
         return [(row_key(images.hashes[i], v), square) for v, square in squares.items()]
 
     def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
-        return [name for name, _ in batch], rounded(steady(run, np.stack([square for _, square in batch])), dtype)
+        return [name for name, _ in batch], rounded(batch_invariant(run, np.stack([square for _, square in batch])), dtype)
 
-    squares = itertools.chain.from_iterable(in_order(squares_of, jobs, spec.workers))
+    squares = itertools.chain.from_iterable(map_ordered(squares_of, jobs, spec.workers))
     with progress("features", count) as advance:
-        for names, features in in_order(features_of, in_batches(squares, BATCH), run.lanes, ahead=run.lanes):
+        for names, features in map_ordered(features_of, batched(squares, BATCH), run.max_parallel_batches, ahead=run.max_parallel_batches):
             yield names, features
             advance(len(names))
 
@@ -224,21 +224,21 @@ def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[
     return rounded
 
 
-def render_view(picture: Image.Image, view: int, picture_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """One numbered view of an RGB picture as the network's square, (size, size, 3) uint8."""
-    chosen = view_of(view, picture_hash, picture.width, picture.height, preprocessing)
+def render_view(image: Image.Image, view: int, image_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """One numbered view of an RGB image as the network's square, (size, size, 3) uint8."""
+    chosen = view_of(view, image_hash, image.width, image.height, preprocessing)
     size = preprocessing.size
-    return render(picture, chosen, (size, size), preprocessing.interpolation)
+    return render(image, chosen, (size, size), preprocessing.interpolation)
 
 
-def eval_square(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """An RGB picture as the network sees it when it answers: (size, size, 3) uint8."""
-    view = eval_view(picture.width, picture.height, preprocessing)
-    return render(picture, view, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
+def eval_square(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """An RGB image as the network sees it when it answers: (size, size, 3) uint8."""
+    view = eval_view(image.width, image.height, preprocessing)
+    return render(image, view, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
 
 
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
+    """An image file as the network sees it when it answers: (size, size, 3) uint8."""
     return eval_square(read_image(path, preprocessing.enough), preprocessing)
 
 
@@ -251,7 +251,7 @@ EMBEDDER = "efficientnet_lite0"
 
 
 def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, workers: int = 2, keep: bool = True) -> npt.NDArray[np.float32]:
-    """(N, 1280) pooled features of the pictures (or of those at `indices`); what the cache holds is not computed again.
+    """(N, 1280) pooled features of the images (or of those at `indices`); what the cache holds is not computed again.
 
     keep: whether to leave them in the cache.
 
@@ -259,7 +259,7 @@ def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, worker
     """
     chosen = np.arange(len(images)) if indices is None else indices
     backbone = create_backbone(EMBEDDER, 2)
-    cut = cut_backbone(backbone, 0)
+    cut = split_backbone(backbone, 0)
     spec = FeatureSpec(workers=workers, cache=keep, distributed=keep)
     features = extract_features(images, chosen, 1, cut, backbone.preprocessing, spec)
     return features.get(np.arange(len(chosen)))

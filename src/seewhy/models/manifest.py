@@ -12,7 +12,7 @@ from seewhy.errors import RunError, reason_of
 from seewhy.models.transforms import RESAMPLING
 
 FORMAT = 1  # raised when a reader of the old one would misread the new one
-MOST_BYTES = 200_000_000  # a class and a bad picture take some hundred bytes each
+MOST_BYTES = 200_000_000  # a class and a bad image take some hundred bytes each
 AGAIN = "copy the run again or train it again"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -18,11 +18,11 @@ from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.core.files import move_folder, remove_tree, write_json
 from seewhy.errors import RunError, SeewhyError, reason_of
 from seewhy.models.backbones import Backbone, rebuild_backbone
-from seewhy.models.executors import Engine
+from seewhy.models.executors import Executor
 from seewhy.models.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.models.ood import KNNReference
 from seewhy.models.transforms import Preprocessing
-from seewhy.models.trunk_tail import Cut, cut_backbone
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
 
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
@@ -32,18 +32,18 @@ class SavedRun:
     """A fitted classifier with its record.
 
     path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
-    references: what tells pictures of nothing known; None where the network has no vector for that.
-    engines: what has run the network so far, by use and kind; filled by `predict` and `explain`.
+    references: what tells images of nothing known; None where the network has no vector for that.
+    executors: what has run the network so far, by use and kind; filled by `predict` and `explain`.
     """
 
     path: Path
     config: TrainConfig
     classes: tuple[str, ...]
     backbone: Backbone
-    cut: Cut
+    cut: TrunkTail
     manifest: dict[str, Any]
     references: KNNReference | None = None
-    engines: dict[str, dict[tuple[str, int], Engine]] = field(
+    executors: dict[str, dict[tuple[str, int], Executor]] = field(
         default_factory=lambda: {"network": {}, "answers": {}, "maps": {}}, compare=False
     )
 
@@ -65,7 +65,7 @@ class SavedRun:
 
     @property
     def unknown_above(self) -> float:
-        """The strangeness above which a picture looks like nothing known; infinite where `references` is None."""
+        """The strangeness above which an image looks like nothing known; infinite where `references` is None."""
         return float(self.manifest.get("unknowns", {}).get("threshold", math.inf))
 
 
@@ -130,7 +130,7 @@ def load(path: Path | str) -> SavedRun:
         # The run's own preprocessing counts, since another timm may have other defaults.
         preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
         backbone = rebuild_backbone(names["name"], names["timm"], len(classes), state, preprocessing, names["weights"])
-        cut = cut_backbone(backbone, config.unfreeze)
+        cut = split_backbone(backbone, config.unfreeze)
         references = _load_references(path, manifest, backbone)
     except RunError:
         raise

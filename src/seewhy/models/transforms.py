@@ -1,4 +1,4 @@
-"""Picture -> the square a network sees: the only home of size, mean, std, crop and augmentation."""
+"""Image -> the square a network sees: the only home of size, mean, std, crop and augmentation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIRST_RANDOM_VIEW = 2
 class Preprocessing:
     """What a network expects: a (size, size, 3) RGB square, scaled to 0..1, minus mean, over std.
 
-    resize: 'squash' shows the network the whole picture, its sides scaled apart; 'crop' the centred
+    resize: 'squash' shows the network the whole image, its sides scaled apart; 'crop' the centred
     square of `crop` times the short side (timm's `crop_pct`), in its own proportions.
     """
 
@@ -43,7 +43,7 @@ class Preprocessing:
 
     @property
     def enough(self) -> int:
-        """Pixels a side of a picture beyond which decoding more of them shows in no view: twice the network's own.
+        """Pixels a side of an image beyond which decoding more of them shows in no view: twice the network's own.
 
         A random view keeps at least 35% of the area, 0.6 of a side, and is still sampled down then.
         """
@@ -66,7 +66,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class View:
-    """One way of looking at a picture: a crop box in pixels (left, top, right, bottom), a flip, colour factors."""
+    """One way of looking at an image: a crop box in pixels (left, top, right, bottom), a flip, colour factors."""
 
     box: tuple[float, float, float, float]
     flip: bool = False
@@ -76,7 +76,7 @@ class View:
 
 
 def eval_view(width: int, height: int, preprocessing: Preprocessing, flip: bool = False) -> View:
-    """The whole picture, or the centred square that `crop` keeps.
+    """The whole image, or the centred square that `crop` keeps.
 
     The latter is the usual resize-then-centre-crop in a single resampling step, so that a
     panorama of 20,000 pixels costs no more than its middle.
@@ -108,20 +108,20 @@ def random_view(width: int, height: int, rng: np.random.Generator) -> View:
     return View(box, flip, float(brightness), float(contrast), float(saturation))
 
 
-def view_of(number: int, picture_hash: str, width: int, height: int, preprocessing: Preprocessing) -> View:
+def view_of(number: int, image_hash: str, width: int, height: int, preprocessing: Preprocessing) -> View:
     """The view of this number: EVAL_VIEW, MIRRORED_VIEW, or a random one.
 
-    A random view depends on the picture's content and its number alone, so that it is the
+    A random view depends on the image's content and its number alone, so that it is the
     same in every run, cached or not, in one process or many.
     """
     if number < FIRST_RANDOM_VIEW:
         return eval_view(width, height, preprocessing, flip=number == MIRRORED_VIEW)
-    seed = np.random.SeedSequence([int(picture_hash[:16], 16), number])
+    seed = np.random.SeedSequence([int(image_hash[:16], 16), number])
     return random_view(width, height, np.random.default_rng(seed))
 
 
 def render(image: Image.Image, view: View, size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
-    """Cut, resize (antialiased) to (width, height), flip and recolour: RGB picture -> (height, width, 3) uint8 RGB."""
+    """Cut, resize (antialiased) to (width, height), flip and recolour: RGB image -> (height, width, 3) uint8 RGB."""
     square = _cut_and_resize(image, view.box, size, interpolation)
     if view.flip:
         square = np.ascontiguousarray(square[:, ::-1])

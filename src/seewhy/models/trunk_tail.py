@@ -16,11 +16,11 @@ from seewhy.models.weights import classifier_names, under
 
 
 @dataclass(frozen=True)
-class Cut:
+class TrunkTail:
     """One network as two that share its parameters: tail(trunk(x)) == model(x) in eval mode.
 
     trunk: (N, 3, H, W) -> features, frozen; None when everything trains.
-    tail: features (or pictures) -> (N, classes) logits.
+    tail: features (or images) -> (N, classes) logits.
     place: name of the last trunk unit, 'pooled' behind the pooling, or 'input'.
     """
 
@@ -50,16 +50,16 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _Trunk(nn.Module):
-    """Pictures -> the output of the last frozen unit, or the pooled vector."""
+    """Images -> the output of the last frozen unit, or the pooled vector."""
 
     def __init__(self, network: nn.Module, pooled: bool) -> None:
         super().__init__()
         self.network = network
         self.pooled = pooled
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         network = cast(Any, self.network)
-        features: Tensor = network.forward_features(pictures)
+        features: Tensor = network.forward_features(images)
         if self.pooled:
             features = network.forward_head(features, pre_logits=True)
         return features
@@ -78,7 +78,7 @@ class _Tail(nn.Module):
         return logits
 
 
-def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
+def split_backbone(backbone: Backbone, unfreeze: int | str) -> TrunkTail:
     """Freezes all but the `unfreeze` deepest stages and the classifier; sets requires_grad accordingly.
 
     Raises ConfigError for more stages than there are, BackboneError where the network is no chain at that place.
@@ -88,10 +88,10 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     classifier = cast(nn.Module, cast(Any, model).get_classifier())
     classifier.requires_grad_(True)
     if unfreeze == "all":
-        return Cut(None, model, "input")
+        return TrunkTail(None, model, "input")
     if unfreeze == 0:
         trained = [*classifier_names(model), *(name for name, module in model.named_modules() if module is classifier)]
-        cut = Cut(_Trunk(_without(model, trained), pooled=True), classifier, "pooled")
+        cut = TrunkTail(_Trunk(_without(model, trained), pooled=True), classifier, "pooled")
         _check_cut(backbone, cut)
         return cut
     count = int(unfreeze)
@@ -105,13 +105,13 @@ def cut_backbone(backbone: Backbone, unfreeze: int | str) -> Cut:
     for head_module in head.values():
         head_module.requires_grad_(True)
     # The trunk holds frozen weights alone: they are its identity in the cache.
-    cut = Cut(_Trunk(_without(model, [*units[first:], *head]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
+    cut = TrunkTail(_Trunk(_without(model, [*units[first:], *head]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
     _check_cut(backbone, cut)
     return cut
 
 
-class WithVector(nn.Module):
-    """What feeds `cut.tail` (or pictures, for all of a network) -> (N, C + K): logits, then the vector that the classifier reads."""
+class WithPenultimate(nn.Module):
+    """What feeds `cut.tail` (or images, for all of a network) -> (N, C + K): logits, then the vector that the classifier reads."""
 
     def __init__(self, model: nn.Module, tail: nn.Module) -> None:
         super().__init__()
@@ -129,18 +129,18 @@ class WithVector(nn.Module):
         return torch.cat([self.classifier(vector), vector], dim=1)
 
 
-def with_vector(backbone: Backbone, tail: nn.Module) -> WithVector | None:
+def with_penultimate(backbone: Backbone, tail: nn.Module) -> WithPenultimate | None:
     """The tail (or the network itself) with the classifier's input beside its logits; None where its head is of another kind."""
     model, size = backbone.model, backbone.preprocessing.size
-    wrapped = WithVector(model, model).eval()
-    picture = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    wrapped = WithPenultimate(model, model).eval()
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            logits, found = model.eval()(picture), wrapped(picture)
+            logits, found = model.eval()(image), wrapped(image)
         same = found.ndim == 2 and torch.allclose(logits, found[:, : logits.shape[1]], rtol=1e-4, atol=1e-5)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
         same = False
-    return WithVector(model, tail).eval() if same else None
+    return WithPenultimate(model, tail).eval() if same else None
 
 
 def _head_modules(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
@@ -150,13 +150,13 @@ def _head_modules(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module
 
 
 @torch.inference_mode()
-def _check_cut(backbone: Backbone, cut: Cut) -> None:
+def _check_cut(backbone: Backbone, cut: TrunkTail) -> None:
     """The two halves must do what the whole does; networks with side roads around the cut do not."""
     size = backbone.preprocessing.size
-    picture = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
-        whole = backbone.model.eval()(picture)
-        halves = cut.tail.eval()(cast(nn.Module, cut.trunk).eval()(picture))
+        whole = backbone.model.eval()(image)
+        halves = cut.tail.eval()(cast(nn.Module, cut.trunk).eval()(image))
         same = torch.allclose(whole, halves, rtol=1e-4, atol=1e-5)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
         same = False

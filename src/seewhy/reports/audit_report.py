@@ -1,4 +1,4 @@
-"""Audit -> a folder: tables, counts, and audit.html with the findings in numbers first and the pictures behind them."""
+"""Audit -> a folder: tables, counts, and audit.html with the findings in numbers first and the images behind them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seewhy.reports.html import data_url, render_page, thumbnail_url
 
 EACH = 8  # examples of a gallery of pairs
 SHOWN = 24  # label issues shown
-ODD = 6  # pictures an issue
+ODD = 6  # images an issue
 
 
 def save_audit(audit: Audit, folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def save_audit(audit: Audit, folder: Path) -> list[Path]:
 
 
 def audit_page(audit: Audit) -> str:
-    """The page as text; pictures are inside it, a few hundred thumbnails at most."""
+    """The page as text; images are inside it, a few hundred thumbnails at most."""
     leak = audit.leak
     facts = {
         "name": audit.images.name,

@@ -1,4 +1,4 @@
-"""Histories, confusion matrices, heatmaps -> pictures, each in a light and a dark theme."""
+"""Histories, confusion matrices, heatmaps -> images, each in a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def training_curves(history: Sequence[dict[str, float]], best_epoch: int, theme:
 
 
 def confusion_figure(confusion: npt.NDArray[np.int64], classes: Sequence[str], theme: str = "light") -> bytes:
-    """Rows of true classes, columns of predicted ones, each row as shares of its pictures; PNG."""
+    """Rows of true classes, columns of predicted ones, each row as shares of its images; PNG."""
     colours = THEMES[theme]
     totals = confusion.sum(axis=1, keepdims=True)
     shares = 100 * np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
@@ -148,7 +148,7 @@ def leak_figure(plain: Sequence[float], grouped: Sequence[float], theme: str = "
 def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int], theme: str = "light") -> bytes:
     """How often answers of each confidence are right, against the diagonal of perfect calibration, with a histogram below; PNG.
 
-    Each point has its 95% Wilson interval, and is the larger the more pictures it stands for.
+    Each point has its 95% Wilson interval, and is the larger the more images it stands for.
     """
     colours = THEMES[theme]
     with matplotlib.rc_context(_style(theme)):
@@ -171,7 +171,7 @@ def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], c
         top.grid(linewidth=0.6)
         bottom.bar([100 * c for c in confidence], count, width=4, color=colours["train"])
         bottom.set_yscale("log")
-        bottom.set_ylabel("pictures")
+        bottom.set_ylabel("images")
         bottom.set_xlabel("confidence: probability of the answer (%)")
         bottom.set_xlim(0, 102)
     return png_of(figure)
@@ -180,7 +180,7 @@ def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], c
 def risk_coverage_figure(
     coverage: Sequence[float], risk: Sequence[float], marks: Sequence[tuple[float, float, str]] = (), theme: str = "light"
 ) -> bytes:
-    """Share of wrong answers against the share of pictures answered, the surest first; marks: (coverage, risk, text). PNG."""
+    """Share of wrong answers against the share of images answered, the surest first; marks: (coverage, risk, text). PNG."""
     colours = THEMES[theme]
     with matplotlib.rc_context(_style(theme)):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")
@@ -189,7 +189,7 @@ def risk_coverage_figure(
         for share, wrong, text in marks:
             axis.plot(100 * share, 100 * wrong, "o", color=colours["ink"], markersize=5)
             axis.annotate(text, (100 * share, 100 * wrong), (-4, 8), textcoords="offset points", ha="right", fontsize=8)
-        axis.set_xlabel("pictures answered, the surest first (%)")
+        axis.set_xlabel("images answered, the surest first (%)")
         axis.set_ylabel("wrong answers among them (%)")
         axis.set_xlim(0, 102)
         axis.set_ylim(bottom=0)
@@ -222,7 +222,7 @@ def robustness_figure(table: Sequence[dict[Any, Any]], theme: str = "light") -> 
 
 
 def heatmap_gallery(items: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], str]], theme: str = "light") -> bytes:
-    """Pairs of picture and overlay with a caption each, up to 4 pairs a row; PNG."""
+    """Pairs of image and overlay with a caption each, up to 4 pairs a row; PNG."""
     pairs = min(4, max(1, len(items)))
     rows = -(-len(items) // pairs)
     with matplotlib.rc_context(_style(theme)):

@@ -1,4 +1,4 @@
-"""Facts -> one HTML file with everything inside: the templates' environment, and pictures as data URLs."""
+"""Facts -> one HTML file with everything inside: the templates' environment, and images as data URLs."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def render_page(template: str, facts: dict[str, Any]) -> str:
 
 
 def thumbnail_url(path: Path | str, side: int = 200) -> str:
-    """A picture file, at most `side` pixels a side, as a data URL."""
-    picture = read_image(path, 2 * side)
-    picture.thumbnail((side, side))
-    return jpeg_url(np.asarray(picture))
+    """An image file, at most `side` pixels a side, as a data URL."""
+    image = read_image(path, 2 * side)
+    image.thumbnail((side, side))
+    return jpeg_url(np.asarray(image))
 
 
-def jpeg_url(picture: npt.NDArray[np.uint8]) -> str:
+def jpeg_url(image: npt.NDArray[np.uint8]) -> str:
     """(H, W, 3) uint8 RGB as a data URL."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    Image.fromarray(image).save(buffer, "JPEG", quality=85)
     return data_url(buffer.getvalue(), "jpeg")
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """The bytes of a picture of that kind ('png', 'jpeg') as a data URL."""
+    """The bytes of an image of that kind ('png', 'jpeg') as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

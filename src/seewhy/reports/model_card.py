@@ -54,13 +54,13 @@ def model_card(run: SavedRun, warnings: list[str]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {escape_markdown(run.path.name)}",
-        f"Tells {len(run.classes)} classes of pictures apart: {', '.join([*map(escape_markdown, run.classes[:12]), *more])}.",
-        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} pictures of "
+        f"Tells {len(run.classes)} classes of images apart: {', '.join([*map(escape_markdown, run.classes[:12]), *more])}.",
+        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} images of "
         f"{escape_markdown(manifest['data']['name'])} ({split['protocol']} split, seed {run.config.seed}; "
         f"{split['val']:,} to validate, {split['test']:,} to test). "
         f"Weights it started from: {escape_markdown(manifest['backbone']['weights'])}.",
         "## Measured",
-        f"On {test['n']:,} test pictures that nothing was chosen by:",
+        f"On {test['n']:,} test images that nothing was chosen by:",
         "| | value | 95% interval |\n| --- | --- | --- |\n" + "\n".join(rows),
         f"Probabilities are calibrated (temperature {calibration['temperature']:.3f}, fitted on the validation part); expected calibration "
         f"error {test['expected_calibration_error']:.1%}.",
@@ -82,10 +82,10 @@ def escape_markdown(text: str) -> str:
 
 
 def _ood_note(manifest: dict[str, Any]) -> str:
-    text = "It knows its classes only: a picture of anything else is given one of them"
+    text = "It knows its classes only: an image of anything else is given one of them"
     if "unknowns" not in manifest:
         return f"{text}."
-    return f"{text}, though `seewhy predict` marks pictures unlike the training ones (it misses some, and marks about 5% of known ones)."
+    return f"{text}, though `seewhy predict` marks images unlike the training ones (it misses some, and marks about 5% of known ones)."
 
 
 def _shown(name: str, value: float) -> str:

@@ -28,9 +28,9 @@ from seewhy.reports.figures import (
 )
 from seewhy.reports.html import data_url, jpeg_url, render_page, thumbnail_url
 
-GALLERY = 8  # pictures a gallery
+GALLERY = 8  # images a gallery
 METHOD = "gradcam"
-SCORED = 32  # test pictures whose heatmaps are scored
+SCORED = 32  # test images whose heatmaps are scored
 SCORES = ("average drop", "confidence increase")  # which cost a forward pass a map; `seewhy explain --compare-methods` has the others
 
 
@@ -52,7 +52,7 @@ def write_report(run: SavedRun, history: Sequence[dict[str, float]], test: Evalu
 
 
 def pick_examples(test: Evaluation) -> dict[str, list[int]]:
-    """Test pictures worth a look, by kind: right and surest (one a class), wrong and surest, and least sure of the others."""
+    """Test images worth a look, by kind: right and surest (one a class), wrong and surest, and least sure of the others."""
     correct = test.correct
     surest = [int(n) for n in np.argsort(-test.confidence, kind="stable")]
     best: list[int] = []
@@ -70,7 +70,7 @@ def other_class(test: Evaluation, n: int) -> int:
 
 
 def _explain_examples(run: SavedRun, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
-    """Heatmaps of the chosen pictures' predicted and other classes; None where the network has no maps."""
+    """Heatmaps of the chosen images' predicted and other classes; None where the network has no maps."""
     paths = [test.paths[n] for n in chosen]
     try:
         predicted = explain(run, paths, METHOD, [test.classes[test.predicted[n]] for n in chosen])
@@ -80,7 +80,7 @@ def _explain_examples(run: SavedRun, test: Evaluation, chosen: list[int]) -> tup
 
 
 def _trust(run: SavedRun, test: Evaluation) -> dict[str, Any]:
-    """How far the heatmaps can be trusted, on some test pictures: methods x scores, and their likeness to maps of a random classifier."""
+    """How far the heatmaps can be trusted, on some test images: methods x scores, and their likeness to maps of a random classifier."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:SCORED])
     paths = [test.paths[n] for n in drawn]
     methods = tuple(METHODS)
@@ -178,21 +178,21 @@ def warnings_of(run: SavedRun) -> list[str]:
     if small:
         shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
         noun = "class has" if len(small) == 1 else "classes have"
-        found.append(f"{len(small)} {noun} fewer than 10 test pictures, so their own numbers are rough: {shown}.")
+        found.append(f"{len(small)} {noun} fewer than 10 test images, so their own numbers are rough: {shown}.")
     low, high = test["accuracy_ci95"]
     if high - low > 0.06:
-        found.append(f"With {test['n']} test pictures the accuracy is known to ± {50 * (high - low):.0f} points only.")
-    if leaked := split.get("leaked_test_pictures"):
-        found.append(f"{leaked} of the {split['test']} test pictures have a near-duplicate in training; the accuracy may be too good.")
+        found.append(f"With {test['n']} test images the accuracy is known to ± {50 * (high - low):.0f} points only.")
+    if leaked := split.get("leaked_test_images"):
+        found.append(f"{leaked} of the {split['test']} test images have a near-duplicate in training; the accuracy may be too good.")
     if torn := split.get("torn_classes"):
         shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
         found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")
     if run.config.group_by == "exact" and not run.config.split_from:
         found.append("Near-duplicates were not kept together (--group-by exact); the accuracy may be too good.")
     if data["bad"]:
-        found.append(f"{len(data['bad'])} pictures could not be used and were left out.")
+        found.append(f"{len(data['bad'])} images could not be used and were left out.")
     if data["conflicting_duplicates"]:
-        found.append(f"{len(data['conflicting_duplicates'])} pictures lie under more than one class.")
+        found.append(f"{len(data['conflicting_duplicates'])} images lie under more than one class.")
     return found
 
 
@@ -213,13 +213,13 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
 def _card(
     run: SavedRun, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool
 ) -> dict[str, Any]:
-    """What a gallery shows of one picture; images of 288 pixels as data URLs. both: the other class's heatmap too."""
-    picture = display_view(test.paths[n], run.backbone.preprocessing, 288)
+    """What a gallery shows of one image; images of 288 pixels as data URLs. both: the other class's heatmap too."""
+    image = display_view(test.paths[n], run.backbone.preprocessing, 288)
     shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []
     return {
-        "picture": jpeg_url(picture),
+        "image": jpeg_url(image),
         "overlays": [
-            {"class": test.classes[c], "image": jpeg_url(overlay_heatmap(picture, explained[which].maps[place]))}
+            {"class": test.classes[c], "image": jpeg_url(overlay_heatmap(image, explained[which].maps[place]))}
             for c, which in shown
             if explained is not None
         ],

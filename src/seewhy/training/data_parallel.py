@@ -11,7 +11,7 @@ from torch import nn
 from seewhy.config import TrainConfig
 from seewhy.core import distributed
 from seewhy.errors import ConfigError
-from seewhy.models.trunk_tail import Cut
+from seewhy.models.trunk_tail import TrunkTail
 from seewhy.training.loaders import trains_on_features
 
 
@@ -33,7 +33,7 @@ def sync_batch_norm(tail: nn.Module) -> nn.Module:
     return synchronised
 
 
-def check_distributed(cut: Cut, config: TrainConfig) -> None:
+def check_distributed(cut: TrunkTail, config: TrainConfig) -> None:
     """ConfigError where several processes on CPUs would train BatchNorm: PyTorch synchronises its statistics on GPUs only.
 
     Does not concern a classifier on stored features, which the main process trains alone.
@@ -51,9 +51,9 @@ def check_distributed(cut: Cut, config: TrainConfig) -> None:
         )
 
 
-def check_shards(batch_size: int, val_pictures: int) -> None:
+def check_shards(batch_size: int, val_images: int) -> None:
     """ConfigError where some process would have nothing to do."""
     if distributed.world_size() > 1 and batch_size < 2 * distributed.world_size():
-        raise ConfigError(f"--batch-size {batch_size} is too small for {distributed.world_size()} processes; give each at least 2 pictures")
-    if val_pictures < distributed.world_size():
-        raise ConfigError(f"{val_pictures} validation pictures are too few for {distributed.world_size()} processes; use fewer --devices")
+        raise ConfigError(f"--batch-size {batch_size} is too small for {distributed.world_size()} processes; give each at least 2 images")
+    if val_images < distributed.world_size():
+        raise ConfigError(f"{val_images} validation images are too few for {distributed.world_size()} processes; use fewer --devices")

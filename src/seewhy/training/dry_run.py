@@ -16,8 +16,8 @@ import torch
 
 from seewhy.config import RECIPES, TrainConfig
 from seewhy.core.cache import cache_path
-from seewhy.curation.grouping import MANY, group_pictures
-from seewhy.curation.near_duplicates import group_numbers, near_pairs
+from seewhy.curation.grouping import MANY, group_images
+from seewhy.curation.near_duplicates import label_groups, near_pairs
 from seewhy.curation.split import PARTS, Split, read_split, split_images
 from seewhy.data.image_set import ImageSet, open_images
 from seewhy.data.listing import find_caltech101
@@ -25,8 +25,8 @@ from seewhy.data.verify import RECORD
 from seewhy.errors import DataError
 from seewhy.models.backbones import Backbone, check_request, create_backbone
 from seewhy.models.features import feature_shape, square_of
-from seewhy.models.trunk_tail import Cut, cut_backbone
-from seewhy.training.run_dirs import choose_places
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
+from seewhy.training.run_dirs import resolve_run_dir
 
 SAMPLE = 8  # images, or rows of features, that are timed
 SHOWN = 20  # classes and unusable images
@@ -38,7 +38,7 @@ def dry_run(config: TrainConfig, out: Path | None = None, resume: bool = False) 
     Returns JSON-ready facts. Raises what `train` raises, but for unusable images: `skipped` lists their (path, reason).
     """
     config = config.resolved()
-    target = choose_places(config, out, resume).target
+    target = resolve_run_dir(config, out, resume).target
     check_request(config.backbone, config.weights)
     if config.data == "caltech101" and not (root := find_caltech101(config.data_root))[1]:
         raise DataError(f"caltech101 is not in {root[0]}; a dry run downloads nothing, train without --dry-run does (137 MB)")
@@ -48,11 +48,11 @@ def dry_run(config: TrainConfig, out: Path | None = None, resume: bool = False) 
         seconds = time.perf_counter() - began
         near = near_pairs(images).pairs  # by content and perceptual hash: features, which `train` compares too, are dear
         duplicates = config.group_by == "duplicates"
-        groups = group_numbers(len(images), near) if duplicates else group_pictures(images, config.group_by)
+        groups = label_groups(len(images), near) if duplicates else group_images(images, config.group_by)
         ratio = (config.protocol, config.seed, config.val_fraction, config.test_fraction)
         split = read_split(Path(config.split_from), images) if config.split_from else split_images(images, *ratio, groups, duplicates)
         backbone = create_backbone(config.backbone, len(images.classes), "none", config.seed, config.resize, config.size)
-        seconds += _estimate(config, images, split, backbone, cut_backbone(backbone, config.unfreeze))
+        seconds += _estimate(config, images, split, backbone, split_backbone(backbone, config.unfreeze))
     return {
         "run": str(target),
         "data": images.name,
@@ -108,7 +108,7 @@ def _throwaway_cache() -> Iterator[None]:
             os.environ.update({"SEEWHY_CACHE": before} if before is not None else {})
 
 
-def _estimate(config: TrainConfig, images: ImageSet, split: Split, backbone: Backbone, cut: Cut) -> float:
+def _estimate(config: TrainConfig, images: ImageSet, split: Split, backbone: Backbone, cut: TrunkTail) -> float:
     """Seconds from near-duplicates to the evaluation: counts of images times the seconds of SAMPLE, timed in PyTorch on the CPU."""
 
     def timed(work: Callable[[], Any]) -> float:
@@ -125,7 +125,7 @@ def _estimate(config: TrainConfig, images: ImageSet, split: Split, backbone: Bac
         below += timed(torch.inference_mode()(lambda: trunk.eval()(squares)))
     step = timed(lambda: cut.tail.train()(inputs).sum().backward())
     train, val, test = (len(split.part(part)) for part in PARTS)
-    epochs, answers = int(config.epochs or 1), (val + test) * (2 if config.test_flip else 1)
+    epochs, answers = int(config.epochs or 1), (val + test) * (2 if config.tta_flip else 1)
     kept = cut.trunk is not None and config.cache and not config.fresh_views
     views = answers + (config.views * train if kept else epochs * (train + val))
     views += len(images) if config.group_by == "duplicates" and len(images) <= MANY else 0  # by a network of its own; taken for this one

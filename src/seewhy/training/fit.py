@@ -22,15 +22,15 @@ from torch import nn
 
 from seewhy.config import TrainConfig
 from seewhy.core import distributed
-from seewhy.core.files import whole_file
+from seewhy.core.files import atomic_write
 from seewhy.core.process_state import quiet
 from seewhy.core.progress import LOG, progress
 from seewhy.errors import ConfigError
 from seewhy.models.backbones import Backbone
-from seewhy.models.executors import settled_engine
-from seewhy.models.trunk_tail import Cut
+from seewhy.models.executors import resolve_runtime
+from seewhy.models.trunk_tail import TrunkTail
 from seewhy.training.data_parallel import check_shards
-from seewhy.training.loaders import CachedViews, PictureViews, TrainingData, make_loader
+from seewhy.training.loaders import CachedViews, ImageViews, TrainingData, make_loader
 from seewhy.training.module import FitModule, StandardisedLinear, inverse_size_weights, moving_average
 from seewhy.training.trackers import make_loggers
 
@@ -52,7 +52,7 @@ class FitInterrupted(KeyboardInterrupt):
     """Ctrl-C during a fit; the checkpoint holds the finished epochs but for those of the last SAVE_S seconds."""
 
 
-def fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
+def fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
     """Trains the tail of `cut` in place and restores the weights of the best epoch.
 
     config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
@@ -73,7 +73,7 @@ def fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, f
 
 # Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
 @quiet("lightning.pytorch", warnings_of="lightning")
-def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
+def _fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
     if config.compile and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
@@ -83,9 +83,9 @@ def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, 
     val_loader = make_loader(data.val, 256, None, config.workers)
     weights = inverse_size_weights(data.labels, data.classes) if config.class_weights else None
     steps = len(train_loader)
-    pictures = len(data.train.images) if isinstance(data.train, PictureViews) else 0
-    module = FitModule(backbone, cut, config, data.classes, weights, steps, settled_engine(config.engine, pictures))
-    keeper = HistoryKeeper(config, steps)
+    images = len(data.train.images) if isinstance(data.train, ImageViews) else 0
+    module = FitModule(backbone, cut, config, data.classes, weights, steps, resolve_runtime(config.runtime, images))
+    keeper = HistoryCallback(config, steps)
     stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
     saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
     averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
@@ -100,7 +100,7 @@ def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, 
             strategy="auto",  # DDP where there are several processes
             use_distributed_sampler=False,  # EpochBatches shards
             precision=config.precision,
-            plugins=[WholeCheckpoints()],
+            plugins=[AtomicCheckpointIO()],
             callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
             logger=make_loggers(config, folder),
             default_root_dir=str(folder),
@@ -118,7 +118,7 @@ def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, 
                 signal.signal(signal.SIGINT, handler)
     history = tuple(keeper.rows)
     if not history or not math.isfinite(history[-1]["train_loss"]):
-        raise Diverged(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
+        raise DivergedError(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
     if distributed.is_main_process():
         best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
         best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
@@ -134,7 +134,7 @@ def _fit(backbone: Backbone, cut: Cut, data: TrainingData, config: TrainConfig, 
     return Fit(history, best_epoch, time.perf_counter() - began)
 
 
-def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:
+def _stopped_early(last: Path, keeper: HistoryCallback) -> bool:
     """Whether the checkpoint is of a fit that early stopping had ended, with nothing left to train; `keeper` then has its history."""
     if not last.exists():
         return False
@@ -149,7 +149,7 @@ def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:
 SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
 
 
-class HistoryKeeper(Callback):
+class HistoryCallback(Callback):
     """Collects one row an epoch, also across a resume, and tells of it."""
 
     def __init__(self, config: TrainConfig, steps: int) -> None:
@@ -184,7 +184,7 @@ class HistoryKeeper(Callback):
             )
 
 
-class Diverged(ConfigError):
+class DivergedError(ConfigError):
     """The loss stopped being a number; other options are needed, and nothing of this fit can be used."""
 
 
@@ -206,13 +206,13 @@ class LastCheckpoint(Checkpoint):
             self.saved = time.monotonic()
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         content = io.BytesIO()  # PyTorch's own writer ends in a RuntimeError where a disk is full
         torch.save(checkpoint, content)
-        with whole_file(Path(path), "free some space, and go on with --resume") as work:
+        with atomic_write(Path(path), "free some space, and go on with --resume") as work:
             work.write_bytes(content.getbuffer())
 
 

@@ -35,11 +35,11 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from seewhy.training.run_dirs import choose_places
+    from seewhy.training.run_dirs import resolve_run_dir
 
     if nodes > 1 and (rendezvous is None or out is None):
         raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")
-    target = choose_places(config.resolved(), out, resume).target
+    target = resolve_run_dir(config.resolved(), out, resume).target
     with tempfile.TemporaryDirectory() as folder, _silence_launcher_log(), _omp_threads(max(1, len(_usable_cores()) // devices)):
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(dump_config(config)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""ImageSet x Split -> batches to train and validate on: stored features, or pictures decoded now, in an order of seed and epoch alone."""
+"""ImageSet x Split -> batches to train and validate on: stored features, or images decoded now, in an order of seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from seewhy.errors import ConfigError
 from seewhy.models.backbones import Backbone
 from seewhy.models.features import Features, FeatureSpec, extract_features, feature_shape, render_view
 from seewhy.models.transforms import FIRST_RANDOM_VIEW, Preprocessing
-from seewhy.models.trunk_tail import Cut
+from seewhy.models.trunk_tail import TrunkTail
 
 VIEWS_A_SEED = 1_000_000  # fresh views of different seeds never meet
 
@@ -36,7 +36,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.size = n, batch_size, seed, rank, size
-        # A share of one has no variance for BatchNorm to divide by; these pictures have their turn in the next epoch.
+        # A share of one has no variance for BatchNorm to divide by; these images have their turn in the next epoch.
         short = 0 < n % batch_size < 2 * size
         self.count = n // batch_size if short and n > batch_size else -(-n // batch_size)
         self.epoch = 0
@@ -57,7 +57,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class CachedViews(Dataset[Batch]):
-    """Positions epoch * n + i -> a batch of stored features; each epoch takes the next view of each picture."""
+    """Positions epoch * n + i -> a batch of stored features; each epoch takes the next view of each image."""
 
     def __init__(self, features: Features, labels: npt.NDArray[np.int64]) -> None:
         self.features = features
@@ -68,12 +68,12 @@ class CachedViews(Dataset[Batch]):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """(B, *shape) float32 and (B,) int64, gathered in one go."""
-        epoch, picture = np.divmod(np.asarray(positions), len(self.labels))
-        views = (picture + epoch) % self.features.rows.shape[1]
-        return torch.from_numpy(self.features.get(picture, views)), torch.from_numpy(self.labels[picture])
+        epoch, image = np.divmod(np.asarray(positions), len(self.labels))
+        views = (image + epoch) % self.features.rows.shape[1]
+        return torch.from_numpy(self.features.get(image, views)), torch.from_numpy(self.labels[image])
 
 
-class PictureViews(Dataset[Batch]):
+class ImageViews(Dataset[Batch]):
     """Positions epoch * n + i -> a batch of squares (B, size, size, 3) uint8, decoded now.
 
     views > 0: the same numbered views as CachedViews. views = 0: a new random view every epoch.
@@ -115,8 +115,8 @@ def _randaugment(square: npt.NDArray[np.uint8], seed: int) -> npt.NDArray[np.uin
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        picture = torch.from_numpy(square.copy()).permute(2, 0, 1)
-        augmented: npt.NDArray[np.uint8] = v2.RandAugment()(picture).permute(1, 2, 0).numpy()
+        image = torch.from_numpy(square.copy()).permute(2, 0, 1)
+        augmented: npt.NDArray[np.uint8] = v2.RandAugment()(image).permute(1, 2, 0).numpy()
     return augmented
 
 
@@ -125,9 +125,9 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int | None, workers: int) -> DataLoader[Batch]:
+def make_loader(dataset: CachedViews | ImageViews, batch_size: int, seed: int | None, workers: int) -> DataLoader[Batch]:
     """Shuffled by `seed` and epoch; in order where seed is None. Stored features need no worker processes."""
-    count = workers if isinstance(dataset, PictureViews) else 0
+    count = workers if isinstance(dataset, ImageViews) else 0
     batches: Any
     if seed is not None:
         batches = EpochBatches(len(dataset), batch_size, seed, distributed.rank(), distributed.world_size())
@@ -137,7 +137,7 @@ def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int 
     return DataLoader(dataset, batch_sampler=batches, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0)
 
 
-def trains_on_features(cut: Cut, config: TrainConfig) -> bool:
+def trains_on_features(cut: TrunkTail, config: TrainConfig) -> bool:
     """Whether something is frozen and its features can be kept: views are fixed, and there is a cache."""
     return cut.trunk is not None and not config.fresh_views and config.cache
 
@@ -146,14 +146,14 @@ def trains_on_features(cut: Cut, config: TrainConfig) -> bool:
 class TrainingData:
     """What a fit reads: data sets to train and to validate on, (N,) labels of the one to train on, and the number of classes."""
 
-    train: CachedViews | PictureViews
-    val: CachedViews | PictureViews
+    train: CachedViews | ImageViews
+    val: CachedViews | ImageViews
     labels: npt.NDArray[np.int64]
     classes: int
 
 
-def training_data(images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig) -> TrainingData:
-    """Stored features where something is frozen and views are fixed, pictures otherwise.
+def training_data(images: ImageSet, split: Split, backbone: Backbone, cut: TrunkTail, config: TrainConfig) -> TrainingData:
+    """Stored features where something is frozen and views are fixed, images otherwise.
 
     Raises ConfigError where mix=cutmix would have no maps of (channels, height, width) to cut pieces from.
     """
@@ -166,11 +166,11 @@ def training_data(images: ImageSet, split: Split, backbone: Backbone, cut: Cut, 
             )
     if not trains_on_features(cut, config):
         views = 0 if config.fresh_views else config.views
-        train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
-        return TrainingData(train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard"), labels, classes)
+        train_data = ImageViews(images, split.train, preprocessing, views, config.seed, config.augment)
+        return TrainingData(train_data, ImageViews(images, split.val, preprocessing, 1, config.seed, "standard"), labels, classes)
     spec = FeatureSpec.of(config, distributed=True)
     train_features = extract_features(images, split.train, config.views, cut, preprocessing, spec)
-    # Test features are computed here too: one pass over the pictures, one export of the trunk.
-    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.test_flip else 1, cut, preprocessing, spec)
+    # Test features are computed here too: one pass over the images, one export of the trunk.
+    rest = extract_features(images, np.concatenate([split.val, split.test]), 2 if config.tta_flip else 1, cut, preprocessing, spec)
     val_features = Features(rest.store, rest.rows[: len(split.val), :1], rest.computed)  # the fit watches the plain view
     return TrainingData(CachedViews(train_features, labels), CachedViews(val_features, images.labels[split.val]), labels, classes)

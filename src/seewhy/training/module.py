@@ -19,33 +19,33 @@ from torchmetrics.classification import MulticlassAccuracy
 from seewhy.config import TrainConfig
 from seewhy.core import distributed
 from seewhy.models.backbones import Backbone
-from seewhy.models.executors import FromSquares, make_engine, steady
+from seewhy.models.executors import NormalizeInput, batch_invariant, make_executor
 from seewhy.models.features import round_like_stored
-from seewhy.models.trunk_tail import Cut, parameter_stages
+from seewhy.models.trunk_tail import TrunkTail, parameter_stages
 from seewhy.training.data_parallel import sync_batch_norm
 from seewhy.training.loaders import Batch
 
 
 class FitModule(LightningModule):
-    """Cross-entropy training of the tail; `engine` runs the frozen trunk, where pictures come in."""
+    """Cross-entropy training of the tail; `executor` runs the frozen trunk, where images come in."""
 
     class_weights: Tensor | None
 
     def __init__(
         self,
         backbone: Backbone,
-        cut: Cut,
+        cut: TrunkTail,
         config: TrainConfig,
         classes: int,
         class_weights: Tensor | None,
         steps_an_epoch: int,
-        engine: str = "torch",
+        runtime: str = "torch",
     ) -> None:
         super().__init__()
         self.tail = sync_batch_norm(StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail)
         self.memory_format = best_memory_format(self.tail)
         self.tail.to(memory_format=self.memory_format)
-        self.below_tail = below_tail(backbone, cut, engine, config.feature_dtype)
+        self.trunk_forward = trunk_forward(backbone, cut, runtime, config.feature_dtype)
         self.full_batch_tail = (torch.compile(self.tail, dynamic=False) if config.compile else self.tail,)  # in a tuple, as above
         self.backbone = backbone
         self.config = config
@@ -72,7 +72,7 @@ class FitModule(LightningModule):
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
         if inputs.dtype == torch.uint8:
-            inputs = self.below_tail(inputs)
+            inputs = self.trunk_forward(inputs)
         if self.mixer is not None and targets is not None and self.training:
             maps = inputs if inputs.ndim == 4 else inputs.reshape(len(inputs), 1, 1, -1)  # MixUp of vectors and tokens, value by value
             mixed, targets = self.mixer(maps, targets)
@@ -114,7 +114,7 @@ class FitModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Validation runs after the last training batch of each epoch, and before any callback looks.
         for name, metric in self.metrics.items():
-            self.log(name, metric.compute(), logger=False)  # HistoryKeeper tells the loggers
+            self.log(name, metric.compute(), logger=False)  # HistoryCallback tells the loggers
             metric.reset()
 
     def configure_optimizers(self) -> Any:
@@ -129,18 +129,18 @@ class FitModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
 
-def below_tail(backbone: Backbone, cut: Cut, engine: str, kept: str = "auto") -> Callable[[Tensor], Tensor]:
-    """(N, size, size, 3) uint8 squares -> what the tail reads: normalised pictures, or the features that a store would hold."""
+def trunk_forward(backbone: Backbone, cut: TrunkTail, runtime: str, kept: str = "auto") -> Callable[[Tensor], Tensor]:
+    """(N, size, size, 3) uint8 squares -> what the tail reads: normalised images, or the features that a store would hold."""
     if cut.trunk is None:
-        normalise = FromSquares(nn.Identity(), backbone.preprocessing)
+        normalise = NormalizeInput(nn.Identity(), backbone.preprocessing)
         return lambda squares: cast(Tensor, normalise.to(squares.device)(squares))
     trunk = cut.trunk
 
-    @functools.cache  # when the first picture comes in: stored features need none
+    @functools.cache  # when the first image comes in: stored features need none
     def run() -> Any:
-        return make_engine(trunk, backbone.preprocessing, 1, engine)
+        return make_executor(trunk, backbone.preprocessing, 1, runtime)
 
-    return lambda squares: round_like_stored(torch.from_numpy(steady(run(), squares.cpu().numpy())), kept).to(squares.device)
+    return lambda squares: round_like_stored(torch.from_numpy(batch_invariant(run(), squares.cpu().numpy())), kept).to(squares.device)
 
 
 def best_memory_format(tail: nn.Module) -> torch.memory_format:
@@ -197,7 +197,7 @@ def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Ten
 
 
 def parameter_groups(backbone: Backbone, config: TrainConfig) -> list[dict[str, Any]]:
-    """Discriminative learning rates: lr * stage_lr_decay ** depth; no weight decay on biases and norms."""
+    """Discriminative learning rates: lr * layer_decay ** depth; no weight decay on biases and norms."""
     depth_of = parameter_stages(backbone)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in backbone.model.named_parameters():
@@ -205,7 +205,7 @@ def parameter_groups(backbone: Backbone, config: TrainConfig) -> list[dict[str, 
             groups.setdefault((depth_of[name], parameter.ndim > 1), []).append(parameter)
     lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
     return [
-        {"params": parameters, "lr": lr * config.stage_lr_decay**depth, "weight_decay": weight_decay if decays else 0.0}
+        {"params": parameters, "lr": lr * config.layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
         for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
@@ -228,6 +228,6 @@ def _make_mixer(mix: str, classes: int) -> nn.Module | None:
 
 
 def inverse_size_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
-    """(C,) weights n / (C * n_c), as scikit-learn's 'balanced': they average to 1 over the pictures."""
+    """(C,) weights n / (C * n_c), as scikit-learn's 'balanced': they average to 1 over the images."""
     counts = np.bincount(labels, minlength=classes)
     return torch.from_numpy(len(labels) / (classes * counts)).float()

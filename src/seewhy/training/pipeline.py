@@ -15,10 +15,10 @@ import numpy as np
 
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.core import distributed
-from seewhy.core.files import harmless, harmless_path, remove_tree, whole_file, write_json
+from seewhy.core.files import atomic_write, escape_formula, escape_formula_path, remove_tree, write_json
 from seewhy.core.progress import LOG, log_to, silent
-from seewhy.curation.grouping import group_pictures
-from seewhy.curation.split import PARTS, Split, leaked_pictures, read_split, split_images
+from seewhy.curation.grouping import group_images
+from seewhy.curation.split import PARTS, Split, leaked_images, read_split, split_images
 from seewhy.data.image_set import ImageSet, conflicting_duplicates, open_images
 from seewhy.errors import ConfigError, OutputError, RunError, require
 from seewhy.evaluation.calibration import fit_temperature, selective_accuracy, threshold_for
@@ -27,14 +27,14 @@ from seewhy.models.backbones import Backbone, check_request, create_backbone
 from seewhy.models.features import FeatureSpec
 from seewhy.models.ood import REFERENCES, ROWS, KNNReference, fit_reference, in_rows
 from seewhy.models.saved_run import SavedRun, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
-from seewhy.models.trunk_tail import Cut, cut_backbone
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
 from seewhy.reports.figures import confusion_figure, save_png, training_curves
 from seewhy.reports.model_card import model_card
 from seewhy.reports.run_report import warnings_of, write_report
 from seewhy.training.data_parallel import check_distributed
-from seewhy.training.fit import Diverged, Fit, fit
+from seewhy.training.fit import DivergedError, Fit, fit
 from seewhy.training.loaders import training_data
-from seewhy.training.run_dirs import Places, choose_places, open_work, read_json
+from seewhy.training.run_dirs import RunPaths, acquire_work_dir, read_json, resolve_run_dir
 from seewhy.training.trackers import check_tracker, tracked, upload_run
 from seewhy.version import __version__
 
@@ -70,7 +70,7 @@ def _train_along(config: TrainConfig) -> SavedRun:
 
 
 def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> SavedRun:
-    places = choose_places(config, out, resume)
+    places = resolve_run_dir(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
         clean_up(places.target)
@@ -86,7 +86,7 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
     if config.search:
         require("search", "--search", "optuna")
     begun = places.work.exists()
-    places, let_go = open_work(places, config, resume, out is None)
+    places, let_go = acquire_work_dir(places, config, resume, out is None)
     try:
         with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
@@ -99,32 +99,32 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
         raise
     except BaseException as error:
         kept = begun or any((places.work / name).exists() for name in ("checkpoints/last.ckpt", "search.json"))
-        if not kept or isinstance(error, Diverged):  # a fit that diverged is repeated with other options, not resumed
+        if not kept or isinstance(error, DivergedError):  # a fit that diverged is repeated with other options, not resumed
             remove_tree(places.work)
         raise
     finally:
         let_go()
 
 
-def _broadcast_places(places: Places, finished: bool) -> None:
+def _broadcast_places(places: RunPaths, finished: bool) -> None:
     """Tell the other processes the run's folders, and whether there is nothing left to do."""
-    distributed.broadcast((Places(places.work.absolute(), places.target.absolute()), finished))
+    distributed.broadcast((RunPaths(places.work.absolute(), places.target.absolute()), finished))
 
 
-def _train_in(places: Places, config: TrainConfig) -> SavedRun | None:
+def _train_in(places: RunPaths, config: TrainConfig) -> SavedRun | None:
     """The stages one after another; the run on the main process, None on the others, which only share the work."""
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
-    groups = group_pictures(images, config.group_by, config.workers, config.cache)
+    groups = group_images(images, config.group_by, config.workers, config.cache)
     split = read_split(Path(config.split_from), images) if config.split_from else _split(images, config, groups)
-    leaked = len(leaked_pictures(split, split.groups if groups is None else groups))
+    leaked = len(leaked_images(split, split.groups if groups is None else groups))
     _tell_of(images, split, leaked)
-    seconds["pictures"] = time.perf_counter() - began
+    seconds["images"] = time.perf_counter() - began
     config, found = _searched(places, config, images, split)
-    seconds["search"] = time.perf_counter() - began - seconds["pictures"]
+    seconds["search"] = time.perf_counter() - began - seconds["images"]
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = cut_backbone(backbone, config.unfreeze)
+    cut = split_backbone(backbone, config.unfreeze)
     check_distributed(cut, config)
     mark = time.perf_counter()
     data = training_data(images, split, backbone, cut, config)
@@ -142,7 +142,7 @@ def _train_in(places: Places, config: TrainConfig) -> SavedRun | None:
         return None
     numbers = test.metrics
     LOG.info(
-        f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
+        f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} images, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
         f"{numbers['accuracy_ci95'][1]:.1%}), mean per-class {numbers['mean_per_class_accuracy']:.1%}"
     )
     return _write_run(places, config, images, split, backbone, cut, fitted, evaluations, seconds, began, found, strange, leaked)
@@ -154,7 +154,7 @@ def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
     )
 
 
-def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
+def _searched(places: RunPaths, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
     """The best config of the trials asked for, and their record; kept, so that a resumed run does not search again."""
     if not config.search:
         return config, {}
@@ -167,24 +167,23 @@ def _searched(places: Places, config: TrainConfig, images: ImageSet, split: Spli
     best, trials = search(images, split, config, config.search)
     best = best.model_copy(update={"search": 0})  # what `--config run.json` repeats is the fit, not the search
     found = {"asked": dump_config(config), "chosen": dump_config(best), "trials": trials}
-    with whole_file(record, "free some space") as work:
+    with atomic_write(record, "free some space") as work:
         write_json(work, found)
     return best, found
 
 
 def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
     LOG.info(
-        f"{images.name}: {len(images):,} pictures, {len(images.classes)} classes; "
-        + ", ".join(f"{p} {len(split.part(p)):,}" for p in PARTS)
+        f"{images.name}: {len(images):,} images, {len(images.classes)} classes; " + ", ".join(f"{p} {len(split.part(p)):,}" for p in PARTS)
     )
     if images.bad:
-        LOG.info(f"left out {len(images.bad)} unusable pictures (listed in run.json)")
+        LOG.info(f"left out {len(images.bad)} unusable images (listed in run.json)")
     for _, paths in conflicting_duplicates(images)[:5]:
-        LOG.info(f"the same picture under different classes: {' = '.join(paths)}")
+        LOG.info(f"the same image under different classes: {' = '.join(paths)}")
     if grouped := int(np.sum(np.bincount(split.groups)[split.groups] > 1)):
-        LOG.info(f"{grouped:,} pictures have near-duplicates or belong to a group; each group stays in one part")
+        LOG.info(f"{grouped:,} images have near-duplicates or belong to a group; each group stays in one part")
     if leaked:
-        LOG.info(f"{leaked:,} of {len(split.test):,} test pictures have a near-duplicate in training: the accuracy may be too good")
+        LOG.info(f"{leaked:,} of {len(split.test):,} test images have a near-duplicate in training: the accuracy may be too good")
     if split.torn:
         shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
@@ -194,12 +193,12 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
 
 
 def _write_run(
-    places: Places,
+    places: RunPaths,
     config: TrainConfig,
     images: ImageSet,
     split: Split,
     backbone: Backbone,
-    cut: Cut,
+    cut: TrunkTail,
     fitted: Fit,
     evaluations: dict[str, Evaluation],
     seconds: dict[str, float],
@@ -227,7 +226,7 @@ def _write_run(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": {
                 "name": images.name,
-                "pictures": len(images),
+                "images": len(images),
                 "hash": images.content_hash,
                 "grey": int(images.grey.sum()),
                 "median_size": np.median(images.sizes, axis=0).astype(int).tolist(),
@@ -241,7 +240,7 @@ def _write_run(
                 "hash": split.hash(images),
                 **{part: len(split.part(part)) for part in PARTS},
                 **_grouping(images, split),
-                "leaked_test_pictures": leaked,
+                "leaked_test_images": leaked,
                 "torn_classes": list(split.torn),
             },
             "best_epoch": fitted.best_epoch,
@@ -281,9 +280,9 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
 
 
 def _unknowns(
-    images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
+    images: ImageSet, split: Split, backbone: Backbone, cut: TrunkTail, config: TrainConfig
 ) -> tuple[KNNReference, dict[str, Any]] | None:
-    """What tells pictures of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
+    """What tells images of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
     vectors = classifier_vectors(backbone, cut, images, indices, FeatureSpec.of(config))
@@ -298,12 +297,12 @@ def _unknowns(
 
 
 def _grouping(images: ImageSet, split: Split) -> dict[str, int]:
-    """How many pictures belong to groups, in how many, how large the largest is, and how many groups have several labels."""
+    """How many images belong to groups, in how many, how large the largest is, and how many groups have several labels."""
     sizes = np.bincount(split.groups)
     several = sizes[split.groups] > 1
     labelled = np.unique(split.groups[several] * len(images.classes) + images.labels[several])  # each label of each group once
     return {
-        "grouped_pictures": int(sizes[sizes > 1].sum()),
+        "grouped_images": int(sizes[sizes > 1].sum()),
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
         "groups_across_labels": int((np.bincount(labelled // len(images.classes)) > 1).sum()),
@@ -318,11 +317,11 @@ def _write_history(path: Path, fitted: Fit) -> None:
 
 
 def _write_answers(path: Path, evaluation: Evaluation) -> None:
-    """One row a picture: path, true class, predicted class and its calibrated probability."""
+    """One row an image: path, true class, predicted class and its calibrated probability."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "true", "predicted", "prob"])
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
-            answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
-            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.confidence[n]))])
+            answer = [escape_formula(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
+            writer.writerow([escape_formula_path(name), *answer, repr(float(evaluation.confidence[n]))])

@@ -12,20 +12,20 @@ from typing import Any
 from filelock import Timeout
 
 from seewhy.config import TrainConfig, dump_config
-from seewhy.core.files import claim, remove_tree, whole_file, write_json
+from seewhy.core.files import atomic_write, claim, remove_tree, write_json
 from seewhy.data.listing import DATASETS
 from seewhy.errors import OutputError, RunError, SeewhyError
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where a run is made (`work`, hidden until whole) and where it will stand (`target`)."""
 
     work: Path
     target: Path
 
 
-def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Path | None = None) -> Places:
+def resolve_run_dir(config: TrainConfig, out: Path | None, resume: bool, after: Path | None = None) -> RunPaths:
     """`out`, or the first free runs/NAME (behind the name `after`); with `resume` the place of the run of this name, finished or not."""
     if out is not None:
         target = out
@@ -45,7 +45,7 @@ def choose_places(config: TrainConfig, out: Path | None, resume: bool, after: Pa
             target = free
     if not resume and _taken(target):
         raise OutputError(f"{target}: exists already; choose another --out or remove it")
-    return Places(_work_of(target), target)
+    return RunPaths(_work_of(target), target)
 
 
 def _taken(target: Path) -> bool:
@@ -57,7 +57,7 @@ def _work_of(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[Places, Callable[[], None]]:
+def acquire_work_dir(places: RunPaths, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[RunPaths, Callable[[], None]]:
     """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
     while True:
         try:
@@ -70,7 +70,7 @@ def open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bo
             reason = RunError(f"{places.target}: another training writes it right now; choose another --out")
         if not named_by_us or resume:
             raise reason
-        places = choose_places(config, None, False, places.target)  # started in the same moment: the next free name
+        places = resolve_run_dir(config, None, False, places.target)  # started in the same moment: the next free name
     record, begun = places.work / "config.json", places.work.exists()
     try:
         if begun:
@@ -80,7 +80,7 @@ def open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bo
                 raise RunError(f"{places.work}: holds an unfinished run with other options; repeat its options, or choose another --out")
         places.work.mkdir(exist_ok=True)
         if not record.is_file():
-            with whole_file(record, "free some space, or choose another place with --out") as work:
+            with atomic_write(record, "free some space, or choose another place with --out") as work:
                 write_json(work, dump_config(config))
     except BaseException as error:
         if not begun:

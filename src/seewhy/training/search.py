@@ -17,8 +17,8 @@ from seewhy.errors import BackboneError, ConfigError
 from seewhy.evaluation.evaluate import evaluate_part
 from seewhy.evaluation.metrics import accuracy, negative_log_likelihood
 from seewhy.models.backbones import Backbone, create_backbone
-from seewhy.models.trunk_tail import Cut, cut_backbone
-from seewhy.training.fit import Diverged, Fit, fit
+from seewhy.models.trunk_tail import TrunkTail, split_backbone
+from seewhy.training.fit import DivergedError, Fit, fit
 from seewhy.training.loaders import training_data
 
 
@@ -40,14 +40,14 @@ def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> 
         candidate = _suggest(trial, config)
         try:
             row = _try(images, split, candidate)
-        except (Diverged, BackboneError) as error:
+        except (DivergedError, BackboneError) as error:
             if isinstance(error, BackboneError) and candidate.unfreeze == config.unfreeze:
                 raise  # else the network cannot be cut where the search wanted to, and not the user
             LOG.info(f"trial left out: {error}")
             raise optuna.TrialPruned from error
         rows.append({**trial.params, **row})
         LOG.info(f"trial {len(rows)}/{trials}: val accuracy {row['val_accuracy']:.2%}, " + _shown(trial.params))
-        return row["val_accuracy"] - 1e-4 * min(row["val_nll"], 10.0)  # one picture in 1,000 outweighs any likelihood
+        return row["val_accuracy"] - 1e-4 * min(row["val_nll"], 10.0)  # one image in 1,000 outweighs any likelihood
 
     study.optimize(objective, n_trials=trials)
     if not rows:
@@ -75,10 +75,10 @@ def _complete(found: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     return found if found["unfreeze"] == config.unfreeze else {**RECIPES["linear"], **found}
 
 
-def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[Backbone, Cut, Fit]:
+def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[Backbone, TrunkTail, Fit]:
     """The network of one config, fitted to the train part and stopped on val; nothing is written but the cache."""
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = cut_backbone(backbone, config.unfreeze)
+    cut = split_backbone(backbone, config.unfreeze)
     data = training_data(images, split, backbone, cut, config)
     with tempfile.TemporaryDirectory() as folder:
         fitted = fit(backbone, cut, data, config, Path(folder))

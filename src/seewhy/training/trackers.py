@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from seewhy.config import TrainConfig, dump_config
-from seewhy.core.files import whole_file
+from seewhy.core.files import atomic_write
 from seewhy.core.progress import LOG
 from seewhy.errors import ConfigError, require
 from seewhy.evaluation.metrics import HEADLINE
@@ -110,7 +110,7 @@ def final_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     names = [name for name in HEADLINE if name in test]  # no top-5 of five classes or fewer
     found = {f"test_{name}": test[name] for name in (*names, "expected_calibration_error")}
     found |= {f"test_{name}_{end}": test[f"{name}_ci95"][i] for name in names for i, end in enumerate(("low", "high"))}
-    found |= {"test_pictures": test["n"], "temperature": manifest["calibration"]["temperature"], "best_epoch": manifest["best_epoch"]}
+    found |= {"test_images": test["n"], "temperature": manifest["calibration"]["temperature"], "best_epoch": manifest["best_epoch"]}
     found |= {f"seconds_{name}": value for name, value in manifest["seconds"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
@@ -170,7 +170,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    with whole_file(folder / RECORD, "free some space") as work:
+    with atomic_write(folder / RECORD, "free some space") as work:
         work.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-// Answers by the browser itself: onnxruntime-web runs model.onnx, and no picture leaves the machine.
+// Answers by the browser itself: onnxruntime-web runs model.onnx, and no image leaves the machine.
 import * as ort from "./ort/ort.wasm.min.mjs";
 
-export const where = "Pictures stay on this device: the classifier runs in your browser.";
+export const where = "Images stay on this device: the classifier runs in your browser.";
 
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency ?? 1) : 1; // threads need isolation
@@ -22,10 +22,10 @@ export async function describe() {
   return about;
 }
 
-// A picture file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
+// An image file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
 export async function answer(file, about) {
   const { data, width, height } = await pixels(file, about.enough);
-  const found = await session.run({ pictures: new ort.Tensor("uint8", data, [1, height, width, 3]) });
+  const found = await session.run({ images: new ort.Tensor("uint8", data, [1, height, width, 3]) });
   const probs = found.probabilities.data;
   return {
     probs,
@@ -35,13 +35,13 @@ export async function answer(file, about) {
   };
 }
 
-// RGB bytes of the upright picture over white, its shorter side at most `enough` pixels: more of them show in no square.
+// RGB bytes of the upright image over white, its shorter side at most `enough` pixels: more of them show in no square.
 async function pixels(file, enough) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
   } catch {
-    throw new Error("this browser cannot read it as a picture");
+    throw new Error("this browser cannot read it as an image");
   }
   const share = Math.min(1, enough / Math.min(bitmap.width, bitmap.height));
   const width = Math.max(1, Math.round(bitmap.width * share)), height = Math.max(1, Math.round(bitmap.height * share));

@@ -1,5 +1,5 @@
 // Answers by the server that this page comes from.
-export const where = "Pictures are sent to the server this page comes from; it answers and keeps nothing.";
+export const where = "Images are sent to the server this page comes from; it answers and keeps nothing.";
 
 const TRIES = 30; // of a busy server, a second each
 let key = sessionStorage.getItem("seewhy-key") ?? "";
@@ -29,10 +29,10 @@ async function ask(address, options = {}, tries = 0) {
 
 export const describe = () => ask("classes");
 
-// A picture file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
+// An image file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
 export async function answer(file, about) {
   const form = new FormData();
-  form.append("files", file, file.name ?? "picture");
+  form.append("files", file, file.name ?? "image");
   const body = await ask(`predict?top_k=${about.classes.length}${about.heatmaps ? "&heatmap=all" : ""}`, { method: "POST", body: form, name: file.name });
   const [found] = body.answers;
   const number = new Map(about.classes.map((name, n) => [name, n]));

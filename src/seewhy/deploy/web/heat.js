@@ -1,4 +1,4 @@
-// A heatmap laid over a picture; heat.py draws the same colours on the server.
+// A heatmap laid over an image; heat.py draws the same colours on the server.
 const STOPS = [0, 0.25, 0.5, 0.75, 1];
 const COLOURS = [[70, 20, 90, 0], [150, 35, 90, 90], [225, 80, 45, 160], [250, 165, 20, 200], [252, 245, 120, 225]];
 
@@ -17,13 +17,13 @@ function valueAt(map, x, y) {
   return (1 - down) * ((1 - across) * at(top, left) + across * at(top, right)) + down * ((1 - across) * at(low, left) + across * at(low, right));
 }
 
-// Draws the picture, and over it the map (or null) with this opacity, into the canvas. box: what of the picture the map covers,
+// Draws the image, and over it the map (or null) with this opacity, into the canvas. box: what of the image the map covers,
 // as shares of its sides: left, top, width, height.
-export function draw(canvas, picture, map, opacity, box = [0, 0, 1, 1]) {
-  canvas.width = picture.width;
-  canvas.height = picture.height;
+export function draw(canvas, image, map, opacity, box = [0, 0, 1, 1]) {
+  canvas.width = image.width;
+  canvas.height = image.height;
   const context = canvas.getContext("2d");
-  context.drawImage(picture, 0, 0);
+  context.drawImage(image, 0, 0);
   if (!map || opacity === 0) return;
   const side = 160, layer = new OffscreenCanvas(side, side), pixels = new ImageData(side, side);
   for (let y = 0; y < side; y += 1) {
@@ -32,6 +32,6 @@ export function draw(canvas, picture, map, opacity, box = [0, 0, 1, 1]) {
   layer.getContext("2d").putImageData(pixels, 0, 0);
   context.globalAlpha = opacity;
   context.imageSmoothingQuality = "high";
-  context.drawImage(layer, box[0] * picture.width, box[1] * picture.height, box[2] * picture.width, box[3] * picture.height);
+  context.drawImage(layer, box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height);
   context.globalAlpha = 1;
 }

@@ -1,4 +1,4 @@
-// Pictures -> answers, bars and heatmaps on the page. engine.js answers: the server does, or the browser itself.
+// Images -> answers, bars and heatmaps on the page. engine.js answers: the server does, or the browser itself.
 import { draw } from "./heat.js";
 import { answer, describe, where } from "./engine.js";
 
@@ -9,7 +9,7 @@ const SHOWN = 5, LARGEST = 1200, THUMBNAIL = 160; // pixels a side
 
 let about = null;
 let queue = null; // what is being looked at; starts with the classifier itself
-const given = []; // {name, picture, found, target}
+const given = []; // {name, image, found, target}
 let current = null;
 
 // ---------------------------------------------------------------- start
@@ -25,7 +25,7 @@ async function start() {
     return;
   }
   const interval = about.test_accuracy_ci95 ? ` (95% interval ${about.test_accuracy_ci95.map(percent).join(" to ")})` : "";
-  element("about").textContent = `tells ${about.classes.length} classes apart; right on ${percent(about.test_accuracy)}${interval} of ${about.test_pictures} test pictures`;
+  element("about").textContent = `tells ${about.classes.length} classes apart; right on ${percent(about.test_accuracy)}${interval} of ${about.test_images} test images`;
   for (const name of about.classes) element("names").append(new Option(readable(name)));
   element("all").textContent = about.classes.map(readable).join(", ");
   element("known").hidden = false;
@@ -33,7 +33,7 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-// ---------------------------------------------------------------- pictures in
+// ---------------------------------------------------------------- images in
 
 // One after the other, in the order given.
 function take(files) {
@@ -46,28 +46,28 @@ async function look(files) {
   if (!about) return;
   complain("");
   const kept = [...files].filter((file) => file.type.startsWith("image/") || !file.type);
-  if (files.length && !kept.length) complain("None of these files is a picture.");
+  if (files.length && !kept.length) complain("None of these files is an image.");
   let first = true;
   for (const [n, file] of kept.entries()) {
-    element("state").textContent = `looking at ${file.name ?? "the picture"}, ${n + 1} of ${kept.length}`;
+    element("state").textContent = `looking at ${file.name ?? "the image"}, ${n + 1} of ${kept.length}`;
     document.body.classList.add("busy");
     try {
       const found = await answer(file, about);
-      const entry = { name: file.name ?? "picture", picture: await small(file, LARGEST), found, target: top(found)[0] };
+      const entry = { name: file.name ?? "image", image: await small(file, LARGEST), found, target: top(found)[0] };
       given.push(entry);
       document.body.classList.add("has");
       addToStrip(entry);
       if (first) show(entry, true);
       first = false;
     } catch (error) {
-      complain(`${element("problem").textContent}${element("problem").textContent ? "\n" : ""}${file.name ?? "picture"}: ${error.message}`);
+      complain(`${element("problem").textContent}${element("problem").textContent ? "\n" : ""}${file.name ?? "image"}: ${error.message}`);
     }
   }
   document.body.classList.remove("busy");
   element("state").textContent = "";
 }
 
-// A canvas of the picture, upright, at most `side` pixels a side; a grey one where this browser cannot show the file.
+// A canvas of the image, upright, at most `side` pixels a side; a grey one where this browser cannot show the file.
 async function small(file, side) {
   const canvas = document.createElement("canvas");
   try {
@@ -98,10 +98,10 @@ function addToStrip(entry) {
   const button = document.createElement("button");
   button.type = "button";
   const canvas = document.createElement("canvas");
-  const share = THUMBNAIL / Math.max(entry.picture.width, entry.picture.height);
-  canvas.width = Math.max(1, Math.round(entry.picture.width * share));
-  canvas.height = Math.max(1, Math.round(entry.picture.height * share));
-  canvas.getContext("2d").drawImage(entry.picture, 0, 0, canvas.width, canvas.height);
+  const share = THUMBNAIL / Math.max(entry.image.width, entry.image.height);
+  canvas.width = Math.max(1, Math.round(entry.image.width * share));
+  canvas.height = Math.max(1, Math.round(entry.image.height * share));
+  canvas.getContext("2d").drawImage(entry.image, 0, 0, canvas.width, canvas.height);
   const label = document.createElement("span");
   const name = readable(about.classes[top(entry.found)[0]]);
   label.textContent = entry.found.unknown ? "unknown" : entry.found.unsure ? `${name}?` : name;
@@ -160,19 +160,19 @@ function choose(number) {
 }
 
 function paint() {
-  const { picture, found, target, name } = current, class_name = readable(about.classes[target]);
+  const { image, found, target, name } = current, class_name = readable(about.classes[target]);
   let map = null;
   if (found.maps) {
     const [, height, width] = found.maps.shape, cells = height * width;
     map = { height, width, values: found.maps.values.subarray(target * cells, (target + 1) * cells) };
   }
   const empty = map && map.values.every((value) => value === 0);
-  draw(element("picture"), picture, map, element("opacity").value / 100, box(picture.width, picture.height));
+  draw(element("image"), image, map, element("opacity").value / 100, box(image.width, image.height));
   element("caption").textContent = !map ? name : empty ? `${name}: nothing in it speaks for ${class_name}` : `${name}: what glows speaks for ${class_name}`;
-  element("picture").setAttribute("aria-label", element("caption").textContent);
+  element("image").setAttribute("aria-label", element("caption").textContent);
 }
 
-// What of the picture its maps cover, as shares of its sides: left, top, width, height.
+// What of the image its maps cover, as shares of its sides: left, top, width, height.
 function box(width, height) {
   if (about.box_share === null) return [0, 0, 1, 1];
   const side = about.box_share * Math.min(width, height);
