@@ -92,7 +92,7 @@ def content(out: Path) -> dict[str, str]:
 
     if out.is_file():
         return {"bytes": digest(out)}
-    names = ["model.safetensors", "unknowns.safetensors", "metrics.json", "split.json", "predictions_test.csv", "predictions_val.csv"]
+    names = ["model.safetensors", "ood_reference.safetensors", "metrics.json", "split.json", "predictions_test.csv", "predictions_val.csv"]
     found = {name: digest(out / name) for name in names}
     rows = (out / "history.csv").read_text().splitlines()
     found["history"] = repr([row.rsplit(",", 1)[0] for row in rows])  # the last column is seconds

@@ -71,7 +71,7 @@ def candidates_of(name: str, images: Any, indices: Any, count: int, cache: Path)
         return run
 
     def decode(i: int) -> Any:
-        return render_view(read_image(images.paths[i], backbone.preprocessing.enough), 0, images.hashes[i], backbone.preprocessing)
+        return render_view(read_image(images.paths[i], backbone.preprocessing.min_decode_side), 0, images.hashes[i], backbone.preprocessing)
 
     def limit(engine: Executor) -> Callable[[], Any]:
         return lambda: list(map_ordered(engine, [squares] * (len(indices) // 32), engine.max_parallel_batches))

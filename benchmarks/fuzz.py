@@ -60,8 +60,8 @@ def small_run() -> Any:
         "metrics": {"test": {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "n": 10}},
         "data": {"hash": "0" * 64, "name": "x"},
         "split": {"hash": "0" * 64},
-        "calibration": {"temperature": 1.5, "abstain": [{"precision": 0.9, "threshold": 0.7}]},
-        "unknowns": {"threshold": 0.8},
+        "calibration": {"temperature": 1.5, "selective": [{"precision": 0.9, "threshold": 0.7}]},
+        "ood": {"threshold": 0.8},
     }
     classes = ("ant", "bee", "cat")
     return Run(Path("small"), config, classes, backbone, split_backbone(backbone, 1), make_manifest(config, classes, backbone, facts))

@@ -75,7 +75,7 @@ def relative_mahalanobis(known: Known) -> Measure:
 def nearest_neighbours(known: Known) -> Measure:
     """Cosine distance to the third nearest of a sample of the training images: what runs use."""
     reference = fit_reference(known.vectors)
-    return lambda vectors, logits: reference.strangeness(vectors)
+    return lambda vectors, logits: reference.ood_score(vectors)
 
 
 def virtual_logit(known: Known) -> Measure:

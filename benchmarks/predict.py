@@ -47,7 +47,7 @@ def saved_run(name: str, folder: Path) -> Any:
         "metrics": {"test": {"accuracy": 0.0, "n": 1}},  # nothing was measured
         "data": {"hash": ""},
         "split": {"hash": ""},
-        "calibration": {"temperature": 1.0, "abstain": []},
+        "calibration": {"temperature": 1.0, "selective": []},
     }
     finish(work, folder / name, make_manifest(config, classes, backbone, facts))
     return load(folder / name)

@@ -210,7 +210,7 @@ def latency(commands: dict[str, list[str]], model_file: Path, files: list[Path],
     from seewhy.inference.onnx_model import load_onnx
 
     model = load_onnx(model_file, threads=os.cpu_count() or 1)
-    wanted = [name for name in model.outputs if name not in ("logits", "squares")]
+    wanted = [name for name in model.outputs if name not in ("logits", "network_input")]
     chosen = [files[n % len(files)] for n in range(count)]
     bodies = [form(path.read_bytes()) for path in chosen]
     found: dict[str, list[list[float]]] = {name: [] for name in ("bare", *commands)}

@@ -43,8 +43,8 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
         row = {name: test[name] for name in ("accuracy", "mean_per_class_accuracy")}
         row["ece"] = test["expected_calibration_error"]
         row["ece_before"] = test["expected_calibration_error_uncalibrated"]
-        row |= {f"{name}_at_{a['precision']}": a.get(f"test_{name}") for a in calibration["abstain"] for name in ("answered", "right")}
-        row["unknown_flagged"] = run.manifest["unknowns"]["test_flagged"]
+        row |= {f"{name}_at_{a['precision']}": a.get(f"test_{name}") for a in calibration["selective"] for name in ("answered", "right")}
+        row["unknown_flagged"] = run.manifest["ood"]["test_flagged"]
         for name, value in row.items():
             found.setdefault(name, []).append(value)
     return found

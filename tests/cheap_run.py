@@ -15,7 +15,7 @@ from seewhy.models.backbones import create_backbone
 from seewhy.models.transforms import Preprocessing
 from seewhy.models.trunk_tail import split_backbone
 
-UNCALIBRATED = {"temperature": 1.0, "abstain": []}
+UNCALIBRATED = {"temperature": 1.0, "selective": []}
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
 

@@ -37,7 +37,7 @@ def test_is_frozen() -> None:
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
-    config = make_config(data="images", unfreeze="all", lr=3e-4, label_smoothing=0, mix="mixup", skip_bad=True)
+    config = make_config(data="images", unfreeze="all", lr=3e-4, label_smoothing=0, mixup="mixup", skip_bad=True)
     values = dump_config(config)
     (tmp_path / "c.json").write_text(json.dumps(values))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
@@ -132,10 +132,10 @@ def test_randaugment_needs_fresh_views() -> None:
 
 
 def test_cutmix_needs_maps() -> None:
-    with pytest.raises(ConfigError, match=r"^mix=cutmix cuts maps"):
-        make_config(data="d", unfreeze=0, mix="cutmix").resolved()
-    assert make_config(data="d", unfreeze=0, mix="mixup").resolved().mix == "mixup"
-    assert make_config(data="d", unfreeze=1, mix="cutmix").resolved().mix == "cutmix"
+    with pytest.raises(ConfigError, match=r"^mixup=cutmix cuts maps"):
+        make_config(data="d", unfreeze=0, mixup="cutmix").resolved()
+    assert make_config(data="d", unfreeze=0, mixup="mixup").resolved().mixup == "mixup"
+    assert make_config(data="d", unfreeze=1, mixup="cutmix").resolved().mixup == "cutmix"
 
 
 def test_fractions_must_leave_something_to_train_on() -> None:
@@ -145,12 +145,12 @@ def test_fractions_must_leave_something_to_train_on() -> None:
 
 
 def test_parse_settings_reads_values_as_yaml() -> None:
-    settings = ["label_smoothing=0", "class-weights=true", "mix=none", " workers =4", "precision=32-true", "lr=1e-3", "weights=a=b.pth"]
+    settings = ["label_smoothing=0", "class-weights=true", "mixup=none", " workers =4", "precision=32-true", "lr=1e-3", "weights=a=b.pth"]
     values = parse_settings(settings)
     assert values == {
         "label_smoothing": 0,
         "class_weights": True,
-        "mix": "none",
+        "mixup": "none",
         "workers": 4,
         "precision": "32-true",
         "lr": "1e-3",

@@ -104,8 +104,8 @@ def test_help_names_every_corruption() -> None:
 def test_every_key_of_a_run_s_numbers_is_explained(demo_run: Run) -> None:
     text = read("docs/METRICS.md")
     keys = {*demo_run.metrics["test"], *demo_run.metrics["test"]["per_class"][0]}
-    keys |= {key for name in ("calibration", "unknowns", "split") for key in demo_run.manifest[name]}
-    keys |= {key for row in demo_run.manifest["calibration"]["abstain"] for key in row}
+    keys |= {key for name in ("calibration", "ood", "split") for key in demo_run.manifest[name]}
+    keys |= {key for row in demo_run.manifest["calibration"]["selective"] for key in row}
     assert sorted(key for key in keys if f"`{key}`" not in text and f".{key}`" not in text) == []
 
 

@@ -29,7 +29,7 @@ def names(requirements: list[str]) -> set[str]:
     ("module", "extra", "what", "command"),
     [
         *((name, "serve", "seewhy serve", ["serve", "model.onnx"]) for name in SERVE),
-        ("optuna", "search", "--search", ["train", "DATA", *NETWORK, "--search", "2"]),
+        ("optuna", "search", "--search-trials", ["train", "DATA", *NETWORK, "--search-trials", "2"]),
         ("cleanvision", "audit", "seewhy audit", ["audit", "DATA"]),
         ("tensorboard", "tensorboard", "--tracker tensorboard", ["train", "DATA", *NETWORK, "--tracker", "tensorboard"]),
         ("mlflow", "mlflow", "--tracker mlflow", ["train", "DATA", *NETWORK, "--tracker", "mlflow"]),

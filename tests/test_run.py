@@ -16,7 +16,7 @@ from seewhy.api import Run, load
 from seewhy.errors import RunError
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
-FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors", "log.txt"}
+FILES |= {"predictions_val.csv", "README.md", "ood_reference.safetensors", "log.txt"}
 FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
 
 
@@ -45,7 +45,7 @@ def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, images: 
     found = load(copied).predict(images)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
     assert found.classes == expected.classes
-    assert found.unknown.tolist() == expected.unknown.tolist()
+    assert found.ood.tolist() == expected.ood.tolist()
     assert demo_run.references is not None  # a run fresh from training can tell strangers too
     assert len(images) == 32
 
@@ -56,7 +56,7 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert manifest["config"]["backbone"] == "efficientnet_lite0"
     assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
     assert [manifest["split"][part] for part in ("protocol", "train", "val", "test")] == ["ratio", 336, 48, 96]
-    assert (manifest["split"]["grouped_images"], manifest["split"]["torn_classes"]) == (0, [])  # no two scenes are alike
+    assert (manifest["split"]["grouped_images"], manifest["split"]["classes_with_split_groups"]) == (0, [])  # no two scenes are alike
     assert manifest["calibration"]["temperature"] > 0
     assert manifest["calibration"]["n"] == 48
     assert len(manifest["data"]["hash"]) == 64

@@ -71,11 +71,11 @@ class Run(SavedRun):
 
         return export_file(self, path, kind)[0]
 
-    def push(self, place: str | Path, public: bool = False) -> str:
+    def push(self, destination: str | Path, public: bool = False) -> str:
         """Copies the run to a folder that is not there yet, or to hf://USER/NAME; `seewhy.pull` makes it a run again."""
         from seewhy.deploy.hub import push
 
-        return push(self, place, public)
+        return push(self, destination, public)
 
     def explain(
         self,
@@ -142,14 +142,14 @@ def load(path: Path | str) -> Run:
     return as_run(saved_run.load(path))
 
 
-def pull(place: str | Path, out: Path | str | None = None, report: bool = False) -> Run:
+def pull(source: str | Path, out: Path | str | None = None, report: bool = False) -> Run:
     """Fetch a run that somebody has pushed, checked as `load` checks it; `out` is there whole or not at all.
 
-    place: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: take report.html too, a page that
+    source: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: take report.html too, a page that
     runs what its writer wrote when it is opened.
     Raises RunError for what is no run or cannot be fetched, OutputError where `out` holds something or cannot be written.
     """
-    return as_run(hub.pull(place, out, report))
+    return as_run(hub.pull(source, out, report))
 
 
 def as_run(saved: SavedRun) -> Run:

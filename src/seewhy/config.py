@@ -82,7 +82,9 @@ class TrainConfig(BaseModel):
     lr: float | None = _main(None, "learning rate of the classifier", gt=0)
     batch_size: int | None = _main(None, "images a step", ge=1)
     seed: int = _main(0, "seed of the split, the classifier's start and the order", ge=0)
-    search: int = _main(0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000)
+    search_trials: int = _main(
+        0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000
+    )
     skip_bad: bool = _main(False, "leave unusable images out instead of stopping; they are listed in run.json")
     tracker: Literal["tensorboard", "mlflow", "none"] = _main(
         "none", "who is told of each epoch: files for TensorBoard in the run, MLflow at $MLFLOW_TRACKING_URI, or nobody"
@@ -104,7 +106,7 @@ class TrainConfig(BaseModel):
     ema_decay: float | None = _fine(None, "moving average of the trained weights over the steps, validated and kept; 0 = off", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
-    mix: Literal["none", "mixup", "cutmix"] = _fine(
+    mixup: Literal["none", "mixup", "cutmix"] = _fine(
         "none", "MixUp or CutMix of what a batch trains on: images, or features behind a frozen trunk"
     )
     tta_flip: bool | None = _fine(None, "answer with the mean over an image and its mirror image; doubles the cost of an answer")
@@ -145,8 +147,8 @@ class TrainConfig(BaseModel):
         config = self.model_copy(update=filled)
         if not config.fresh_views and config.augment != "standard":
             raise ConfigError(f"augment={config.augment} needs fresh images every epoch; add --views 0")
-        if config.mix == "cutmix" and config.unfreeze == 0:
-            raise ConfigError("mix=cutmix cuts maps, and --unfreeze 0 trains on vectors; use mix=mixup, or --unfreeze 1")
+        if config.mixup == "cutmix" and config.unfreeze == 0:
+            raise ConfigError("mixup=cutmix cuts maps, and --unfreeze 0 trains on vectors; use mixup=mixup, or --unfreeze 1")
         if config.val_fraction + config.test_fraction >= 1:
             raise ConfigError(
                 f"val_fraction {config.val_fraction} + test_fraction {config.test_fraction} leave nothing to train on; "

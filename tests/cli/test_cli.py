@@ -66,7 +66,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         (["train", "scenes", "--set", "lr"], ["name=value"]),
         (["train", "scenes", "--config", "no.yaml"], ["no.yaml", "no such config"]),
         (["train", "scenes", "--weights", "no.pth"], ["no.pth", "no such weights"]),
-        (["train", "scenes", "--set", "mix=mixup", "--set", "views=two"], ["views"]),
+        (["train", "scenes", "--set", "mixup=mixup", "--set", "views=two"], ["views"]),
         (["evaluate", "runs/none"], ["runs/none", "no such run"]),
         (["predict", "runs/none", "a.jpg"], ["runs/none"]),
         (["predict"], ["RUN", "predict --help"]),
@@ -229,20 +229,21 @@ def test_a_light_installation_says_what_is_missing() -> None:
 def test_predict_says_nothing_where_unsure(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
     table = demo_run.predict(boats).table(1)
     least = float(table["prob_1"].median())
-    status, out, _ = call("predict", demo_run.path, *boats, "--abstain-below", least, "--json")
-    answers = [record["answer"] for record in json.loads(out)]
+    status, out, _ = call("predict", demo_run.path, *boats, "--min-confidence", least, "--json")
+    answers = [record["decision"] for record in json.loads(out)]
     assert status == 0
     assert answers == [c if p >= least else None for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
     assert None in answers
-    status, out, _ = call("predict", demo_run.path, *boats, "--abstain-below", least)
+    status, out, _ = call("predict", demo_run.path, *boats, "--min-confidence", least)
     assert out.count("unsure: ") == answers.count(None)
-    call("predict", demo_run.path, *boats, "--precision", 0.8, "--out", tmp_path / "a.csv")
+    call("predict", demo_run.path, *boats, "--target-precision", 0.8, "--out", tmp_path / "a.csv")
     written = pd.read_csv(tmp_path / "a.csv").fillna("")
     assert (
-        written["answer"] == [c if p >= demo_run.threshold_for(0.8) else "" for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
+        written["decision"]
+        == [c if p >= demo_run.threshold_for(0.8) else "" for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
     ).all()
-    assert_one_line(call("predict", demo_run.path, *boats, "--precision", 0.999), "no probability promises")
-    assert_one_line(call("predict", demo_run.path, *boats, "--precision", 0.9, "--abstain-below", 0.5), "give one of them")
+    assert_one_line(call("predict", demo_run.path, *boats, "--target-precision", 0.999), "no probability promises")
+    assert_one_line(call("predict", demo_run.path, *boats, "--target-precision", 0.9, "--min-confidence", 0.5), "give one of them")
 
 
 def test_audit_prints_what_it_writes(call: Call, boats: list[Path], tmp_path: Path) -> None:
@@ -289,15 +290,15 @@ def test_images_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: l
     Image.new("RGB", (200, 200), (128, 128, 128)).save(tmp_path / "grey.png")
     status, out, _ = call("predict", demo_run.path, tmp_path, *boats, "--json")
     assert status == 0
-    flags = {Path(record["path"]).name: record["unknown"] for record in json.loads(out)}
+    flags = {Path(record["path"]).name: record["ood"] for record in json.loads(out)}
     assert flags.pop("noise.png")
     assert flags.pop("grey.png")
     assert sum(flags.values()) <= 1
-    unknowns = demo_run.manifest["unknowns"]
+    unknowns = demo_run.manifest["ood"]
     assert unknowns["val_flagged"] <= 0.05
     assert unknowns["test_flagged"] <= 0.15
     _, out, _ = call("predict", demo_run.path, tmp_path / "noise.png")
-    assert "looks like nothing known: " in out
+    assert "out-of-distribution: " in out
 
 
 @pytest.mark.parametrize(

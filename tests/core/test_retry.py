@@ -28,7 +28,7 @@ from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import Source, find_sources, read_source
 from tests.cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 
-OPTIONS: dict[str, Any] = {"top_k": 3, "least": None}
+OPTIONS: dict[str, Any] = {"top_k": 3, "min_confidence": None}
 PASSING = {
     "reset": ConnectionResetError("Connection reset by peer"),
     "time-out": TimeoutError("timed out"),
@@ -221,7 +221,7 @@ def test_a_job_ends_and_goes_on_where_reading_failed(
     assert cli.run_guarded(lambda: cli.call(command)) == 0
     assert "going on: 1 of 3" in capsys.readouterr().err
     assert len(pq.read_table(out)) == 90
-    assert not (tmp_path / "answers.bad.parquet").exists()
+    assert not (tmp_path / "answers.errors.parquet").exists()
 
 
 def test_plain_files_whose_disk_fails_are_not_bad_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

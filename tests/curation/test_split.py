@@ -122,7 +122,7 @@ def test_twins_count_once_when_parts_are_filled(seed: int) -> None:
 )
 def test_too_few_images_names_the_class(rows: list[tuple[str, str, str]], found: str) -> None:
     with pytest.raises(SplitError, match=f"^class 'few' has {found}.* too few for one in each of train, val, test; add"):
-        split_images(image_set([*plain({"enough": 10}), *rows]))
+        split_images(image_set([*plain({"min_decode_side": 10}), *rows]))
 
 
 def test_fractions_that_leave_a_small_class_without_training_images() -> None:
@@ -297,7 +297,7 @@ def test_split_json_names_parts_and_groups_by_sorted_hashes(tmp_path: Path) -> N
     joined = [{images.hashes[i] for i in np.flatnonzero(split.groups == number)} for number in np.unique(split.groups)]
     assert record["groups"] == sorted(sorted(group) for group in joined if len(group) > 1)
     assert len(record["groups"]) > 3
-    assert record["torn"] == list(split.torn) == ["a"]
+    assert record["split_groups_in"] == list(split.split_groups_in) == ["a"]
 
 
 def test_a_hash_that_a_file_names_twice_counts_where_it_stands_last(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_groups_stay_in_one_part_and_parts_keep_their_sizes(seed: int) -> None:
     assert abs(found["test"][0] - 40) <= 2
     assert abs(found["val"][0] - 20) <= 2
     assert (found["test"][1], found["val"][1]) == (20, 10)
-    assert split.torn == ()
+    assert split.split_groups_in == ()
     assert straddling(split_images(images, seed=seed), np.array(groups)) > 0  # what a plain split would leak
 
 
@@ -440,7 +440,7 @@ def test_a_class_that_is_one_group_falls_back_to_exact_duplicates() -> None:
     images = image_set(plain({"a": 20, "b": 20}))
     groups = np.array([0] * 15 + list(range(15, 40)))
     split = split_images(images, groups=groups)
-    assert split.torn == ("a",)
+    assert split.split_groups_in == ("a",)
     assert counts(split, images) == counts(split_images(images), images)
     assert len(np.unique(split.groups)) == 40
 
@@ -452,7 +452,7 @@ def test_a_class_starved_by_groups_of_a_larger_one_falls_back() -> None:
     for n in range(3):
         groups[[n, 4 + 2 * n, 5 + 2 * n]] = n
     split = split_images(images, groups=groups)
-    assert split.torn == ("a",)
+    assert split.split_groups_in == ("a",)
     assert counts(split, images)["train"][0] == 2
 
 
@@ -462,7 +462,7 @@ def test_fallback_where_parts_are_given_looks_at_the_training_folder() -> None:
     groups = np.arange(40)
     groups[:10] = 0  # the training images of a: one group, with test to be cut out of them
     split = split_images(images, groups=groups)
-    assert split.torn == ("a",)
+    assert split.split_groups_in == ("a",)
     assert counts(split, images)["test"] == [2, 2]
 
 
@@ -471,14 +471,14 @@ def test_torn_classes_are_remembered_by_split_json(tmp_path: Path) -> None:
     groups = np.array([0] * 15 + list(range(15, 40)))
     split = split_images(images, groups=groups)
     split.write(tmp_path / "split.json", images)
-    assert read_split(tmp_path, images).torn == ("a",)
+    assert read_split(tmp_path, images).split_groups_in == ("a",)
 
 
 def test_groups_that_were_named_are_never_torn() -> None:
     images = image_set(plain({"a": 20, "b": 20}))
     groups = np.array([0] * 15 + list(range(15, 40)))
     with pytest.raises(SplitError, match="class 'a' has too few groups, or one with over half"):
-        split_images(images, groups=groups, tear=False)
+        split_images(images, groups=groups, allow_split_groups=False)
 
 
 def test_given_parts_are_kept_even_where_they_leak() -> None:

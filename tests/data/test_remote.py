@@ -111,7 +111,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
         yield next(iter(run_local(request, left)))
         raise KeyboardInterrupt
 
-    asked: dict[str, Any] = {"top_k": 5, "least": None}
+    asked: dict[str, Any] = {"top_k": 5, "min_confidence": None}
     request, columns = Request("predict", str(run.path), asked), columns_of("predict", asked, len(run.classes))
     with pytest.raises(KeyboardInterrupt):
         run_batch(request, columns, find_sources(inputs), out, stopped)
@@ -123,8 +123,8 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     assert json.loads(told.out) == {
         "out": "s3://bucket/out/answers",
         "images": 60,
-        "left_out": 1,
-        "bad": "s3://bucket/out/answers/_bad.parquet",
+        "skipped": 1,
+        "bad": "s3://bucket/out/answers/_errors.parquet",
     }
     written = {file.place: file for file in list_files(out)}
     assert written[first.place] == first  # size and time
@@ -137,7 +137,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     assert sorted(found) == sorted(names)
     assert [found[name]["class_1"] for name in names] == wanted["class_1"].tolist()
     np.testing.assert_allclose([found[name]["prob_1"] for name in names], wanted["prob_1"], atol=1e-6)
-    assert _table(inside(out, "_bad.parquet")) == [{"path": "s3://bucket/in/shards/a.tar/b/00039.jpg", "reason": "not an image"}]
+    assert _table(inside(out, "_errors.parquet")) == [{"path": "s3://bucket/in/shards/a.tar/b/00039.jpg", "reason": "not an image"}]
 
 
 def _table(place: str) -> list[dict[str, Any]]:

@@ -69,22 +69,22 @@ def test_answers_are_those_of_the_run(client: TestClient, demo_run: Run, demo_im
     for found, wanted, path in zip(body["answers"], expected, chosen, strict=True):
         assert [choice["class_name"] for choice in found["top"]] == [choice["class"] for choice in wanted["top"]]
         np.testing.assert_allclose([c["prob"] for c in found["top"]], [c["prob"] for c in wanted["top"]], atol=1e-4)
-        assert found["unknown"] == wanted["unknown"]
+        assert found["ood"] == wanted["ood"]
         assert (found["width"], found["height"]) == Image.open(path).size
-        assert found["unsure"] == ("answer" not in found)
+        assert found["below_threshold"] == ("decision" not in found)
 
 
 def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
     (noise,) = client.post("/predict", files=form(noise_png())).json()["answers"]
-    assert noise["unknown"] is True
-    about = client.get("/classes").json()
+    assert noise["ood"] is True
+    about = client.get("/model").json()
     model = load_onnx(demo_onnx)
     assert about["classes"] == list(model.classes)
-    assert about["unsure_below"] == (model.threshold_for(about["precision"]) if about["precision"] else 0.5)
+    assert about["confidence_threshold"] == (model.threshold_for(about["precision"]) if about["precision"] else 0.5)
     answers = client.post("/predict", files=form(*(path.read_bytes() for path in demo_images[:8]))).json()["answers"]
     for found in answers:
-        assert found["unsure"] == (found["top"][0]["prob"] < about["unsure_below"])
-        assert found.get("answer") == (None if found["unsure"] else found["top"][0]["class_name"])
+        assert found["below_threshold"] == (found["top"][0]["prob"] < about["confidence_threshold"])
+        assert found.get("decision") == (None if found["below_threshold"] else found["top"][0]["class_name"])
     with pytest.raises(ConfigError, match="knows thresholds for the precisions"):
         create_app(demo_onnx, 1, precision=0.123)
 
@@ -129,9 +129,9 @@ BAD: list[tuple[str, Any, dict[str, Any], int, str, str]] = [
     ("an icon larger than it says", [plain("ICO", 64, 64)], {}, 422, "no_usable_image", "not an image"),
     ("too many files", [b"x"] * 9, {}, 413, "too_many_files", "more than 8 files"),
     ("far too many files", [b"x"] * 500, {}, 413, "too_many_files", "more than 8 files"),
-    ("unknown class", [GOOD], {"target": "cat"}, 422, "unknown_class", "no class is named 'cat'; GET /classes lists them"),
-    ("zero classes", [GOOD], {"top_k": 0}, 422, "wrong_option", "top_k: "),
-    ("unknown heatmap", [GOOD], {"heatmap": "gif"}, 422, "wrong_option", "heatmap: "),
+    ("unknown class", [GOOD], {"target": "cat"}, 422, "unknown_class", "no class is named 'cat'; GET /model lists them"),
+    ("zero classes", [GOOD], {"top_k": 0}, 422, "invalid_parameter", "top_k: "),
+    ("unknown heatmap", [GOOD], {"heatmap": "gif"}, 422, "invalid_parameter", "heatmap: "),
 ]
 
 
@@ -169,9 +169,9 @@ def test_other_bodies(client: TestClient) -> None:
     for content, kind, status, code in [
         (b"{}", "application/json", 415, "not_a_form"),
         (b"\xff\xd8", "image/jpeg", 415, "not_a_form"),
-        (b"", "multipart/form-data", 400, "broken_form"),
-        (b"garbage", "multipart/form-data; boundary=x", 400, "broken_form"),
-        (b"garbage", "multipart/form-data; charset=utf-7; boundary=x", 400, "broken_form"),
+        (b"", "multipart/form-data", 400, "malformed_multipart"),
+        (b"garbage", "multipart/form-data; boundary=x", 400, "malformed_multipart"),
+        (b"garbage", "multipart/form-data; charset=utf-7; boundary=x", 400, "malformed_multipart"),
         (b"a=b", "application/x-www-form-urlencoded", 415, "not_a_form"),
     ]:
         response = client.post("/predict", content=content, headers={"content-type": kind})
@@ -190,7 +190,7 @@ def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_im
     finally:
         app.state.images = 0
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-    assert response.json()["error"]["code"] == "busy"
+    assert response.json()["error"]["code"] == "overloaded"
     assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
 
 
@@ -205,7 +205,7 @@ def test_too_many_bytes_at_once(demo_onnx: Path, demo_images: list[Path]) -> Non
             watch = watch.app
         watch.held = 1000  # of another request
         response = client.post("/predict", files=image)
-        assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "busy", "1")
+        assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "overloaded", "1")
         assert client.get("/healthz").status_code == 200
         assert watch.held == 1000
     with pytest.raises(ConfigError, match=r"requests of 600 MB are more than all may hold together; --max-mb 512 at most"):
@@ -220,9 +220,9 @@ def test_a_mistake_of_the_server_is_said_and_survived(client: TestClient, demo_i
 
     app: Any = client.app
     with monkeypatch.context() as patch:
-        patch.setattr(app.state.batcher, "answer", fail)
+        patch.setattr(app.state.batcher, "decision", fail)
         response = client.post("/predict", files=form(demo_images[0].read_bytes()))
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "broken")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "memory" not in response.text
     assert response.headers["x-request-id"] == response.json()["error"]["request_id"]
     assert app.state.images == 0
@@ -234,9 +234,9 @@ def test_a_key_where_one_is_wanted(demo_onnx: Path, demo_images: list[Path]) -> 
         image = form(demo_images[0].read_bytes())
         for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": "s3cret "[:-2]}):
             response = client.post("/predict", files=image, headers=headers)
-            assert (response.status_code, response.json()["error"]["code"]) == (401, "wrong_key")
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         assert client.post("/predict", files=image, headers={"X-API-Key": "s3cret"}).status_code == 200
-        assert [client.get(path).status_code for path in ("/", "/healthz", "/classes", "/metrics")] == [200, 200, 401, 401]
+        assert [client.get(path).status_code for path in ("/", "/healthz", "/model", "/metrics")] == [200, 200, 401, 401]
 
 
 def test_a_name_with_line_ends_is_one_line(client: TestClient) -> None:
@@ -278,7 +278,7 @@ def test_the_interface_keeps_its_description(client: TestClient) -> None:
     """Whatever fits or breaks the description, answers have a documented status and shape; no 500."""
     schema = schemathesis.openapi.from_asgi("/openapi.json", client.app)
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert {operation.path for operation in operations} == {"/predict", "/classes", "/healthz", "/metrics"}
+    assert {operation.path for operation in operations} == {"/predict", "/model", "/healthz", "/metrics"}
     for operation in operations:
 
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -27,7 +27,7 @@ def test_answers_are_those_of_the_file_whoever_asks(batcher: Batcher, demo_onnx:
         found, expected = future.result(timeout=60), model.ask(model.read(path)[None])
         np.testing.assert_allclose(found["probabilities"], expected["probabilities"][0], atol=1e-5)
         np.testing.assert_allclose(found["heatmaps"], expected["heatmaps"][0], atol=1e-4)
-        np.testing.assert_allclose(found["strangeness"], expected["strangeness"][0], atol=1e-5)
+        np.testing.assert_allclose(found["ood_score"], expected["ood_score"][0], atol=1e-5)
         assert found["size"].tolist() == [model.read(path).shape[1], model.read(path).shape[0]]
     assert sum(batcher.sizes) == len(futures)
     assert 1 < max(batcher.sizes) <= BATCH  # those that waited were answered together

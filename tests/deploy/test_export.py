@@ -38,7 +38,7 @@ def test_a_pytorch_program_says_it_too(demo_run: Run, tmp_path: Path) -> None:
 
 
 def test_a_file_that_says_something_else_is_not_written(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = dataclasses.replace(demo_run, manifest={**demo_run.manifest, "calibration": {"temperature": 9.0, "abstain": []}})
+    other = dataclasses.replace(demo_run, manifest={**demo_run.manifest, "calibration": {"temperature": 9.0, "selective": []}})
     wrong = build_onnx(other)
     monkeypatch.setattr(export, "build_onnx", lambda run: wrong)
     with pytest.raises(OutputError, match="would not say what the run says"):

@@ -76,7 +76,7 @@ def test_pushed_and_pulled_it_says_the_same(demo_run: Run, tmp_path: Path, demo_
     images = [str(path) for path in demo_images]
     expected, found = demo_run.predict(images), pulled.predict(images)
     np.testing.assert_array_equal(found.probs, expected.probs)
-    assert found.unknown.tolist() == expected.unknown.tolist()
+    assert found.ood.tolist() == expected.ood.tolist()
     assert pulled.threshold_for(0.9) == demo_run.threshold_for(0.9)
     assert pulled.manifest == json.loads((demo_run.path / "run.json").read_text())
     # Pushed once more, it is the same folder; the report is taken where asked for.

@@ -34,12 +34,12 @@ def model(demo_onnx: Path) -> bytes:
 
 
 def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_images: list[Path]) -> None:
-    """By the run's own network in PyTorch: the square, logits, maps of all classes, strangeness."""
+    """By the run's own network in PyTorch: the square, logits, maps of all classes, ood_score."""
     session, run = session_of(model), demo_run
     names = [output.name for output in session.get_outputs()]
-    assert names == ["logits", "probabilities", "strangeness", "heatmaps", "squares"]
+    assert names == ["logits", "probabilities", "ood_score", "heatmaps", "network_input"]
     found = dict(zip(names, session.run(None, {"images": np.asarray(read_image(demo_images[0]))[None]}), strict=True))
-    squares, preprocessing = found["squares"], run.backbone.preprocessing
+    squares, preprocessing = found["network_input"], run.backbone.preprocessing
     np.testing.assert_array_equal(squares[0], square_of(demo_images[0], preprocessing).transpose(2, 0, 1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
     scaled = maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
     np.testing.assert_allclose(found["heatmaps"], scaled.numpy(), atol=1e-4)
     assert run.references is not None
-    np.testing.assert_allclose(found["strangeness"], run.references.strangeness(vector.numpy()), atol=1e-3)
+    np.testing.assert_allclose(found["ood_score"], run.references.ood_score(vector.numpy()), atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 300, 3), (3, 224, 224, 3), (2, 901, 507, 3)])
@@ -71,7 +71,7 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
     assert meta["temperature"] == demo_run.temperature
     assert Preprocessing.from_dict(meta["preprocessing"]) == demo_run.backbone.preprocessing
     assert meta["data_sha256"] == demo_run.manifest["data"]["hash"]
-    assert meta["unknown_above"] == demo_run.unknown_above
+    assert meta["ood_threshold"] == demo_run.ood_threshold
     assert meta["opset"] == onnx_export.OPSET
 
 
@@ -81,7 +81,7 @@ def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_ima
     session = session_of(model)
     for shape in [(1, 120, 333, 3), (2, 400, 64, 3)]:
         given = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        for name, found in zip(("logits", "probabilities", "strangeness", "heatmaps"), program(torch.from_numpy(given)), strict=True):
+        for name, found in zip(("logits", "probabilities", "ood_score", "heatmaps"), program(torch.from_numpy(given)), strict=True):
             np.testing.assert_allclose(found.detach().numpy(), session.run([name], {"images": given})[0], atol=1e-4)
 
 

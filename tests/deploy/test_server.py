@@ -71,7 +71,7 @@ def raw(address: str, content: bytes) -> socket.socket:
 def under_way(address: str) -> float:
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
-    return float(next(line for line in lines if line.startswith("seewhy_images_under_way")).split()[-1])
+    return float(next(line for line in lines if line.startswith("seewhy_inflight_images")).split()[-1])
 
 
 HEAD = (
@@ -91,7 +91,7 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_images: list[Path]) -> None:
         gone.close()
         reply = b"".join(iter(lambda: slow.recv(10_000), b""))  # until the server closes
         assert b" 408 " in reply.split(b"\r\n")[0]
-        assert json.loads(reply[reply.index(b"{") :])["error"]["code"] == "too_slow"
+        assert json.loads(reply[reply.index(b"{") :])["error"]["code"] == "request_timeout"
         slow.close()
         vanished = raw(
             address,
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(demo_onnx: Path, tmp_path: Path, capsys: pytest.C
             ([str(tmp_path / "text.onnx")], "not a readable ONNX file"),
             ([str(tmp_path / "nothing")], "no run and no file of `seewhy export`"),
             ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot be listened at (Address already in use)"),
-            ([str(demo_onnx), "--precision", "0.123"], "knows thresholds for the precisions"),
+            ([str(demo_onnx), "--target-precision", "0.123"], "knows thresholds for the precisions"),
             ([str(demo_onnx), "--max-mb", "600"], "--max-mb 512 at most"),
         ]:
             assert run_guarded(lambda arguments=arguments: call(["serve", *arguments])) == 2

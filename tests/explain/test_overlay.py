@@ -13,8 +13,8 @@ from PIL import Image
 from seewhy.explain import overlay as drawing
 
 
-def pixels(values: list[list[float]], size: tuple[int, int], box_share: float | None = None) -> np.ndarray:
-    image = Image.open(io.BytesIO(drawing.heat_png(np.array(values), size, box_share)))
+def pixels(values: list[list[float]], size: tuple[int, int], crop_fraction: float | None = None) -> np.ndarray:
+    image = Image.open(io.BytesIO(drawing.heat_png(np.array(values), size, crop_fraction)))
     assert image.mode == "RGBA"
     return np.asarray(image)
 
@@ -34,7 +34,7 @@ def test_size_is_the_image_s_but_not_without_end() -> None:
 
 
 def test_a_centred_square_covers_no_more() -> None:
-    alpha = pixels([[1.0]], (100, 60), box_share=0.5)[:, :, 3]
+    alpha = pixels([[1.0]], (100, 60), crop_fraction=0.5)[:, :, 3]
     rows, columns = np.nonzero(alpha)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (15, 44, 35, 64)
     assert (alpha[15:45, 35:65] == 225).all()

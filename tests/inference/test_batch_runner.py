@@ -36,7 +36,7 @@ from seewhy.models.executors import Backend
 from tests.cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 
 SHARDS, EACH = 12, 1000  # images for Ray
-OPTIONS: dict[str, Any] = {"top_k": 3, "least": None}
+OPTIONS: dict[str, Any] = {"top_k": 3, "min_confidence": None}
 COLUMNS = columns_of("predict", OPTIONS, 6)
 
 
@@ -131,7 +131,7 @@ def test_answers_are_those_of_predict(run: Run, few: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(found["prob_1"], wanted["prob_1"], atol=1e-6)
     (bad,) = pq.read_table(errors_path(out)).to_pylist()
     assert bad == {"path": str(few / "shards" / "a.tar" / "b" / "00059.jpg"), "reason": "not an image"}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.bad.parquet", "answers.parquet"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.errors.parquet", "answers.parquet"]
 
 
 def test_exported_file_answers_alike(demo_run: Run, demo_onnx: Path, few: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_folder_of_parts_takes_new_shards_and_no_other_request(run: Run, few: 
     assert run_batch(request_for(run), COLUMNS, sources, out, watched, True) == (99, 1)
     assert asked == sources[1:]
     assert len(pq.read_table(out)) == 99  # a dataset that any reader of parquet knows
-    other = replace(request_for(run), options={"top_k": 1, "least": None})
+    other = replace(request_for(run), options={"top_k": 1, "min_confidence": None})
     with pytest.raises(OutputError, match="holds answers to another request"):
         run_batch(other, COLUMNS, sources, out, run_local)
     (tmp_path / "mine").mkdir()
@@ -211,7 +211,7 @@ def test_from_address_to_address(run: Run, few: Path) -> None:
     sources = find_sources(["memory://scale-in/*.tar"])
     assert run_batch(request_for(run), COLUMNS, sources, "memory://scale-out/answers", run_local, True) == (59, 1)
     names = sorted(Path(name).name for name in system.ls("/scale-out/answers", detail=False))
-    assert names[:2] == ["_bad.parquet", "_seewhy.json"]
+    assert names[:2] == ["_errors.parquet", "_seewhy.json"]
     table = pq.read_table(io.BytesIO(system.cat(f"/scale-out/answers/{names[2]}")))
     assert table.column("path")[0].as_py() == "memory://scale-in/a.tar/a/00000.jpg"
 
@@ -230,16 +230,16 @@ def test_rows_of_a_folder_are_counted_without_reading_them(run: Run, few: Path, 
 
 def test_only_bad_images_give_no_table(run: Run, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [b"x", b"y"])
-    with pytest.raises(ImageError, match=r"2 of 2 images cannot be used: .*listed in .*answers.bad.parquet\); none is left to predict"):
+    with pytest.raises(ImageError, match=r"2 of 2 images cannot be used: .*listed in .*answers.errors.parquet\); none is left to predict"):
         run_batch(request_for(run), COLUMNS, find_sources([shard]), str(tmp_path / "answers.parquet"), run_local, True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "answers.bad.parquet"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "answers.errors.parquet"]
 
 
 def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "maps.parquet"
     command = ["explain", str(run.path), str(few / "plain"), "--backend", "local", "--out", str(out), "--json"]
     assert cli.run_guarded(lambda: cli.call(command)) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(out), "images": 20, "left_out": 0, "bad": None}
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "images": 20, "skipped": 0, "bad": None}
     rows, wanted = pq.read_table(out).to_pylist(), run.explain([few / "plain"])
     for n, row in enumerate(rows):
         found = np.asarray(Image.open(io.BytesIO(row["heatmap"]))) / 255
@@ -261,7 +261,7 @@ def test_skip_bad_means_the_same_by_any_engine(
     assert json.loads(capsys.readouterr().out) == {
         "out": str(out),
         "images": 59,
-        "left_out": 1,
+        "skipped": 1,
         "bad": str(tmp_path / "answers.bad.csv"),
     }
 
@@ -309,10 +309,10 @@ def test_features_leave_nothing_for_train_to_compute(
 
     data = make_folder({"cat": 12, "dog": 12})
     options = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--json"]
-    assert cli.run_guarded(lambda: cli.call(["features", str(data), *options])) == 0
+    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), *options])) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first == {"images": 24, "left_out": 0, "computed": 24 * 2 + 24}  # two views, and the embedder's own size
-    assert cli.run_guarded(lambda: cli.call(["features", str(data), *options])) == 0
+    assert first == {"images": 24, "skipped": 0, "computed": 24 * 2 + 24}  # two views, and the embedder's own size
+    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), *options])) == 0
     assert json.loads(capsys.readouterr().out)["computed"] == 0
 
     def refused(*given: Any) -> Any:
@@ -326,7 +326,7 @@ def test_features_leave_nothing_for_train_to_compute(
     training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)  # all that `train` extracts
     assert cli.run_guarded(lambda: cli.call(["audit", str(data), "--backend", "local", "--out", str(tmp_path / "audit"), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
-    assert cli.run_guarded(lambda: cli.call(["features", str(data), "--unfreeze", "all"])) == 2
+    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), "--unfreeze", "all"])) == 2
     assert "nothing to keep" in capsys.readouterr().err
 
 
@@ -356,7 +356,7 @@ def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkey
     copy = write_tar(tmp_path / "a.tar", jpegs(20))
     fsspec.filesystem("memory").pipe("/far/a.tar", copy.read_bytes())
     recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--set", "runtime=onnx"]
-    assert cli.run_guarded(lambda: cli.call(["features", "memory://far/a.tar", *recipe])) == 0
+    assert cli.run_guarded(lambda: cli.call(["precompute", "memory://far/a.tar", *recipe])) == 0
     monkeypatch.setattr(features, "_compute", lambda *given: pytest.fail("computed again"))
     config = make_config(data=str(copy), backbone="efficientnet_lite0", unfreeze=0, size=64, runtime="onnx").resolved()
     found = open_images(str(copy))
@@ -433,7 +433,7 @@ def test_heatmaps_on_ray_are_the_local_ones(cluster: None, run: Run, few: Path, 
         out = str(tmp_path / f"{backend}.parquet")
         command = ["explain", str(run.path), str(few / "plain"), str(few / "shards"), "--backend", backend, "--skip-bad", "--out", out]
         told = answered(command, capsys)
-        assert (told["images"], told["left_out"]) == (119, 1)
+        assert (told["images"], told["skipped"]) == (119, 1)
         assert pq.read_table(told["bad"]).to_pylist() == [{"path": f"{few}/shards/a.tar/b/00059.jpg", "reason": "not an image"}]
         tables.append(pq.read_table(out).to_pandas())
     here, there = tables
@@ -468,9 +468,9 @@ def test_features_and_audit_on_ray_are_the_local_ones(
     told = [answered([*plain, "--out", str(folders[0])], capsys)]
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "cache-there"))
     recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--group-by", "exact", "--set", "size=64"]
-    filled = {"images": 62, "left_out": 1, "computed": 60 * 2}  # two views of each content
-    assert answered(["features", str(data), *on_ray, *recipe], capsys) == filled
-    assert answered(["features", str(data), *on_ray, *recipe], capsys) == {**filled, "computed": 0}
+    filled = {"images": 62, "skipped": 1, "computed": 60 * 2}  # two views of each content
+    assert answered(["precompute", str(data), *on_ray, *recipe], capsys) == filled
+    assert answered(["precompute", str(data), *on_ray, *recipe], capsys) == {**filled, "computed": 0}
 
     def refused(*given: Any) -> Any:
         raise AssertionError("computed in this process")

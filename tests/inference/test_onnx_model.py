@@ -31,7 +31,7 @@ def test_same_table_as_the_run(demo_run: Run, demo_onnx: Path, demo_images: list
     assert found.classes == expected.classes
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-4)
     assert found.table(1)["class_1"].tolist() == expected.table(1)["class_1"].tolist()
-    assert np.mean(found.unknown == expected.unknown) >= 0.95
+    assert np.mean(found.ood == expected.ood) >= 0.95
 
 
 def installed_by(requirements: Path) -> set[str]:
@@ -89,11 +89,11 @@ def test_noise_is_flagged_and_thresholds_come_with_the_file(demo_onnx: Path, dem
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
     model = load_onnx(demo_onnx)
     (found,) = predict_onnx(model, [tmp_path])
-    assert found.unknown.tolist() == [True]
-    chosen = {row["precision"]: row["threshold"] for row in demo_run.manifest["calibration"]["abstain"] if row["threshold"] is not None}
+    assert found.ood.tolist() == [True]
+    chosen = {row["precision"]: row["threshold"] for row in demo_run.manifest["calibration"]["selective"] if row["threshold"] is not None}
     for precision, threshold in chosen.items():
         assert model.threshold_for(precision) == threshold
-    with pytest.raises(ConfigError, match=r"knows thresholds for the precisions .*; use one of these, or --abstain-below"):
+    with pytest.raises(ConfigError, match=r"knows thresholds for the precisions .*; use one of these, or --min-confidence"):
         model.threshold_for(0.123)
 
 

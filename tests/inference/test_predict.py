@@ -34,7 +34,7 @@ TABLE = Predictions(
     paths=("a, b.jpg", "é.png"),
     probs=np.array([[0.1, 0.7, 0.2], [1 / 3, 1 / 3, 1 / 3]]),
     classes=("ant", "bee", "cat"),
-    unknown=np.array([False, True]),
+    ood=np.array([False, True]),
 )
 
 
@@ -110,18 +110,18 @@ def test_no_inputs_are_a_data_error() -> None:
 
 def test_table_holds_the_most_probable_classes_first() -> None:
     table = TABLE.table(2)
-    assert list(table.columns) == ["path", "class_1", "prob_1", "class_2", "prob_2", "unknown"]
+    assert list(table.columns) == ["path", "class_1", "prob_1", "class_2", "prob_2", "ood"]
     assert table.to_numpy().tolist() == [["a, b.jpg", "bee", 0.7, "cat", 0.2, False], ["é.png", "ant", 1 / 3, "bee", 1 / 3, True]]
     assert TABLE.table(99).shape == (2, 1 + 2 * 3 + 1)
-    assert TABLE.table(1, abstain_below=0.5)["answer"].tolist() == ["bee", ""]
+    assert TABLE.table(1, min_confidence=0.5)["decision"].tolist() == ["bee", ""]
 
 
 def test_records_hold_what_the_table_holds_and_are_json() -> None:
     assert json.loads(json.dumps(TABLE.records(1))) == [
-        {"path": "a, b.jpg", "top": [{"class": "bee", "prob": 0.7}], "unknown": False},
-        {"path": "é.png", "top": [{"class": "ant", "prob": 1 / 3}], "unknown": True},
+        {"path": "a, b.jpg", "top": [{"class": "bee", "prob": 0.7}], "ood": False},
+        {"path": "é.png", "top": [{"class": "ant", "prob": 1 / 3}], "ood": True},
     ]
-    assert [record["answer"] for record in TABLE.records(1, abstain_below=0.5)] == ["bee", None]
+    assert [record["decision"] for record in TABLE.records(1, min_confidence=0.5)] == ["bee", None]
 
 
 @settings(deadline=None)
@@ -142,7 +142,7 @@ def test_rows_say_what_the_probabilities_say(data: st.DataObject, n: int, c: int
         assert len({answer["class"] for answer in record["top"]}) == min(top_k, c)
         assert all(probs[i][names.index(answer["class"])] == answer["prob"] for answer in record["top"])
         if least is not None:
-            assert record["answer"] == (record["top"][0]["class"] if shown[0] >= least else None)
+            assert record["decision"] == (record["top"][0]["class"] if shown[0] >= least else None)
     assert records_of(columns) == found.records(top_k, least)
 
 

@@ -22,7 +22,7 @@ from seewhy.inference.result_store import Chunk
 from seewhy.inference.work_units import find_sources
 from tests.cheap_saved import jpegs, saved_cheap_run, write_tar
 
-OPTIONS: dict[str, Any] = {"top_k": 1, "least": None}
+OPTIONS: dict[str, Any] = {"top_k": 1, "min_confidence": None}
 
 
 # ---------------------------------------------------------------- who gets what

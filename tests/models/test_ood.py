@@ -15,14 +15,14 @@ def test_nearest_neighbours_equal_sorting() -> None:
     train, new = (rng.normal(size=(n, 12)).astype(np.float32) + 4 for n in (500, 40))
     centre = train.mean(axis=0)
     expected = np.sort(1 - cosine_similarity(new - centre, train - centre), axis=1)[:, 2]
-    np.testing.assert_allclose(fit_reference(train).strangeness(new), expected, atol=2e-3)  # kept in half precision
+    np.testing.assert_allclose(fit_reference(train).ood_score(new), expected, atol=2e-3)  # kept in half precision
 
 
 def test_references_are_a_sample_and_few_images_have_fewer_neighbours() -> None:
     vectors = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
     assert len(fit_reference(vectors).unit_features) == 4096
     two = fit_reference(vectors[:2])
-    np.testing.assert_allclose(two.strangeness(vectors[:2]), [2, 2], atol=1e-3)  # centred, two vectors are opposite
+    np.testing.assert_allclose(two.ood_score(vectors[:2]), [2, 2], atol=1e-3)  # centred, two vectors are opposite
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=8), st.lists(st.integers(1, 9), max_size=8))

@@ -129,7 +129,7 @@ def test_mistakes_are_those_of_train(folder: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "options", [["--set", "mix=cutmix"], ["--views", "0"], ["--no-cache"], ["--unfreeze", "all", "--set", "mix=mixup"]]
+    "options", [["--set", "mixup=cutmix"], ["--views", "0"], ["--no-cache"], ["--unfreeze", "all", "--set", "mixup=mixup"]]
 )
 def test_every_way_to_train_has_an_estimate(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert said(capsys, str(folder), *options)["seconds"] > 0

@@ -74,7 +74,7 @@ def test_batches_are_a_new_permutation_each_epoch_and_repeat_themselves() -> Non
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "steps", "left_out"), [(10, 1, 3, 0), (9, 1, 2, 1), (1, 1, 1, 0), (11, 2, 2, 3), (12, 2, 3, 0), (3, 2, 1, 0)]
+    ("n", "size", "steps", "skipped"), [(10, 1, 3, 0), (9, 1, 2, 1), (1, 1, 1, 0), (11, 2, 2, 3), (12, 2, 3, 0), (3, 2, 1, 0)]
 )
 def test_processes_make_the_steps_of_one(n: int, size: int, steps: int, left_out: int) -> None:
     shares = [list(EpochBatches(n, 4, seed=0, rank=rank, size=size)) for rank in range(size)]
@@ -224,9 +224,9 @@ def test_resumed_fit_ends_with_the_same_weights(
 
     monkeypatch.setattr(fit_module.ProgressCallback, "on_train_batch_end", stop)
     with pytest.raises(fit_module.FitInterrupted):
-        run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+        run_fit(setup(1), tmp_path / "internal_error", cached=True, **options)
     monkeypatch.setattr(fit_module.ProgressCallback, "on_train_batch_end", original)
-    resumed, weights = run_fit(setup(1), tmp_path / "broken", cached=True, **options)
+    resumed, weights = run_fit(setup(1), tmp_path / "internal_error", cached=True, **options)
     assert [r["epoch"] for r in resumed.history] == [1, 2, 3, 4]
     assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in whole.history]
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
@@ -254,7 +254,7 @@ def test_random_state_of_the_caller_is_left_alone(setup: Callable[[int], Setup],
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("options", [{"mix": "mixup"}, {"mix": "cutmix"}, {"augment": "randaugment"}, {"class_weights": True}])
+@pytest.mark.parametrize("options", [{"mixup": "mixup"}, {"mixup": "cutmix"}, {"augment": "randaugment"}, {"class_weights": True}])
 def test_fresh_views_train_the_whole_network(setup: Callable[[str], Setup], tmp_path: Path, options: dict[str, object]) -> None:
     result, weights = run_fit(setup("all"), tmp_path, cached=False, unfreeze="all", views=0, epochs=2, optimizer="sgd", lr=0.01, **options)
     assert len(result.history) == 2
@@ -265,15 +265,15 @@ def test_fresh_views_train_the_whole_network(setup: Callable[[str], Setup], tmp_
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_cached_features_mix_too(setup: Callable[[int], Setup], tmp_path: Path, mix: str) -> None:
     plain, _ = run_fit(setup(1), tmp_path / "plain", cached=True, unfreeze=1, epochs=1)
-    mixed, _ = run_fit(setup(1), tmp_path / "mixed", cached=True, unfreeze=1, epochs=1, mix=mix)
-    again, _ = run_fit(setup(1), tmp_path / "again", cached=True, unfreeze=1, epochs=1, mix=mix)
+    mixed, _ = run_fit(setup(1), tmp_path / "mixed", cached=True, unfreeze=1, epochs=1, mixup=mix)
+    again, _ = run_fit(setup(1), tmp_path / "again", cached=True, unfreeze=1, epochs=1, mixup=mix)
     assert mixed.history[0]["train_loss"] != pytest.approx(plain.history[0]["train_loss"], abs=1e-6)
     assert mixed.history[0]["train_loss"] == again.history[0]["train_loss"]
 
 
 def test_mixup_of_vectors_and_tokens_by_hand(setup: Callable[[int], Setup], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, backbone, _ = setup(1)
-    config = make_config(data="x", mix="mixup").resolved()
+    config = make_config(data="x", mixup="mixup").resolved()
     module = FitModule(backbone, TrunkTail(None, nn.Identity(), "input"), config, 3, None, 1).train()
     monkeypatch.setattr(module.mixer, "make_params", lambda inputs: {"lam": 0.75})
     # 0.75 of each and 0.25 of the one before it, the last for the first.
@@ -289,7 +289,7 @@ def test_mixup_of_vectors_and_tokens_by_hand(setup: Callable[[int], Setup], monk
 def test_mixup_trains_the_classifier_alone(setup: Callable[[int], Setup], tmp_path: Path) -> None:
     options = {"unfreeze": 0, "epochs": 10, "lr": 0.05}
     plain, _ = run_fit(setup(0), tmp_path / "plain", cached=True, **options)
-    mixed, _ = run_fit(setup(0), tmp_path / "mixed", cached=True, mix="mixup", **options)
+    mixed, _ = run_fit(setup(0), tmp_path / "mixed", cached=True, mixup="mixup", **options)
     losses = [row["train_loss"] for row in mixed.history]
     assert losses[-1] < losses[0]
     assert losses[-1] > plain.history[-1]["train_loss"]  # mixed targets have an entropy, which no fit gets below
@@ -299,8 +299,8 @@ def test_mixup_trains_the_classifier_alone(setup: Callable[[int], Setup], tmp_pa
 def test_cutmix_of_what_is_no_map_is_refused(setup: Callable[[int], Setup], name: str) -> None:
     images, split, _, _ = setup(1)
     backbone = create_backbone(name, 3, "none")
-    config = make_config(data="x", backbone=name, unfreeze=1, mix="cutmix").resolved()
-    with pytest.raises(ConfigError, match=r"^mix=cutmix cuts pieces of maps, and .* has none behind its trunk; use mix=mixup"):
+    config = make_config(data="x", backbone=name, unfreeze=1, mixup="cutmix").resolved()
+    with pytest.raises(ConfigError, match=r"^mixup=cutmix cuts pieces of maps, and .* has none behind its trunk; use mixup=mixup"):
         training_data(images, split, backbone, split_backbone(backbone, 1), config)
 
 

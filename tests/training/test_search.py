@@ -52,25 +52,25 @@ def test_best_by_accuracy_then_likelihood(make_folder: Callable[..., Path], cach
 @pytest.mark.parametrize("options", [{"unfreeze": "all"}, {"views": 0}, {"cache": False}])
 def test_nothing_cached_is_refused(make_folder: Callable[..., Path], cache: Path, options: dict[str, Any]) -> None:
     images = open_images(str(make_folder({"ant": 10, "bee": 10})))
-    with pytest.raises(ConfigError, match="--search tries fits on cached features"):
+    with pytest.raises(ConfigError, match="--search-trials tries fits on cached features"):
         search(images, split_images(images), make_config(data="x", **{**OPTIONS, **options}).resolved(), 2)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_run_trains_the_chosen_options_and_records_all_trials(make_folder: Callable[..., Path], cache: Path, tmp_path: Path) -> None:
     folder = make_folder({"ant": 12, "bee": 12})
-    run = seewhy.train(folder, out=tmp_path / "run", search=3, **OPTIONS)
+    run = seewhy.train(folder, out=tmp_path / "run", search_trials=3, **OPTIONS)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["search"]
     assert len(record["trials"]) == 3
-    assert record["asked"]["search"] == 3
+    assert record["asked"]["search_trials"] == 3
     assert record["chosen"] == dump_config(run.config)
-    assert run.config.search == 0
+    assert run.config.search_trials == 0
     best = max(record["trials"], key=lambda row: (row["val_accuracy"], -row["val_nll"]))
     assert run.config.lr == best["lr"]
     # The fit of the run is that trial once more: same options, same seed.
     assert run.metrics["val"]["accuracy"] == best["val_accuracy"]
     # Going on with a finished run returns it, and does not take the chosen options for others.
-    again = seewhy.train(folder, out=tmp_path / "run", search=3, resume=True, **OPTIONS)
+    again = seewhy.train(folder, out=tmp_path / "run", search_trials=3, resume=True, **OPTIONS)
     assert again.manifest["seconds"] == run.manifest["seconds"]
 
 
@@ -86,9 +86,9 @@ def test_resumed_run_does_not_search_again(
     with monkeypatch.context() as patch:
         patch.setattr("seewhy.training.pipeline.fit", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            seewhy.train(folder, out=tmp_path / "run", search=2, **OPTIONS)
+            seewhy.train(folder, out=tmp_path / "run", search_trials=2, **OPTIONS)
     monkeypatch.setattr("seewhy.training.search.search", interrupted)
-    run = seewhy.train(folder, out=tmp_path / "run", search=2, resume=True, **OPTIONS)
+    run = seewhy.train(folder, out=tmp_path / "run", search_trials=2, resume=True, **OPTIONS)
     assert len(run.manifest["search"]["trials"]) == 2
 
 
@@ -112,7 +112,7 @@ def test_trials_are_measured_with_the_features_they_were_trained_on(
     assert 0 <= trials[0]["val_accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("error", "left_out"), [(DivergedError("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
+@pytest.mark.parametrize(("error", "skipped"), [(DivergedError("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
 def test_only_what_diverged_is_left_out(
     make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch, error: ConfigError, left_out: bool
 ) -> None:
@@ -161,7 +161,8 @@ def test_cutmix_is_not_tried_on_vectors(make_folder: Callable[..., Path], cache:
     found = {"val_accuracy": 0.5, "val_nll": 1.0, "best_epoch": 1, "seconds": 0.0}
     monkeypatch.setattr(search_module, "_try", lambda images, split, candidate: found)
     rows = {
-        mix: search(images, split_images(images), make_config(data="x", **OPTIONS, mix=mix).resolved(), 12)[1] for mix in ("cutmix", "none")
+        mix: search(images, split_images(images), make_config(data="x", **OPTIONS, mixup=mix).resolved(), 12)[1]
+        for mix in ("cutmix", "none")
     }
     assert {row["unfreeze"] for row in rows["cutmix"]} == {1}
     assert {row["unfreeze"] for row in rows["none"]} == {0, 1}

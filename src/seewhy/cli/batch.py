@@ -48,7 +48,7 @@ def predict_batch(run: Path, top_k: int, least: float | None, precision: float |
 
         loaded = prepared("predict", run, batch.backend == "ray")
     least = loaded.threshold_for(precision) if precision is not None else least
-    options = {"top_k": top_k, "least": least}
+    options = {"top_k": top_k, "min_confidence": least}
     types = columns_of("predict", options, len(loaded.classes))
     del loaded  # workers load their own
     _answer(Request("predict", str(run), options), types, batch.out, batch)
@@ -83,21 +83,21 @@ def _answer(request: Request, types: dict[str, type], out: str, batch: Batch) ->
     rows, bad = run_batch(request, types, find_sources(batch.images), out, backend, batch.skip_bad)
     place = shown(errors_path(out))
     if batch.as_json:
-        print_json({"out": shown(out), "images": rows, "left_out": bad, "bad": place if bad else None})
+        print_json({"out": shown(out), "images": rows, "skipped": bad, "bad": place if bad else None})
         return
     if bad:
         typer.echo(one_line(f"left out: {bad:,} images that cannot be used, with reasons in {place}"), err=True)
     typer.echo(one_line(f"{rows} images -> {shown(out)}"))
 
 
-def fill_features(config: TrainConfig, backend: str | None, address: str, workers: int, as_json: bool) -> None:
+def precompute(config: TrainConfig, backend: str | None, address: str, workers: int, as_json: bool) -> None:
     """The command `features`."""
     from seewhy.inference.precompute import fill_for_training
 
     filled = fill_for_training(config, get_backend(backend, address, workers))
     first = filled[0]
     if as_json:
-        numbers: dict[str, Any] = {"images": first.images, "left_out": first.bad, "computed": sum(each.computed for each in filled)}
+        numbers: dict[str, Any] = {"images": first.images, "skipped": first.bad, "computed": sum(each.computed for each in filled)}
         print_json(numbers)
         return
     typer.echo(_said(filled))

@@ -56,9 +56,11 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 lets other machines in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
     cores: Annotated[int | None, typer.Option(min=1, help="batches answered side by side (default: one a core)")] = None,
-    precision: Annotated[
+    target_precision: Annotated[
         float | None,
-        typer.Option(help="share of right answers below which one is unsure (default: the highest up to 0.95 that val could promise)"),
+        typer.Option(
+            help="share of decisions that are right; less confident answers get none (default: the highest up to 0.95 that val can promise)"
+        ),
     ] = None,
     max_files: Annotated[int, typer.Option(min=1, help="files a request")] = 32,
     max_mb: Annotated[float, typer.Option(min=0.001, help="megabytes a request")] = 64.0,
@@ -75,7 +77,7 @@ def serve(
         raise ConfigError("limits have to be finite numbers")
     limits = Limits(max_files, round(1e6 * max_mb), round(1e6 * max_megapixels), upload_seconds, queue)
     with suppress(KeyboardInterrupt):  # how it ends, after it has answered what it had
-        serve_forever(exported(run), host, port, cores, limits, precision)
+        serve_forever(exported(run), host, port, cores, limits, target_precision)
 
 
 def exported(run: Path) -> Path:
@@ -99,27 +101,28 @@ def exported(run: Path) -> Path:
     return file
 
 
-PlaceArgument = Annotated[str, typer.Argument(metavar="PLACE", help="a folder, on a shared disk say, or hf://USER/NAME")]
+DestinationArgument = Annotated[str, typer.Argument(metavar="DESTINATION", help="a folder, on a shared disk say, or hf://USER/NAME")]
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="a folder, on a shared disk say, or hf://USER/NAME")]
 
 
 def push(
     run: RunArgument,
-    place: PlaceArgument,
+    destination: DestinationArgument,
     public: Annotated[bool, typer.Option("--public", help="everybody may see the repository (default: private)")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a run to where others can have it, in Hugging Face's layout, with a config.json that timm reads."""
     from seewhy.api import load
 
-    pushed = load(run).push(place, public)
+    pushed = load(run).push(destination, public)
     if as_json:
-        print_json({"place": pushed})
+        print_json({"destination": pushed})
         return
     typer.echo(f"{run} -> {pushed}")
 
 
 def pull(
-    place: PlaceArgument,
+    source: SourceArgument,
     out: Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")] = None,
     report: Annotated[bool, typer.Option("--report", help="take report.html too; it runs what its writer wrote when you open it")] = False,
     as_json: JsonOption = False,
@@ -127,8 +130,8 @@ def pull(
     """Fetch a run that somebody has pushed, and check it."""
     from seewhy.api import pull as fetch
 
-    run = fetch(place, out, report)
+    run = fetch(source, out, report)
     if as_json:
         print_json({"run": str(run.path), "classes": run.classes, "metrics": run.metrics})
         return
-    typer.echo(f"{place} -> {run.path}  ({run!r})")
+    typer.echo(f"{source} -> {run.path}  ({run!r})")

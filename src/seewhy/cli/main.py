@@ -21,7 +21,7 @@ from seewhy.version import __version__
 if TYPE_CHECKING:
     from seewhy.api import Run
 from seewhy.cli.guard import INTERRUPTED, run_guarded
-from seewhy.cli.train import FEATURES_PARAMETERS, TRAIN_PARAMETERS, _features, _train, _with_train_options
+from seewhy.cli.train import PRECOMPUTE_PARAMETERS, TRAIN_PARAMETERS, _precompute, _train, _with_train_options
 
 app = typer.Typer(
     name="seewhy",
@@ -51,8 +51,8 @@ app.command("train", help="Train a classifier, measure it on images it has not s
 )
 
 
-app.command("features", help="Compute what `train` with the same options will read from the cache, here or on Ray.")(
-    _with_train_options(FEATURES_PARAMETERS, _features)
+app.command("precompute", help="Compute the frozen features that `train` with the same options reads from the cache, here or on Ray.")(
+    _with_train_options(PRECOMPUTE_PARAMETERS, _precompute)
 )
 
 

@@ -62,11 +62,12 @@ def predict(
         str | None,
         typer.Option(help="write the table here: .csv, .parquet or .json; folder/ or address: parquet files"),
     ] = None,
-    abstain_below: Annotated[
-        float | None, typer.Option(min=0, max=1, help="say nothing where the likeliest class is less probable than this")
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="minimum confidence; less confident predictions get no decision")
     ] = None,
-    precision: Annotated[
-        float | None, typer.Option(min=0, max=1, help="say nothing where answers would not be right so often; chosen on val")
+    target_precision: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="decide only where at least this share of decisions is right; the threshold is chosen on val"),
     ] = None,
     skip_bad: SkipBadOption = False,
     backend: BackendOption = None,
@@ -75,28 +76,28 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what images show, with calibrated probabilities."""
-    if abstain_below is not None and precision is not None:
-        raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
+    if min_confidence is not None and target_precision is not None:
+        raise typer.BadParameter("--min-confidence is a threshold, --target-precision chooses one; give one of them")
     if out is not None or is_batch(backend, address, ray_workers, images):
         from seewhy.cli.batch import Batch, predict_batch
 
         batch = Batch(images, out, skip_bad, backend, address, ray_workers, as_json)
-        predict_batch(run, top_k, abstain_below, precision, batch)
+        predict_batch(run, top_k, min_confidence, target_precision, batch)
         return
-    blocks, least = _answers(run, images, skip_bad, precision)
-    least = abstain_below if least is None else least
+    blocks, least = _answers(run, images, skip_bad, target_precision)
+    least = min_confidence if least is None else least
     records: list[dict[str, Any]] = []
     for block in blocks:
         for path, reason in block.bad:
-            typer.echo(one_line(f"left out: {path} ({reason})"), err=True)
+            typer.echo(one_line(f"skipped: {path} ({reason})"), err=True)
         records += block.records(top_k, least)
     if as_json:
         print_json(records)
         return
     for record in records:
         answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
-        strange = "looks like nothing known: " if record["unknown"] else ""
-        unsure = "unsure: " if least is not None and record["answer"] is None else ""
+        strange = "out-of-distribution: " if record["ood"] else ""
+        unsure = "no decision: " if least is not None and record["decision"] is None else ""
         typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
 
 

@@ -97,10 +97,10 @@ def _dry_run(config: TrainConfig, out: Path | None, resume: bool, as_json: bool)
         typer.echo(one_line(line))
 
 
-def _features(own: dict[str, Any], given: dict[str, Any]) -> None:
-    from seewhy.cli.batch import fill_features
+def _precompute(own: dict[str, Any], given: dict[str, Any]) -> None:
+    from seewhy.cli.batch import precompute
 
-    fill_features(_config_of(own, given), own["backend"], own["address"], own["ray_workers"], own["json"])
+    precompute(_config_of(own, given), own["backend"], own["address"], own["ray_workers"], own["json"])
 
 
 def _option_type(annotation: Any) -> Any:
@@ -178,7 +178,7 @@ TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
 ]
 
 
-FEATURES_PARAMETERS: list[tuple[str, Any, Any]] = [
+PRECOMPUTE_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="as for train, or an address of images")], None),
     ("backend", BackendOption, "local"),
     ("address", RayAddressOption, ""),

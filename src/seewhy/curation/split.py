@@ -37,7 +37,7 @@ class Split:
     val: npt.NDArray[np.int64]
     test: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
-    torn: tuple[str, ...] = ()
+    split_groups_in: tuple[str, ...] = ()
 
     def part(self, name: str) -> npt.NDArray[np.int64]:
         """Indices of 'train', 'val' or 'test'."""
@@ -53,7 +53,7 @@ class Split:
             "seed": self.seed,
             "hash": self.hash(images),
             "groups": self._groups_by_hash(images),
-            "torn": self.torn,
+            "split_groups_in": self.split_groups_in,
             **{name: self._hashes(images, name) for name in PARTS},
         }
         with file.open("w", encoding="utf-8") as out:
@@ -88,14 +88,14 @@ def split_images(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     groups: npt.NDArray[np.int64] | None = None,
-    tear: bool = True,
+    allow_split_groups: bool = True,
 ) -> Split:
     """Divides each class at random, whole groups at a time.
 
     groups: (N,) a number a group of images that show the same; exact duplicates belong together in any case. None: these alone.
     A group of several classes is dealt with the one that most of it belongs to.
-    tear: what to do with a class of too few groups, or with one that holds over half of it: divide it all the same, keeping equal files
-    alone together (and name it in `torn`), or raise SplitError, which is right where groups were named and not guessed.
+    allow_split_groups: where a class has too few groups, or one group holds over half of it, keep only equal files together and name the
+    class in `split_groups_in`; else raise SplitError, which is right where groups were named and not guessed.
 
     ratio: `test_fraction` and `val_fraction` of each class, the rest to train.
     caltech30: 27 train + 3 val images of each class, the rest test.
@@ -114,7 +114,7 @@ def split_images(
             groups = groups * len(PARTS) + parts
         joined = label_groups(len(images), np.concatenate([twins, chain(groups)]))
     joined, torn = _torn_apart(images, joined, exact, parts if given else None)
-    if torn and not tear:
+    if torn and not allow_split_groups:
         raise SplitError(
             f"class {torn[0]!r} has too few groups, or one with over half of its images, to keep groups in one part each; "
             "add images of other groups, merge classes, or use --group-by duplicates or exact"
@@ -305,7 +305,7 @@ def read_split(path: Path, images: ImageSet) -> Split:
         record = json.loads(file.read_text(encoding="utf-8"))
         part_of = {sha256: part for part, name in enumerate(PARTS) for sha256 in record[name]}
         group_of = {sha256: number for number, group in enumerate(record["groups"]) for sha256 in group}
-        protocol, seed, torn = str(record["protocol"]), int(record["seed"]), tuple(map(str, record["torn"]))
+        protocol, seed, torn = str(record["protocol"]), int(record["seed"]), tuple(map(str, record["split_groups_in"]))
     except FileNotFoundError as error:
         raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -29,14 +29,14 @@ STRIP = 1_000_000  # pixels that are brought to RGB at a time
 _ONE_LARGE = threading.Lock()
 
 
-def decode(data: bytes, enough: int | None = None, most: int | None = None) -> Image.Image:
+def decode(data: bytes, min_decode_side: int | None = None, most: int | None = None) -> Image.Image:
     """Bytes of an image file -> upright RGB image; ValueError with the reason if that cannot be.
 
     The first frame of an animation; EXIF rotation applied; transparency over white;
     16-bit grey scaled by 1/257; CMYK and palettes converted.
-    enough: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
+    min_decode_side: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
     transform), to at least that many pixels a side: a camera's photo in a fraction of the time. Images of over LARGE pixels are made
-    smaller whatever their format, by whole factors, to at least `enough` or LARGE_SIDE.
+    smaller whatever their format, by whole factors, to at least `min_decode_side` or LARGE_SIDE.
     most: pixels that an image may have, below the limits above.
     """
     if not data:
@@ -62,15 +62,15 @@ def decode(data: bytes, enough: int | None = None, most: int | None = None) -> I
         raise ValueError("floating-point pixels without a known range; convert it to 8 or 16 bit")
     large = width * height > LARGE
     if large:
-        enough = min(enough or LARGE_SIDE, LARGE_SIDE)
+        min_decode_side = min(min_decode_side or LARGE_SIDE, LARGE_SIDE)
     try:
         with _ONE_LARGE if large else nullcontext():
-            if enough is not None and image.format == "JPEG":
-                image.draft(image.mode, (enough, enough))
+            if min_decode_side is not None and image.format == "JPEG":
+                image.draft(image.mode, (min_decode_side, min_decode_side))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             upright = _to_rgb(image)
-            if large and enough is not None and (factor := min(upright.size) // enough) > 1:
+            if large and min_decode_side is not None and (factor := min(upright.size) // min_decode_side) > 1:
                 upright = upright.reduce(factor)  # what comes next would take several times the memory of this
             return upright
     except Exception as error:  # as above
@@ -127,13 +127,13 @@ def read_or_reason(path: Path | str) -> bytes | str:
         return error.strerror or "cannot be read"
 
 
-def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
-    """File -> upright RGB image; ImageError with path and reason if that cannot be. enough: see `decode`."""
+def read_image(path: Path | str, min_decode_side: int | None = None) -> Image.Image:
+    """File -> upright RGB image; ImageError with path and reason if that cannot be. min_decode_side: see `decode`."""
     data = read_or_reason(path)
     if isinstance(data, str):
         raise ImageError(f"{path}: {data}", bad=((str(path), data),))
     try:
-        return decode(data, enough)
+        return decode(data, min_decode_side)
     except ValueError as error:
         raise ImageError(f"{path}: {error}; replace or remove it", bad=((str(path), str(error)),)) from error
 

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from seewhy.deploy.batcher import Batcher
 from seewhy.deploy.middleware import Limits, RequestMiddleware, RequestRejected, ServerMetrics, handle_errors, received, under_way
-from seewhy.deploy.schemas import PROBLEMS, UPLOAD, Health, ImagePrediction, Model, PredictResponse, answer_of, heatmap_of
+from seewhy.deploy.schemas import PROBLEMS, UPLOAD, Health, ImagePrediction, ModelInfo, PredictResponse, answer_of, heatmap_of
 from seewhy.errors import ImageError
 from seewhy.inference.onnx_model import about
 from seewhy.version import __version__
@@ -41,7 +41,7 @@ def create_app(
     batcher = Batcher(file, cores, limits.pixels)
     model = batcher.model
     facts = about(model, precision)
-    unsure_below: float = facts["unsure_below"]
+    confidence_threshold: float = facts["confidence_threshold"]
     classes = model.classes
     number_of = {name: n for n, name in enumerate(classes)}
     meters = ServerMetrics(batcher)
@@ -63,7 +63,7 @@ def create_app(
 
     def check_key(given: Annotated[str | None, Depends(KEY)]) -> None:
         if not secrets.compare_digest((given or "").encode(), (api_key or "").encode()):
-            raise RequestRejected(401, "wrong_key", "this server wants a key: send it as the header X-API-Key")
+            raise RequestRejected(401, "invalid_api_key", "this server wants a key: send it as the header X-API-Key")
 
     locked = [Depends(check_key)] if api_key is not None else []
 
@@ -83,7 +83,7 @@ def create_app(
     ) -> Response:
         """Answers to images, sent as files of a form; in the order they came in."""
         if target is not None and target not in number_of:
-            raise RequestRejected(422, "unknown_class", f"no class is named {target!r}; GET /classes lists them")
+            raise RequestRejected(422, "unknown_class", f"no class is named {target!r}; GET /model lists them")
         if heatmap != "none" and "heatmaps" not in model.outputs:
             raise RequestRejected(422, "no_heatmaps", "this model's file has no heatmaps, since its network has no closed form for them")
         files = await received(request, limits)
@@ -97,8 +97,8 @@ def create_app(
                 return ImagePrediction(file=name, error=str(item))
             if isinstance(item, BaseException):
                 raise item
-            answer = answer_of(name, item, classes, model.unknown_above, unsure_below, top_k)
-            answer.heatmap = heatmap_of(item, heatmap, classes, None if target is None else number_of[target], facts["box_share"])
+            answer = answer_of(name, item, classes, model.ood_threshold, confidence_threshold, top_k)
+            answer.heatmap = heatmap_of(item, heatmap, classes, None if target is None else number_of[target], facts["crop_fraction"])
             return answer
 
         names = [name for name, _ in files]
@@ -114,10 +114,10 @@ def create_app(
         reply = PredictResponse(request_id=request.state.id, answers=answers)
         return Response(reply.model_dump_json(exclude_none=True), media_type="application/json")  # FastAPI would check it all again
 
-    @app.get("/classes", response_model=Model, responses={401: PROBLEMS[401]}, dependencies=locked)
-    async def describe() -> Model:
+    @app.get("/model", response_model=ModelInfo, responses={401: PROBLEMS[401]}, dependencies=locked)
+    async def describe() -> ModelInfo:
         """The classes, in the order of all-class heatmaps, and what is known about the classifier."""
-        return Model(**facts)
+        return ModelInfo(**facts)
 
     @app.get("/healthz", response_model=Health)
     async def health() -> Health:

@@ -34,7 +34,7 @@ class Batcher:
     def __init__(self, file: Path | str | bytes, cores: int, pixels: int) -> None:
         self.model = load_onnx(file, threads=1)
         self._alone = load_onnx(file, threads=cores, spin=False) if cores > 1 else self.model
-        self._wanted = [name for name in self.model.outputs if name not in ("logits", "squares", "heatmaps")]
+        self._wanted = [name for name in self.model.outputs if name not in ("logits", "network_input", "heatmaps")]
         self._maps = [name for name in self.model.outputs if name == "heatmaps"]
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -47,7 +47,7 @@ class Batcher:
     def answer(self, data: bytes, heatmaps: bool = True) -> Answered:
         """Queue the bytes of an image file for an answer.
 
-        heatmaps: whether they are wanted. The future gives probabilities (C,), where the file has them strangeness () and heatmaps
+        heatmaps: whether they are wanted. The future gives probabilities (C,), where the file has them ood_score () and heatmaps
         (C, h, w), and `size`, (width, height); it raises ImageError with the reason for what cannot be decoded.
         """
         done: Answered = Future()
@@ -97,7 +97,7 @@ class Batcher:
 
     def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         try:
-            return np.asarray(decode(data, self.model.facts["enough"], self._pixels))
+            return np.asarray(decode(data, self.model.facts["min_decode_side"], self._pixels))
         except ValueError as error:
             raise ImageError(str(error)) from error
 

@@ -101,7 +101,7 @@ def _pt2(run: SavedRun) -> tuple[bytes, Ask]:
     program = build_pt2(run)
     module: Any = torch.export.load(io.BytesIO(program)).module()
     names = AnswerNetwork(run).names
-    enough = run.backbone.preprocessing.enough
+    enough = run.backbone.preprocessing.min_decode_side
 
     def ask(path: Path) -> dict[str, npt.NDArray[Any]]:
         with torch.inference_mode():

@@ -27,7 +27,7 @@ GB = 10**9
 NEEDED = {"run.json": MOST_BYTES, "model.safetensors": 20 * GB}
 FILES = {
     **NEEDED,
-    "unknowns.safetensors": GB,
+    "ood_reference.safetensors": GB,
     "metrics.json": GB,
     "split.json": GB,
     "history.csv": GB,

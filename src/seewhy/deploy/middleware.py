@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from seewhy.deploy.batcher import Batcher
-from seewhy.deploy.schemas import Error, Problem
+from seewhy.deploy.schemas import ErrorDetail, ErrorResponse
 from seewhy.errors import ConfigError, one_line
 
 log = logging.getLogger("seewhy.serve")
@@ -63,7 +63,7 @@ async def received(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
     kind = request.headers.get("content-type", "").lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", kind)
     if charset and charset.group(1) not in ("utf-8", "utf8"):
-        raise RequestRejected(400, "broken_form", "names in the form have to be UTF-8; leave the charset out")
+        raise RequestRejected(400, "malformed_multipart", "names in the form have to be UTF-8; leave the charset out")
     if not kind.startswith("multipart/form-data"):
         raise RequestRejected(415, "not_a_form", "send the images as multipart/form-data with the field `files`")
     # One more than allowed is read, so that too many can be told from a broken form.
@@ -81,7 +81,7 @@ def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
     """Counts images as long as they are being answered; RequestRejected where that would be too many."""
     state = app.state
     if state.images + count > limits.waiting:
-        raise RequestRejected(503, "busy", f"{state.images} images are under way; come again", {"Retry-After": "1"})
+        raise RequestRejected(503, "overloaded", f"{state.images} images are under way; come again", {"Retry-After": "1"})
     state.images += count
     state.meters.waiting.set(state.images)
     try:
@@ -97,7 +97,7 @@ def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
 def problem(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     name = getattr(request.state, "id", "-")
     log.info("%s %d %s: %r", name, status, code, message)  # %r: names in it come from outside
-    body = Error(error=Problem(code=code, message=one_line(message), request_id=name))
+    body = ErrorResponse(error=ErrorDetail(code=code, message=one_line(message), request_id=name))
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -109,28 +109,28 @@ async def http_problem(request: Request, error: Any) -> Response:
     if error.status_code == 400 and "Too many files" in str(error.detail):
         limit = request.app.state.limits.files
         return problem(request, 413, "too_many_files", f"more than {limit} files; send them in several requests")
-    code = {400: "broken_form", 404: "not_found", 405: "wrong_method"}.get(error.status_code, "refused")
+    code = {400: "malformed_multipart", 404: "not_found", 405: "wrong_method"}.get(error.status_code, "refused")
     return problem(request, error.status_code, code, str(error.detail), dict(error.headers or {}))
 
 
 async def wrong_option(request: Request, error: Any) -> Response:
     first = error.errors()[0]
-    return problem(request, 422, "wrong_option", f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+    return problem(request, 422, "invalid_parameter", f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
 
 async def broken(request: Request, error: Any) -> Response:
     name = getattr(request.state, "id", "-")
     log.error("%s", name, exc_info=error)
     message = "the server made a mistake; its log says more under this request's number"
-    return problem(request, 500, "broken", message, {"X-Request-ID": name})  # Watch does not see this answer
+    return problem(request, 500, "internal_error", message, {"X-Request-ID": name})  # Watch does not see this answer
 
 
 async def client_gone(request: Request, error: Any) -> Response:
-    return problem(request, 400, "client_gone", "the client went away before it had sent everything")
+    return problem(request, 400, "client_disconnected", "the client went away before it had sent everything")
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Every error becomes the interface's `Error`, with its status."""
+    """Every error becomes the interface's `ErrorResponse`, with its status."""
     app.add_exception_handler(RequestRejected, refused)
     app.add_exception_handler(HTTPException, http_problem)
     app.add_exception_handler(RequestValidationError, wrong_option)
@@ -154,7 +154,7 @@ class ServerMetrics:
         self.requests = Counter("seewhy_requests", "Requests by path and status", ["path", "status"], registry=self.registry)
         self.images = Counter("seewhy_images", "Images by whether they could be used", ["state"], registry=self.registry)
         self.seconds = Histogram("seewhy_request_seconds", "Seconds from a request's head to the end of its answer", registry=self.registry)
-        self.waiting = Gauge("seewhy_images_under_way", "Images received and not yet answered", registry=self.registry)
+        self.waiting = Gauge("seewhy_inflight_images", "Images received and not yet answered", registry=self.registry)
         self.batch = Gauge("seewhy_batch_images_mean", "Images a batch, mean of the last 10,000", registry=self.registry)
         self.batch.set_function(lambda: float(np.mean(list(batcher.sizes) or [0])))
 
@@ -191,7 +191,7 @@ class RequestMiddleware:
                     message = await receive()
             except TimeoutError:
                 raise RequestRejected(
-                    408, "too_slow", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}
+                    408, "request_timeout", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}
                 ) from None
             count += len(message.get("body", b""))
             self.held += len(message.get("body", b""))
@@ -199,7 +199,9 @@ class RequestMiddleware:
             if count > self.limits.request_bytes:
                 raise RequestRejected(413, "too_many_bytes", too_many, {"Connection": "close"})
             if self.held > self.limits.waiting_bytes:
-                raise RequestRejected(503, "busy", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"})
+                raise RequestRejected(
+                    503, "overloaded", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"}
+                )
             return message
 
         async def watched(message: MutableMapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Run -> one graph, in ONNX or for PyTorch: any RGB images in; probabilities, strangeness and all-class heatmaps out."""
+"""Run -> one graph, in ONNX or for PyTorch: any RGB images in; probabilities, ood_score and all-class heatmaps out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from seewhy.models.transforms import Normalize, Preprocessing
 class AnswerNetwork(nn.Module):
     """(N, 3, S, S) uint8 -> what a run answers, in the order of `names`, as one graph.
 
-    logits: (N, C). probabilities: (N, C), calibrated. strangeness: (N,), where the run tells unknown images.
+    logits: (N, C). probabilities: (N, C), calibrated. ood_score: (N,), where the run tells unknown images.
     heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
     """
 
@@ -44,7 +44,7 @@ class AnswerNetwork(nn.Module):
         self.names = (
             "logits",
             "probabilities",
-            *(["strangeness"] if self.vectors else []),
+            *(["ood_score"] if self.vectors else []),
             *(["heatmaps"] if self.weight is not None else []),
         )
 
@@ -91,7 +91,7 @@ def _map_weight(run: SavedRun) -> Tensor | None:
 
 
 def build_onnx(run: SavedRun) -> onnx.ModelProto:
-    """images (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
+    """images (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then network_input (N, 3, S, S) uint8, what the network saw.
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
@@ -100,9 +100,9 @@ def build_onnx(run: SavedRun) -> onnx.ModelProto:
     network.ir_version = front.ir_version = IR
     del front.opset_import[:], network.opset_import[1:]
     front.opset_import.append(helper.make_opsetid("", OPSET))
-    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
+    whole = compose.merge_models(front, network, io_map=[(squares.name, "network_input_in")])
     whole.graph.output.append(squares)
-    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
+    facts = metadata(run) | {"preprocess_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
     helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
     whole.producer_name, whole.doc_string = "seewhy", "RGB images of any size, (batch, height, width, 3) uint8"
     onnx.checker.check_model(whole, full_check=True)
@@ -110,14 +110,14 @@ def build_onnx(run: SavedRun) -> onnx.ModelProto:
 
 
 def _network(run: SavedRun) -> onnx.ModelProto:
-    """squares_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
+    """network_input_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
     answers = AnswerNetwork(run).eval()
     size = run.backbone.preprocessing.size
     with torch.no_grad():
         program = torch.onnx.export(
             answers,
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
-            input_names=["squares_in"],
+            input_names=["network_input_in"],
             output_names=list(answers.names),
             dynamo=True,
             opset_version=OPSET,
@@ -138,10 +138,10 @@ def metadata(run: SavedRun) -> dict[str, Any]:
         "opset": OPSET,
         "classes": list(run.classes),
         "preprocessing": run.backbone.preprocessing.as_dict(),
-        "enough": run.backbone.preprocessing.enough,
+        "min_decode_side": run.backbone.preprocessing.min_decode_side,
         "temperature": run.temperature,
-        "unknown_above": run.manifest.get("unknowns", {}).get("threshold"),
-        "abstain": manifest["calibration"]["abstain"],
+        "ood_threshold": run.manifest.get("ood", {}).get("threshold"),
+        "selective": manifest["calibration"]["selective"],
         "backbone": manifest["backbone"],
         "data_sha256": manifest["data"]["hash"],
         "split_sha256": manifest["split"]["hash"],

@@ -109,9 +109,9 @@ def square_graph(preprocessing: Preprocessing) -> onnx.ModelProto:
     model = onnx.inliner.inline_local_functions(cast(Any, to_squares).to_model_proto(ir_version=IR))
     # A prefix, so that no name is also one of the graph that is put behind it.
     model = compose.add_prefix(model, "square_", rename_inputs=False, rename_outputs=False)
-    shapes: dict[str, list[str | int]] = {"images": ["batch", "height_in", "width_in", 3], "squares": ["batch", 3, size, size]}
+    shapes: dict[str, list[str | int]] = {"images": ["batch", "height_in", "width_in", 3], "network_input": ["batch", 3, size, size]}
     (given,), (found,) = model.graph.input, model.graph.output
-    model.graph.node[-1].output[0] = "squares"  # onnxscript numbers what two branches assign
+    model.graph.node[-1].output[0] = "network_input"  # onnxscript numbers what two branches assign
     given.CopyFrom(helper.make_tensor_value_info("images", TensorProto.UINT8, shapes["images"]))
-    found.CopyFrom(helper.make_tensor_value_info("squares", TensorProto.UINT8, shapes["squares"]))
+    found.CopyFrom(helper.make_tensor_value_info("network_input", TensorProto.UINT8, shapes["network_input"]))
     return model

@@ -38,14 +38,14 @@ def overlay_heatmap(image: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float3
     return mixed
 
 
-def heat_png(heatmap: npt.NDArray[np.floating], size: tuple[int, ...], box_share: float | None = None) -> bytes:
+def heat_png(heatmap: npt.NDArray[np.floating], size: tuple[int, ...], crop_fraction: float | None = None) -> bytes:
     """(h, w) values from 0 to 1 -> a PNG with transparency of the proportions of `size` (width, height), at most LARGEST a side.
 
-    box_share: where the map covers the centred square alone, the square's side over the short side.
+    crop_fraction: where the map covers the centred square alone, the square's side over the short side.
     """
     share = min(1.0, LARGEST / max(size))
     width, height = (max(1, round(side * share)) for side in size)
-    inner = (width, height) if box_share is None else (max(1, round(box_share * min(width, height))),) * 2
+    inner = (width, height) if crop_fraction is None else (max(1, round(crop_fraction * min(width, height))),) * 2
     large = np.zeros((height, width), dtype=np.float32)
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
     enlarged = Image.fromarray(heatmap.astype(np.float32)).resize(inner, Image.Resampling.BILINEAR)

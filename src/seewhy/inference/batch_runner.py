@@ -136,7 +136,7 @@ def columns_of(job: str, options: dict[str, Any], classes: int) -> dict[str, typ
     if job == "explain":
         return {"path": str, "class": str, "prob": float, "predicted": str, "heatmap": bytes}
     top = {f"{name}_{k + 1}": kind for k in range(min(options["top_k"], classes)) for name, kind in (("class", str), ("prob", float))}
-    return {"path": str, **top, "unknown": bool, **({"answer": str} if options["least"] is not None else {})}
+    return {"path": str, **top, "ood": bool, **({"decision": str} if options["min_confidence"] is not None else {})}
 
 
 def model_hash(asked: Path) -> str:
@@ -154,4 +154,4 @@ def asked_files(asked: Path) -> list[Path]:
     """What has to travel to another machine, so that it can answer."""
     if not asked.is_dir():
         return [asked]
-    return [file for name in ("run.json", "model.safetensors", "unknowns.safetensors") if (file := asked / name).is_file()]
+    return [file for name in ("run.json", "model.safetensors", "ood_reference.safetensors") if (file := asked / name).is_file()]

@@ -23,7 +23,7 @@ from seewhy.errors import ConfigError, RunError, reason_of
 from seewhy.inference.onnx_validation import check_graph
 from seewhy.inference.predictions import Predictions, answer_files
 
-RANKS = {"logits": 2, "probabilities": 2, "squares": 4, "strangeness": 1, "heatmaps": 4}  # what a file may answer with
+RANKS = {"logits": 2, "probabilities": 2, "network_input": 4, "ood_score": 1, "heatmaps": 4}  # what a file may answer with
 FORMAT = 2  # of the metadata, which portable.py writes
 USUAL_PRECISION = 0.95
 WITHOUT_PRECISION = 0.5  # least probability of an answer where val could promise no precision
@@ -49,15 +49,16 @@ class OnnxModel:
         return tuple(self.facts["classes"])
 
     @property
-    def unknown_above(self) -> float:
-        """The strangeness above which an image looks like nothing known; infinite where the file has none."""
-        above = self.facts["unknown_above"]
+    def ood_threshold(self) -> float:
+        """The ood_score above which an image looks like nothing known; infinite where the file has none."""
+        above = self.facts["ood_threshold"]
         return math.inf if above is None else float(above)
 
     def ask(self, images: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
         """Run the file on (N, H, W, 3) uint8 RGB; by name, all outputs or those `wanted`.
 
-        logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8; where the file has them strangeness (N,), heatmaps (N, C, h, w).
+        logits (N, C), probabilities (N, C), network_input (N, 3, S, S) uint8; where the file has them ood_score (N,) and
+        heatmaps (N, C, h, w).
         """
         names = self.outputs if wanted is None else wanted
         return dict(zip(names, self._run(self.session, list(names), images), strict=True))
@@ -72,26 +73,26 @@ class OnnxModel:
     @cached_property
     def _squares(self) -> Any:
         try:
-            return _session(self.facts["square_graph"], 1)
+            return _session(self.facts["preprocess_graph"], 1)
         except Exception as error:  # onnxruntime raises types of its own
             raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
 
     def square(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many images can be asked about in one call."""
-        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["squares"], image[None])[0]
+        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["network_input"], image[None])[0]
         square: npt.NDArray[np.uint8] = squares[0].transpose(1, 2, 0)
         return square
 
     def read(self, path: Path | str) -> npt.NDArray[np.uint8]:
         """An image file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
-        return np.asarray(read_image(path, self.facts["enough"]))
+        return np.asarray(read_image(path, self.facts["min_decode_side"]))
 
     def threshold_for(self, precision: float) -> float:
         """The least probability to answer at for one of the precisions that the run has chosen thresholds for; ConfigError for others."""
-        known = {row["precision"]: row["threshold"] for row in self.facts["abstain"] if row["threshold"] is not None}
+        known = {row["precision"]: row["threshold"] for row in self.facts["selective"] if row["threshold"] is not None}
         if precision not in known:
             shown = ", ".join(map(str, known)) or "none"
-            raise ConfigError(f"{self.name}: knows thresholds for the precisions {shown}; use one of these, or --abstain-below")
+            raise ConfigError(f"{self.name}: knows thresholds for the precisions {shown}; use one of these, or --min-confidence")
         return float(known[precision])
 
 
@@ -119,7 +120,7 @@ def load_onnx(source: Path | str | bytes, threads: int = 1, spin: bool = True) -
         facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         if int(facts["seewhy_format"]) != FORMAT:
             raise RunError(f"{name}: format {facts['seewhy_format']!r:.20}, this seewhy reads format {FORMAT}; export the run again")
-        facts["square_graph"] = check_graph(_check(facts), name, {"squares": 4})
+        facts["preprocess_graph"] = check_graph(_check(facts), name, {"network_input": 4})
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = repr(error)[:80]
         raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({reason}); export the run again") from error
@@ -145,27 +146,27 @@ def _check(facts: dict[str, Any]) -> bytes:
     names = facts["classes"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError("classes are no list of names")
-    if not MIN_SIDE <= int(facts["enough"]) <= MAX_SIDE:
-        raise ValueError("enough is no number of pixels")
-    numbers = [facts["unknown_above"] or 0, facts["test_accuracy"], facts["test_images"], facts["preprocessing"]["crop"]]
-    numbers += [*(facts["test_accuracy_ci95"] or ()), *(row[key] or 0 for row in facts["abstain"] for key in ("precision", "threshold"))]
+    if not MIN_SIDE <= int(facts["min_decode_side"]) <= MAX_SIDE:
+        raise ValueError("min_decode_side is no number of pixels")
+    numbers = [facts["ood_threshold"] or 0, facts["test_accuracy"], facts["test_images"], facts["preprocessing"]["crop"]]
+    numbers += [*(facts["test_accuracy_ci95"] or ()), *(row[key] or 0 for row in facts["selective"] for key in ("precision", "threshold"))]
     if not all(math.isfinite(float(number)) for number in numbers):
         raise ValueError("numbers are not finite")
     str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"]), str(facts["seewhy_version"])
-    return base64.b64decode(facts["square_graph"], validate=True)
+    return base64.b64decode(facts["preprocess_graph"], validate=True)
 
 
 def worker_of(model: OnnxModel) -> Worker[Predictions]:
     """What answers by an exported file, which resizes by itself: so each image is asked about alone, in the thread that decodes it."""
-    wanted = [name for name in ("probabilities", "strangeness") if name in model.outputs]
+    wanted = [name for name in ("probabilities", "ood_score") if name in model.outputs]
 
     def ask(data: bytes) -> dict[str, npt.NDArray[Any]]:
-        return model.ask(np.asarray(decode(data, model.facts["enough"]))[None], wanted)
+        return model.ask(np.asarray(decode(data, model.facts["min_decode_side"]))[None], wanted)
 
     def answer(names: list[str], found: list[dict[str, npt.NDArray[Any]]]) -> Predictions:
         probs = np.concatenate([each["probabilities"] for each in found]).astype(np.float64)
-        strange = np.array([float(each["strangeness"][0]) if "strangeness" in each else -math.inf for each in found])
-        return Predictions(tuple(names), probs, model.classes, strange > model.unknown_above)
+        strange = np.array([float(each["ood_score"][0]) if "ood_score" in each else -math.inf for each in found])
+        return Predictions(tuple(names), probs, model.classes, strange > model.ood_threshold)
 
     return Worker(ask, answer)
 
@@ -187,14 +188,14 @@ def is_exported(path: Path) -> bool:
 
 
 def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
-    """JSON-ready facts. unsure_below: least probability of an answer; precision: what it was chosen for on val, or None.
+    """JSON-ready facts. confidence_threshold: least probability of an answer; precision: what it was chosen for on val, or None.
 
-    box_share: None where heatmaps cover the whole image, else the side of the centred square they cover over the short side.
+    crop_fraction: None where heatmaps cover the whole image, else the side of the centred square they cover over the short side.
     Raises ConfigError for a precision that the file does not know.
     """
     facts = model.facts
     if precision is None:  # the usual one, or the highest below it that val could promise
-        known = [row["precision"] for row in facts["abstain"] if row["threshold"] is not None]
+        known = [row["precision"] for row in facts["selective"] if row["threshold"] is not None]
         precision = max((value for value in known if value <= USUAL_PRECISION), default=None)
     preprocessing = facts["preprocessing"]
     return {
@@ -204,10 +205,10 @@ def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
         "test_accuracy_ci95": facts["test_accuracy_ci95"],
         "test_images": facts["test_images"],
         "heatmaps": "heatmaps" in model.outputs,
-        "unsure_below": WITHOUT_PRECISION if precision is None else model.threshold_for(precision),
+        "confidence_threshold": WITHOUT_PRECISION if precision is None else model.threshold_for(precision),
         "precision": precision,
-        "unknown_above": facts["unknown_above"],
-        "enough": facts["enough"],
-        "box_share": preprocessing["crop"] if preprocessing["resize"] == "crop" else None,
+        "ood_threshold": facts["ood_threshold"],
+        "min_decode_side": facts["min_decode_side"],
+        "crop_fraction": preprocessing["crop"] if preprocessing["resize"] == "crop" else None,
         "version": facts["seewhy_version"],
     }

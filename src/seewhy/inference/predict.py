@@ -29,7 +29,7 @@ def predict(run: SavedRun, inputs: Sequence[str | Path], skip_bad: bool = False,
         paths=tuple(path for block in blocks for path in block.paths),
         probs=np.concatenate([block.probs for block in blocks]),
         classes=run.classes,
-        unknown=np.concatenate([block.unknown for block in blocks]),
+        ood=np.concatenate([block.ood for block in blocks]),
         bad=tuple(pair for block in blocks for pair in block.bad),
     )
 
@@ -57,7 +57,7 @@ def _unknown(run: SavedRun, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.
     """(N, K) -> (N,) which look like nothing known; none where the run cannot tell (K = 0)."""
     if run.references is None or not vectors.size:
         return np.zeros(len(vectors), dtype=bool)
-    strange: npt.NDArray[np.bool_] = run.references.strangeness(vectors) > run.unknown_above
+    strange: npt.NDArray[np.bool_] = run.references.ood_score(vectors) > run.ood_threshold
     return strange
 
 
@@ -68,7 +68,9 @@ def worker_of(run: SavedRun, forward: Executor) -> Worker[Predictions]:
     def answer(names: list[str], squares: list[npt.NDArray[np.uint8]]) -> Predictions:
         return as_predictions(run, names, logits_of(run, forward, np.stack(squares)))
 
-    return Worker(lambda data: eval_square(decode(data, preprocessing.enough), preprocessing), answer, forward.max_parallel_batches)
+    return Worker(
+        lambda data: eval_square(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches
+    )
 
 
 def predict_blocks(

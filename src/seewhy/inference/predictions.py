@@ -37,33 +37,35 @@ class Predictions:
     paths: tuple[str, ...]
     probs: npt.NDArray[np.float64]
     classes: tuple[str, ...]
-    unknown: npt.NDArray[np.bool_]
+    ood: npt.NDArray[np.bool_]
     bad: tuple[tuple[str, str], ...] = field(default=())
 
-    def columns(self, top_k: int = 5, abstain_below: float | None = None) -> Columns:
+    def columns(self, top_k: int = 5, min_confidence: float | None = None) -> Columns:
         """One row an image: path, class_1, prob_1, class_2, ... for the top_k most probable classes, and unknown.
 
-        abstain_below: adds the column `answer`, class_1 where its probability is at least this and nothing elsewhere.
+        min_confidence: adds the column `decision`, class_1 where its probability is at least this and nothing elsewhere.
         """
         order = np.argsort(-self.probs, axis=1, kind="stable")[:, :top_k]
         columns: Columns = {"path": list(self.paths)}
         for k in range(order.shape[1]):
             columns[f"class_{k + 1}"] = [self.classes[c] for c in order[:, k]]
             columns[f"prob_{k + 1}"] = self.probs[np.arange(len(order)), order[:, k]].tolist()
-        columns["unknown"] = self.unknown.tolist()
-        if abstain_below is not None:
-            columns["answer"] = [c if sure >= abstain_below else "" for c, sure in zip(columns["class_1"], columns["prob_1"], strict=True)]
+        columns["ood"] = self.ood.tolist()
+        if min_confidence is not None:
+            columns["decision"] = [
+                c if sure >= min_confidence else "" for c, sure in zip(columns["class_1"], columns["prob_1"], strict=True)
+            ]
         return columns
 
-    def table(self, top_k: int = 5, abstain_below: float | None = None) -> pd.DataFrame:
+    def table(self, top_k: int = 5, min_confidence: float | None = None) -> pd.DataFrame:
         """`columns` as a DataFrame."""
         import pandas as pd  # not at the top: an exported file is answered with where there is none
 
-        return pd.DataFrame(self.columns(top_k, abstain_below))
+        return pd.DataFrame(self.columns(top_k, min_confidence))
 
-    def records(self, top_k: int = 5, abstain_below: float | None = None) -> list[dict[str, Any]]:
-        """JSON-ready: [{"path", "top": [{"class", "prob"}, ...], "unknown"}, ...]; `abstain_below` adds "answer" (a class or null)."""
-        return records_of(self.columns(top_k, abstain_below))
+    def records(self, top_k: int = 5, min_confidence: float | None = None) -> list[dict[str, Any]]:
+        """JSON-ready: [{"path", "top": [{"class", "prob"}, ...], "ood"}, ...]; `min_confidence` adds "decision" (a class or null)."""
+        return records_of(self.columns(top_k, min_confidence))
 
     def save(self, path: Path | str, top_k: int = 5) -> None:
         """Writes the table; .csv, .parquet or .json by suffix, whole or not at all."""
@@ -77,8 +79,8 @@ def records_of(columns: Columns) -> list[dict[str, Any]]:
     found = []
     for n, path in enumerate(columns["path"]):
         top = [{"class": columns[f"class_{k}"][n], "prob": columns[f"prob_{k}"][n]} for k in range(1, top_k + 1)]
-        answer = {"answer": columns["answer"][n] or None} if "answer" in columns else {}
-        found.append({"path": path, "top": top, "unknown": columns["unknown"][n], **answer})
+        answer = {"decision": columns["decision"][n] or None} if "decision" in columns else {}
+        found.append({"path": path, "top": top, "ood": columns["ood"][n], **answer})
     return found
 
 
@@ -196,6 +198,6 @@ def as_columns(worker: Worker[Predictions], options: dict[str, Any]) -> Worker[C
     """The same, answering with a table's columns. options: top_k and least, as `Predictions.columns` takes them."""
 
     def answer(names: list[str], inputs: list[Any]) -> Columns:
-        return worker.answer(names, inputs).columns(options["top_k"], options["least"])
+        return worker.answer(names, inputs).columns(options["top_k"], options["min_confidence"])
 
     return Worker(worker.prepare, answer, worker.max_parallel_batches, worker.batch)

@@ -20,7 +20,7 @@ from seewhy.errors import OutputError
 from seewhy.inference.predictions import WRITERS, Columns, check_table, open_table, unreadable_error
 from seewhy.inference.work_units import RECORD
 
-ERRORS_TABLE = "_bad.parquet"  # readers of folders of parquet pass over names that begin with _
+ERRORS_TABLE = "_errors.parquet"  # readers of folders of parquet pass over names that begin with _
 PART = re.compile(r"part-([0-9a-f]{16})-(\d{5})(-last)?\.(?:parquet|json)")
 ARROW = {str: "string", float: "float64", int: "int64", bool: "bool_", bytes: "binary"}
 MOST_ROWS, MOST_BYTES = 8192, 32_000_000  # of a chunk, so that no part is too large

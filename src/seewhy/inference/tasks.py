@@ -124,7 +124,9 @@ def _explain(asked: Path, options: dict[str, Any], images: int) -> Worker[Column
             "heatmap": [_png(each) for each in maps],
         }
 
-    return Worker(lambda data: eval_square(decode(data, preprocessing.enough), preprocessing), answer, forward.max_parallel_batches, size)
+    return Worker(
+        lambda data: eval_square(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches, size
+    )
 
 
 def _png(heatmap: npt.NDArray[np.float32]) -> bytes:
@@ -161,7 +163,7 @@ def _features(asked: Path, options: dict[str, Any], images: int) -> Worker[Colum
         checked = check_bytes(data)
         if checked.problem:
             return checked, []
-        image = decode(data, preprocessing.enough)
+        image = decode(data, preprocessing.min_decode_side)
         return checked, [render_view(image, view, checked.sha256, preprocessing) for view in views]
 
     def answer(names: list[str], found: list[tuple[Checked, list[npt.NDArray[np.uint8]]]]) -> Columns:

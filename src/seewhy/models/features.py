@@ -196,7 +196,7 @@ def _compute(
 
     def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
-        image = read_image(images.paths[i], preprocessing.enough)
+        image = read_image(images.paths[i], preprocessing.min_decode_side)
         squares: dict[int, npt.NDArray[np.uint8]] = {}
         for v in todo:
             mirrored = v == MIRRORED_VIEW and EVAL_VIEW in squares  # the same pixels the other way round
@@ -239,7 +239,7 @@ def eval_square(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray
 
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """An image file as the network sees it when it answers: (size, size, 3) uint8."""
-    return eval_square(read_image(path, preprocessing.enough), preprocessing)
+    return eval_square(read_image(path, preprocessing.min_decode_side), preprocessing)
 
 
 def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:

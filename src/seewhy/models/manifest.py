@@ -62,10 +62,10 @@ class _AbstainRecord(_Record):
 
 class _CalibrationRecord(_Record):
     temperature: Positive
-    abstain: list[_AbstainRecord]
+    selective: list[_AbstainRecord]
 
 
-class _UnknownsRecord(_Record):
+class _OODRecord(_Record):
     threshold: Finite
 
 
@@ -94,7 +94,7 @@ class _Manifest(_Record):
     data: _Hashed
     split: _Hashed
     calibration: _CalibrationRecord
-    unknowns: _UnknownsRecord | None = None
+    unknowns: _OODRecord | None = None
 
     @field_validator("classes")
     @classmethod

@@ -27,7 +27,7 @@ class KNNReference:
     centre: npt.NDArray[np.float32]
     unit_features: npt.NDArray[np.float16]
 
-    def strangeness(self, vectors: Array) -> Score:
+    def ood_score(self, vectors: Array) -> Score:
         """(N, K) vectors -> (N,): 1 - cosine with the third most alike training image, of centred vectors. 0 (the same) to 2.
 
         Nearest neighbours of features (Sun 2022, arXiv:2204.06507), with centred features and a sample in place of all images.

@@ -64,9 +64,9 @@ class SavedRun:
         return float(self.manifest["calibration"]["temperature"])
 
     @property
-    def unknown_above(self) -> float:
-        """The strangeness above which an image looks like nothing known; infinite where `references` is None."""
-        return float(self.manifest.get("unknowns", {}).get("threshold", math.inf))
+    def ood_threshold(self) -> float:
+        """The ood_score above which an image looks like nothing known; infinite where `references` is None."""
+        return float(self.manifest.get("ood", {}).get("threshold", math.inf))
 
 
 def installed_versions() -> dict[str, str]:
@@ -100,9 +100,9 @@ def save_weights(backbone: Backbone, folder: Path) -> None:
 
 
 def save_references(references: KNNReference, folder: Path) -> None:
-    """To unknowns.safetensors."""
+    """To ood_reference.safetensors."""
     state = {"centre": torch.from_numpy(references.centre), "unit_features": torch.from_numpy(references.unit_features)}
-    (folder / "unknowns.safetensors").write_bytes(save(state))
+    (folder / "ood_reference.safetensors").write_bytes(save(state))
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
@@ -156,9 +156,9 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> KNNReference | None:
-    if manifest.get("unknowns") is None:
+    if manifest.get("ood") is None:
         return None
-    file = path / "unknowns.safetensors"
+    file = path / "ood_reference.safetensors"
     state = _tensors(file)
     centre, unit_features = (state.get(name, torch.empty(0)) for name in ("centre", "unit_features"))
     width = getattr(cast(Any, backbone.model).get_classifier(), "in_features", None)

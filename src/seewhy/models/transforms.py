@@ -42,7 +42,7 @@ class Preprocessing:
     resize: str = "squash"
 
     @property
-    def enough(self) -> int:
+    def min_decode_side(self) -> int:
         """Pixels a side of an image beyond which decoding more of them shows in no view: twice the network's own.
 
         A random view keeps at least 35% of the area, 0.6 of a side, and is still sampled down then.

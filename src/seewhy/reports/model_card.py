@@ -47,7 +47,7 @@ def model_card(run: SavedRun, warnings: list[str]) -> str:
     abstain = [
         f"- {row['precision']:.0%} right: answer at a probability of {row['threshold']:.3f} or more; on the test part that answers "
         f"{row['test_answered']:.1%}" + (f", {row['test_right']:.1%} of them right" if row["test_right"] is not None else "")
-        for row in calibration["abstain"]
+        for row in calibration["selective"]
         if row["threshold"] is not None
     ]
     more = ["..."] if len(run.classes) > 12 else []
@@ -83,7 +83,7 @@ def escape_markdown(text: str) -> str:
 
 def _ood_note(manifest: dict[str, Any]) -> str:
     text = "It knows its classes only: an image of anything else is given one of them"
-    if "unknowns" not in manifest:
+    if "ood" not in manifest:
         return f"{text}."
     return f"{text}, though `seewhy predict` marks images unlike the training ones (it misses some, and marks about 5% of known ones)."
 

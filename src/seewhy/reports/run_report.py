@@ -164,7 +164,7 @@ def _coverage(run: SavedRun, test: Evaluation, theme: str) -> bytes:
     curve = risk_coverage(test.confidence, test.correct)
     marks = [
         (row["test_answered"], 1 - row["test_right"], f"{row['precision']:.0%} wanted")
-        for row in run.manifest["calibration"]["abstain"]
+        for row in run.manifest["calibration"]["selective"]
         if row["threshold"] is not None and row.get("test_right") is not None
     ]
     return risk_coverage_figure(curve.coverage.tolist(), curve.risk.tolist(), marks, theme)
@@ -184,7 +184,7 @@ def warnings_of(run: SavedRun) -> list[str]:
         found.append(f"With {test['n']} test images the accuracy is known to ± {50 * (high - low):.0f} points only.")
     if leaked := split.get("leaked_test_images"):
         found.append(f"{leaked} of the {split['test']} test images have a near-duplicate in training; the accuracy may be too good.")
-    if torn := split.get("torn_classes"):
+    if torn := split.get("classes_with_split_groups"):
         shown = ", ".join(torn[:5]) + (f" and {len(torn) - 5} more" if len(torn) > 5 else "")
         found.append(f"Near-duplicates could not be kept in one part of the split, having too few groups: {shown}.")
     if run.config.group_by == "exact" and not run.config.split_from:

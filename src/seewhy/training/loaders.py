@@ -100,7 +100,7 @@ class ImageViews(Dataset[Batch]):
             fresh = FIRST_RANDOM_VIEW + self.seed * VIEWS_A_SEED + epoch
             view = (n + epoch) % self.views if self.views else fresh
             square = render_view(
-                read_image(self.images.paths[i], self.preprocessing.enough), view, self.images.hashes[i], self.preprocessing
+                read_image(self.images.paths[i], self.preprocessing.min_decode_side), view, self.images.hashes[i], self.preprocessing
             )
             if self.augment == "randaugment":
                 square = _randaugment(square, int(self.images.hashes[i][:12], 16) + view)
@@ -155,14 +155,14 @@ class TrainingData:
 def training_data(images: ImageSet, split: Split, backbone: Backbone, cut: TrunkTail, config: TrainConfig) -> TrainingData:
     """Stored features where something is frozen and views are fixed, images otherwise.
 
-    Raises ConfigError where mix=cutmix would have no maps of (channels, height, width) to cut pieces from.
+    Raises ConfigError where mixup=cutmix would have no maps of (channels, height, width) to cut pieces from.
     """
     preprocessing, labels, classes = backbone.preprocessing, images.labels[split.train], len(images.classes)
-    if config.mix == "cutmix" and cut.trunk is not None:
+    if config.mixup == "cutmix" and cut.trunk is not None:
         channels_last = getattr(backbone.model, "output_fmt", "NCHW") == "NHWC"
         if len(feature_shape(cut.trunk, preprocessing)) != 3 or channels_last:
             raise ConfigError(
-                f"mix=cutmix cuts pieces of maps, and {backbone.name} has none behind its trunk; use mix=mixup, or --unfreeze all"
+                f"mixup=cutmix cuts pieces of maps, and {backbone.name} has none behind its trunk; use mixup=mixup, or --unfreeze all"
             )
     if not trains_on_features(cut, config):
         views = 0 if config.fresh_views else config.views

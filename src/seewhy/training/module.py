@@ -51,7 +51,7 @@ class FitModule(LightningModule):
         self.config = config
         self.steps_an_epoch = steps_an_epoch
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.mixer = _make_mixer(config.mix, classes)
+        self.mixer = _make_mixer(config.mixup, classes)
         several = distributed.world_size() > 1  # torchmetrics asks PyTorch, which does not know of main_process_only()
         self.metrics: dict[str, Metric] = {}
         for part in ("train", "val"):

@@ -52,8 +52,8 @@ def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False
         config = config.resolved()
         if distributed.world_size() == 1:
             return _train_claimed(config, out, resume)
-        if config.search:
-            raise ConfigError("--search tries its variants in one process; search there, then train with --config RUN/run.json")
+        if config.search_trials:
+            raise ConfigError("--search-trials tries its variants in one process; search there, then train with --config RUN/run.json")
         if distributed.is_main_process():
             return _train_claimed(config, out, resume)
         return _train_along(config)
@@ -83,8 +83,8 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Saved
         return finished
     check_request(config.backbone, config.weights)
     check_tracker(config)
-    if config.search:
-        require("search", "--search", "optuna")
+    if config.search_trials:
+        require("search", "--search-trials", "optuna")
     begun = places.work.exists()
     places, let_go = acquire_work_dir(places, config, resume, out is None)
     try:
@@ -136,7 +136,7 @@ def _train_in(places: RunPaths, config: TrainConfig) -> SavedRun | None:
     temperature = fit_temperature(val.labels, val.logits)
     test = evaluate_part(images, split.test, "test", backbone, cut, config, split.groups)
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
-    strange = _unknowns(images, split, backbone, cut, config)
+    strange = _fit_ood(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
     if not distributed.is_main_process():
         return None
@@ -156,7 +156,7 @@ def _split(images: ImageSet, config: TrainConfig, groups: Any) -> Split:
 
 def _searched(places: RunPaths, config: TrainConfig, images: ImageSet, split: Split) -> tuple[TrainConfig, dict[str, Any]]:
     """The best config of the trials asked for, and their record; kept, so that a resumed run does not search again."""
-    if not config.search:
+    if not config.search_trials:
         return config, {}
     record = places.work / "search.json"
     if record.is_file():
@@ -164,8 +164,8 @@ def _searched(places: RunPaths, config: TrainConfig, images: ImageSet, split: Sp
         return make_config(**found["chosen"]), found
     from seewhy.training.search import search  # brings optuna, which few runs need
 
-    best, trials = search(images, split, config, config.search)
-    best = best.model_copy(update={"search": 0})  # what `--config run.json` repeats is the fit, not the search
+    best, trials = search(images, split, config, config.search_trials)
+    best = best.model_copy(update={"search_trials": 0})  # what `--config run.json` repeats is the fit, not the search
     found = {"asked": dump_config(config), "chosen": dump_config(best), "trials": trials}
     with atomic_write(record, "free some space") as work:
         write_json(work, found)
@@ -184,8 +184,8 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
         LOG.info(f"{grouped:,} images have near-duplicates or belong to a group; each group stays in one part")
     if leaked:
         LOG.info(f"{leaked:,} of {len(split.test):,} test images have a near-duplicate in training: the accuracy may be too good")
-    if split.torn:
-        shown = ", ".join(split.torn[:5]) + (", ..." if len(split.torn) > 5 else "")
+    if split.split_groups_in:
+        shown = ", ".join(split.split_groups_in[:5]) + (", ..." if len(split.split_groups_in) > 5 else "")
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
 
 
@@ -241,12 +241,12 @@ def _write_run(
                 **{part: len(split.part(part)) for part in PARTS},
                 **_grouping(images, split),
                 "leaked_test_images": leaked,
-                "torn_classes": list(split.torn),
+                "classes_with_split_groups": list(split.split_groups_in),
             },
             "best_epoch": fitted.best_epoch,
             "epochs_run": len(fitted.history),
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
-            **({"unknowns": strange[1]} if strange else {}),
+            **({"ood": strange[1]} if strange else {}),
             "metrics": metrics,
             "hardware": hardware() | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {}),
             **({"search": found} if found else {}),
@@ -276,13 +276,13 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
                 coverage, right = selective_accuracy(evaluation.confidence, evaluation.correct, threshold)
                 row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
         rows.append(row)
-    return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
+    return {"temperature": val.temperature, "n": len(val.labels), "selective": rows}
 
 
-def _unknowns(
+def _fit_ood(
     images: ImageSet, split: Split, backbone: Backbone, cut: TrunkTail, config: TrainConfig
 ) -> tuple[KNNReference, dict[str, Any]] | None:
-    """What tells images of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
+    """What tells images of nothing known: references, and the ood_score that IN_DISTRIBUTION_QUANTILE of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
     vectors = classifier_vectors(backbone, cut, images, indices, FeatureSpec.of(config))
@@ -290,7 +290,7 @@ def _unknowns(
         return None
     blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
     references = fit_reference(next(blocks))
-    val, test = np.split(np.concatenate([references.strangeness(block) for block in blocks]), [len(split.val)])
+    val, test = np.split(np.concatenate([references.ood_score(block) for block in blocks]), [len(split.val)])
     threshold = float(np.quantile(val, IN_DISTRIBUTION_QUANTILE, method="inverted_cdf"))
     flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
     return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}

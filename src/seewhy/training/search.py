@@ -31,7 +31,7 @@ def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> 
     config must be resolved. Raises ConfigError where nothing is frozen: a trial would take hours.
     """
     if config.unfreeze == "all" or config.fresh_views or not config.cache:
-        raise ConfigError("--search tries fits on cached features; use it with --unfreeze 0, 1, 2, ... and --views 1 or more")
+        raise ConfigError("--search-trials tries fits on cached features; use it with --unfreeze 0, 1, 2, ... and --views 1 or more")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed))
     study.enqueue_trial({name: getattr(config, name) for name in ("lr", "weight_decay", "label_smoothing", "views", "unfreeze")})
     rows: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
     """A config of the space: a decade around the given rate and decay, smoothing, views up to twice as many, frozen or as asked."""
     assert config.lr is not None
     assert config.weight_decay is not None
-    frozen = set() if config.mix == "cutmix" else {0}  # vectors have no pieces to cut
+    frozen = set() if config.mixup == "cutmix" else {0}  # vectors have no pieces to cut
     trial.suggest_categorical("unfreeze", sorted(frozen | {int(config.unfreeze)}))
     trial.suggest_float("lr", config.lr / 3.2, config.lr * 3.2, log=True)
     trial.suggest_float("weight_decay", min(config.weight_decay, 0.01), max(config.weight_decay, 0.3))

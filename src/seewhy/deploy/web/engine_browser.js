@@ -22,28 +22,28 @@ export async function describe() {
   return about;
 }
 
-// An image file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
+// An image file -> {probs, ood, belowThreshold, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
 export async function answer(file, about) {
-  const { data, width, height } = await pixels(file, about.enough);
+  const { data, width, height } = await pixels(file, about.min_decode_side);
   const found = await session.run({ images: new ort.Tensor("uint8", data, [1, height, width, 3]) });
   const probs = found.probabilities.data;
   return {
     probs,
-    unknown: about.unknown_above !== null && Boolean(found.strangeness) && found.strangeness.data[0] > about.unknown_above,
-    unsure: Math.max(...probs) < about.unsure_below,
+    ood: about.ood_threshold !== null && Boolean(found.ood_score) && found.ood_score.data[0] > about.ood_threshold,
+    belowThreshold: Math.max(...probs) < about.confidence_threshold,
     maps: found.heatmaps ? { values: found.heatmaps.data, shape: found.heatmaps.dims.slice(1) } : null,
   };
 }
 
-// RGB bytes of the upright image over white, its shorter side at most `enough` pixels: more of them show in no square.
-async function pixels(file, enough) {
+// RGB bytes of the upright image over white, its shorter side at most `min_decode_side` pixels: more of them show in no square.
+async function pixels(file, min_decode_side) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
   } catch {
     throw new Error("this browser cannot read it as an image");
   }
-  const share = Math.min(1, enough / Math.min(bitmap.width, bitmap.height));
+  const share = Math.min(1, min_decode_side / Math.min(bitmap.width, bitmap.height));
   const width = Math.max(1, Math.round(bitmap.width * share)), height = Math.max(1, Math.round(bitmap.height * share));
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";

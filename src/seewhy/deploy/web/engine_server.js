@@ -29,7 +29,7 @@ async function ask(address, options = {}, tries = 0) {
 
 export const describe = () => ask("classes");
 
-// An image file -> {probs, unknown, unsure, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
+// An image file -> {probs, ood, belowThreshold, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
 export async function answer(file, about) {
   const form = new FormData();
   form.append("files", file, file.name ?? "image");
@@ -39,5 +39,5 @@ export async function answer(file, about) {
   const probs = new Float32Array(about.classes.length);
   for (const choice of found.top) probs[number.get(choice.class_name)] = choice.prob;
   const maps = found.heatmap && { shape: found.heatmap.shape, values: Float32Array.from(atob(found.heatmap.bytes), (c) => c.charCodeAt(0) / 255) };
-  return { probs, unknown: found.unknown, unsure: found.unsure, maps: maps ?? null };
+  return { probs, ood: found.ood, belowThreshold: found.below_threshold, maps: maps ?? null };
 }

@@ -50,7 +50,7 @@ async function look(files) {
   let first = true;
   for (const [n, file] of kept.entries()) {
     element("state").textContent = `looking at ${file.name ?? "the image"}, ${n + 1} of ${kept.length}`;
-    document.body.classList.add("busy");
+    document.body.classList.add("overloaded");
     try {
       const found = await answer(file, about);
       const entry = { name: file.name ?? "image", image: await small(file, LARGEST), found, target: top(found)[0] };
@@ -63,7 +63,7 @@ async function look(files) {
       complain(`${element("problem").textContent}${element("problem").textContent ? "\n" : ""}${file.name ?? "image"}: ${error.message}`);
     }
   }
-  document.body.classList.remove("busy");
+  document.body.classList.remove("overloaded");
   element("state").textContent = "";
 }
 
@@ -104,7 +104,7 @@ function addToStrip(entry) {
   canvas.getContext("2d").drawImage(entry.image, 0, 0, canvas.width, canvas.height);
   const label = document.createElement("span");
   const name = readable(about.classes[top(entry.found)[0]]);
-  label.textContent = entry.found.unknown ? "unknown" : entry.found.unsure ? `${name}?` : name;
+  label.textContent = entry.found.ood ? "out-of-distribution" : entry.found.belowThreshold ? `${name}?` : name;
   button.title = entry.name;
   button.append(canvas, label);
   button.addEventListener("click", () => show(entry));
@@ -118,13 +118,13 @@ function show(entry, focus = false) {
   element("result").hidden = false;
   for (const other of given) other.button.setAttribute("aria-pressed", other === entry);
   const order = top(entry.found), best = entry.found.probs[order[0]], name = readable(about.classes[order[0]]);
-  const { unknown, unsure } = entry.found;
-  element("verdict").textContent = unknown ? `Looks like nothing I was trained on` : unsure ? `Not sure; perhaps ${name}` : name;
-  element("remark").classList.toggle("warn", unknown || unsure);
-  element("remark").textContent = unknown
+  const { ood, belowThreshold } = entry.found;
+  element("verdict").textContent = ood ? `Looks like nothing I was trained on` : belowThreshold ? `Not sure; perhaps ${name}` : name;
+  element("remark").classList.toggle("warn", ood || belowThreshold);
+  element("remark").textContent = ood
     ? `If it had to be one of my classes: ${name}, ${percent(best)}. Do not rely on it.`
-    : unsure
-      ? `${percent(best)} is less than the ${percent(about.unsure_below)} I want before I answer${about.precision ? `, to be right in ${percent(about.precision)} of my answers` : ""}.`
+    : belowThreshold
+      ? `${percent(best)} is less than the ${percent(about.confidence_threshold)} I want before I answer${about.precision ? `, to be right in ${percent(about.precision)} of my answers` : ""}.`
       : `with a probability of ${percent(best)}`;
   element("search").value = "";
   bars();
@@ -174,8 +174,8 @@ function paint() {
 
 // What of the image its maps cover, as shares of its sides: left, top, width, height.
 function box(width, height) {
-  if (about.box_share === null) return [0, 0, 1, 1];
-  const side = about.box_share * Math.min(width, height);
+  if (about.crop_fraction === null) return [0, 0, 1, 1];
+  const side = about.crop_fraction * Math.min(width, height);
   return [(width - side) / 2 / width, (height - side) / 2 / height, side / width, side / height];
 }
 
