@@ -273,7 +273,7 @@ def cache(
 
 
 def run_guarded(work: Callable[[], Any], command: Sequence[str] = ()) -> int:
-    """Calls work() and turns what it raises into one line on stderr and an exit status, which docs/RELIABILITY.md lists.
+    """Calls work() and turns what it raises into one line on stderr and an exit status, which docs/reference/errors.md lists.
 
     command: as it was given, for what is said when it is interrupted.
     """

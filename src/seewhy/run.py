@@ -115,7 +115,7 @@ class Run:
         return predict(self, pictures, skip_bad)
 
     def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
-        """Writes one file that answers and explains without the run (docs/EXPORT.md), after comparing it with the run.
+        """Writes one file that answers and explains without the run (docs/reference/onnx.md), after comparing it with the run.
 
         path: None for `model` and the kind's suffix in the run's folder. kind: onnx, int8 or pt2. OutputError where both do not agree.
         """
