@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs proofs audit clean
+.PHONY: demo test lint types proofs audit clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -22,9 +22,14 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy train.py predict.py
 
-# The site, into build/site; a broken link or a name that the reference does not know is an error.
-docs: $(VENV)/.installed-dev
-	$(BIN)/python -m mkdocs build --strict --quiet
+# The site, into build/site; a broken link, or a name that the reference cannot generate, is an error.
+.PHONY: docs
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 # The short form of what docs/concepts/reliability.md promises; its numbers come from the long one.
 proofs: $(VENV)/.installed-dev
@@ -44,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 # A real MLflow server for the tests, which wants older versions of what both use: an environment of its own, found by them in there.

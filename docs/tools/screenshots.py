@@ -46,7 +46,7 @@ def shoot(browser: Any, address: str, name: str, image: Path | None = None, scro
         if image is not None:
             page.wait_for_selector("body[data-ready=yes]")
             page.set_input_files("#files", str(image))
-            page.wait_for_selector("#strip button")
+            page.wait_for_selector("#strip button", state="attached")
             while page.evaluate("document.body.classList.contains('busy')"):
                 page.wait_for_timeout(50)
         page.mouse.wheel(0, scroll)
@@ -70,7 +70,7 @@ def main() -> None:
             browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             image = sorted((Path(cache) / "scenes" / "pictures" / "boat").iterdir())[3]
             shoot(browser, (run / "report.html").as_uri(), "report")
-            shoot(browser, (folder / "audit" / "audit.html").as_uri(), "audit")
+            shoot(browser, (folder / "audit" / "audit.html").as_uri(), "audit", scroll=740)  # where the label issues are
             shoot(browser, f"http://127.0.0.1:{port}/", "serve", image)
             shutil.copy(run / "figures" / "heatmaps.png", IMAGES / "heatmaps.png")
             browser.close()
