@@ -1,7 +1,7 @@
 # Two images. What serves an exported file (the default; no torch in it):
 #   docker build -t seewhy-serve .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs/NAME:/model:ro" seewhy-serve
-# What trains, without the optional Ray and captum (some GB):
+# What trains, without the extras ray and captum (some GB):
 #   docker build --target train -t seewhy-train .
 #   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" seewhy-train train pictures/ --backbone efficientnet_lite0
 FROM python:3.11-slim AS base
@@ -12,7 +12,7 @@ WORKDIR /seewhy
 FROM base AS train
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install -c constraints.txt ".[mlflow]" && rm -rf src
+RUN pip install -c constraints.txt ".[serve,search,audit,tensorboard,mlflow]" && rm -rf src
 # Whoever runs it: caches go where anybody may write.
 ENV HOME=/tmp SEEWHY_CACHE=/tmp/seewhy
 USER seewhy

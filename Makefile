@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types proofs audit clean
+.PHONY: demo test lint types proofs audit dist wheel-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -17,6 +17,7 @@ test: $(VENV)/.installed-dev $(VENV)/.mlflow $(VENV)/.moto
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
@@ -37,6 +38,24 @@ proofs: $(VENV)/.installed-dev
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/fuzz.py --quick
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/crashes.py --quick
 
+# What would be uploaded to a package index: dist/*.whl and dist/*.tar.gz.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+# The wheel alone, with nothing but what it asks for: it trains and predicts, and names the extra of what is not there.
+SMOKE := build/smoke
+wheel-smoke: dist
+	rm -rf $(SMOKE)
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd $(SMOKE) && export SEEWHY_CACHE="$$PWD/cache" && bin/seewhy --help > /dev/null \
+		&& bin/seewhy train scenes --backbone efficientnet_lite0 --unfreeze 0 --epochs 2 --out run \
+		&& bin/seewhy predict run cache/scenes/pictures/*/000.jpg \
+		&& bin/seewhy export run \
+		&& { bin/seewhy serve run 2>&1 || true; } | grep -F 'pip install "seewhy[serve]"'
+
 # Known vulnerabilities of the pinned versions; needs a network that reaches a vulnerability service.
 audit: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet pip-audit
@@ -49,7 +68,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 # A real MLflow server for the tests, which wants older versions of what both use: an environment of its own, found by them in there.

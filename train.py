@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 
 from seewhy import export_state_dict
-from seewhy.cli import run_guarded, stop_on_signals, train_from_arguments
+from seewhy.cli import run_guarded, train_from_arguments
+from seewhy.distributed import launched_as_main
+from seewhy.signals import stop_on_signals
 
 FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples", "confusion_matrix": "confusion_matrix"}
 
 
 def main() -> None:
     run = train_from_arguments(["caltech101", *sys.argv[1:]])
+    if not launched_as_main():  # under torchrun, one process writes
+        return
     export_state_dict(run, "models/best_model.pth")
     Path("models/run.txt").write_text(f"{run.path}\n")  # where predict.py finds the run
     Path("results").mkdir(exist_ok=True)

@@ -138,7 +138,7 @@ def main() -> None:
     if arguments.quick:
         print(json.dumps(quick(arguments.data_root)))
         return
-    from seewhy.run import hardware
+    from seewhy.saved_run import hardware
 
     notes = [
         "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "

@@ -4,10 +4,11 @@
     python benchmarks/cam_quality.py --quick                                                     part of the demo set, one JSON line
 
 For each backbone and dataset a classifier is trained (`--unfreeze 0`), and maps of the class it predicts are scored on its test part,
-which neither training nor any choice has seen: drop, increase and the check by randomising on --pictures of them; deletion, insertion
-and ROAD, which ask the network 34 times a map, on the first --removed of these; pointing and energy on all that have an outline (the demo
-set's, Caltech's airplanes). Score-CAM, Integrated Gradients and occlusion ask the network so often for each map that they are scored on
---slow pictures. HiResCAM and XGrad-CAM are Grad-CAM, for a head of average pooling and one linear layer (a test holds that).
+which neither training nor any choice has seen: average drop, confidence increase and the check by randomising on --pictures of them;
+deletion, insertion and ROAD, which ask the network 34 times a map, on the first --removed of these; the pointing games on all that have
+an outline (the demo set's, Caltech's airplanes). Score-CAM, Integrated Gradients and occlusion ask the network so often for each map that
+they are scored on --slow pictures. HiResCAM and XGrad-CAM are Grad-CAM, for a head of average pooling and one linear layer (a test holds
+that).
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ def test_paths(run: Any) -> list[Path]:
 
 def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, slow: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of all methods, and what is left of their maps when the classifier is randomised."""
-    from seewhy.cam_quality import MASKED, OUTLINE, REMOVING
-    from seewhy.scoring import sanity_check, score_methods
+    from seewhy.cam_quality import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
+    from seewhy.scoring import AREA, sanity_check, score_methods
 
     parts: list[tuple[list[Path], tuple[str, ...], tuple[str, ...]]] = [
-        (paths, FAST, tuple(MASKED)),
-        (paths[:removed], FAST, tuple(REMOVING)),
+        (paths, FAST, tuple(MASKING_METRICS)),
+        (paths[:removed], FAST, tuple(DELETION_METRICS)),
         (outlined, FAST, ()),
-        (paths[:slow], SLOW, tuple(MASKED | REMOVING)),
+        (paths[:slow], SLOW, tuple(MASKING_METRICS | DELETION_METRICS)),
         (outlined[:slow], SLOW, ()),
     ]
     tables = []
     for pictures, methods, scores in parts:
         if pictures:
             found = score_methods(run, pictures, methods, scores)
-            knowing_nothing = ["random", "centre", "(area)"] if methods == FAST else []
-            tables.append(found[found["score"].isin(scores or list(OUTLINE)) & found["method"].isin([*methods, *knowing_nothing])])
+            baselines = ["random", "centre", AREA] if methods == FAST else []
+            tables.append(found[found["score"].isin(scores or list(LOCALIZATION_METRICS)) & found["method"].isin([*methods, *baselines])])
     if outlined:
         tables.append(fine_scores(run, outlined))
     checks = [sanity_check(run, paths, FAST), *([sanity_check(run, paths[: min(slow, 16)], SLOW, parts=1)] if slow else [])]
@@ -72,8 +73,8 @@ def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
     from seewhy.scoring import score_methods
 
     layers = FINE[run.config.backbone]
-    table = score_methods(run, outlined, ("gradcam",), (), layers, shifts=4).query("method == 'gradcam'")
-    return table.assign(method=f"gradcam, {layers[0] if layers else 'last maps'}, 16 shifts")
+    table = score_methods(run, outlined, ("gradcam",), (), layers, smooth=4).query("method == 'gradcam'")
+    return table.assign(method=f"gradcam, {layers[0] if layers else 'last maps'}, smooth 4")
 
 
 def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
@@ -179,8 +180,8 @@ def trained(data: str, name: str, extra: list[str], place: Path) -> Any:
 def keep(data: str, name: str, table: pd.DataFrame, sanity: pd.DataFrame, accuracy: float, command: str) -> None:
     notes = [
         f"Test accuracy of this network: {accuracy:.1%}. Mean and 95% bootstrap interval over pictures; + higher, - lower is better; "
-        "* beyond random, centre and (area), which know nothing of the picture. Score-CAM, Integrated Gradients and occlusion stand on "
-        "fewer pictures than the head of a column says: see `raw`.",
+        "* beyond random, centre and object area (chance level), which know nothing of the picture. Score-CAM, Integrated "
+        "Gradients and occlusion stand on fewer pictures than the head of a column says: see `raw`.",
         "Last column: mean rank correlation of the maps with those of the same network with a random classifier; 1: the map does not "
         "depend on what the classifier learnt.",
     ]
@@ -220,8 +221,8 @@ def main() -> None:
             table, _ = scores_of(run, paths, paths, 0, 0)
             means = table.set_index(["method", "score"])["mean"]
             _, ratios = costs(["efficientnet_lite0"], 2, ("ablationcam", *SLOW))
-            pointing = {name: round(float(means[name, "pointing"]), 2) for name in (*FAST, "random", "centre")}
-            print(json.dumps({"name": "cam_quality", "ratios": ratios, "pointing": pointing}))
+            pointing = {name: round(float(means[name, "pointing game"]), 2) for name in (*FAST, "random", "centre")}
+            print(json.dumps({"name": "cam_quality", "ratios": ratios, "pointing game": pointing}))
             return
         ratios = {}
         options = f"--pictures {arguments.pictures} --removed {arguments.removed} --slow {arguments.slow}"

@@ -127,7 +127,7 @@ def record(name: str, question: str, entry: dict[str, Any], timed: bool = True) 
 
     timed: times of another processor are kept beside the new ones, not replaced by them.
     """
-    from seewhy.run import hardware, installed_versions
+    from seewhy.saved_run import hardware, installed_versions
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     here = hardware()

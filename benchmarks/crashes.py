@@ -240,11 +240,11 @@ def preload() -> None:
 
     import seewhy.cli
     import seewhy.parity
-    import seewhy.parts
     import seewhy.predict
+    import seewhy.result_store
     import seewhy.workflow
 
-    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.parts, seewhy.predict, seewhy.workflow))
+    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.result_store, seewhy.workflow))
 
 
 if __name__ == "__main__":

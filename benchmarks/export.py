@@ -1,4 +1,4 @@
-"""Does an exported file say what its run says, and what do 8 bits cost?
+"""Does an exported file say what its run says?
 
     python benchmarks/export.py --data-root DIR --weights FILE     Caltech-101, both named backbones, into results.json
     python benchmarks/export.py --quick                            demo pictures, lite0, one JSON line
@@ -17,7 +17,7 @@ from typing import Any
 
 from common import record
 
-KINDS = {"onnx": "ONNX, 32 bits", "int8": "ONNX, 8 bits", "pt2": "torch.export, eager PyTorch"}
+KINDS = {"onnx": "ONNX", "pt2": "torch.export, eager PyTorch"}
 
 
 def main() -> None:
@@ -60,9 +60,7 @@ def main() -> None:
         for kind in KINDS
     }
     if not arguments.quick:
-        notes = [
-            "Caltech-101, seed 0, frozen backbones. A file of 32 bits is not written by `seewhy export` where it differs by more than 1e-4."
-        ]
+        notes = ["Caltech-101, seed 0, frozen backbones. A file is not written by `seewhy export` where it differs by more than 1e-4."]
         command = "python benchmarks/export.py --data-root DIR --weights FILE"
         record("export", "Exported files beside their runs", {"rows": rows, "raw": raw, "notes": notes, "command": command})
     print(json.dumps({"name": "export", "ratios": ratios}))

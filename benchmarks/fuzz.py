@@ -47,10 +47,11 @@ def small_run() -> Any:
     """A run with random weights, made without training."""
     from dataclasses import replace
 
+    from seewhy.api import Run
     from seewhy.backbones import create_backbone
     from seewhy.config import make_config
     from seewhy.cutting import cut_backbone
-    from seewhy.run import Run, make_manifest
+    from seewhy.saved_run import make_manifest
 
     backbone = create_backbone("test_resnet.r160_in1k", 3, weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=64))

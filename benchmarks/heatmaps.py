@@ -32,7 +32,8 @@ def enlarge(maps: Tensor) -> Tensor:
 
 def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dict[str, Callable[[], Any]]:
     """Our candidates, by row."""
-    from seewhy.attribution import FeatureMaps, all_class_maps, maps_of_features
+    from seewhy.attribution import FeatureMaps, maps_of_features
+    from seewhy.cam import gradcam_all_classes
     from seewhy.engines import make_engine
 
     forward = make_engine(FeatureMaps(model), preprocessing, len(squares), engine)
@@ -44,6 +45,11 @@ def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dic
         maps, _, _ = maps_of_features(model, features(), method)
         return enlarge(maps[:, None])
 
+    def all_classes() -> tuple[Tensor, Tensor]:
+        maps = features()
+        with torch.inference_mode():
+            return model.forward_head(maps), gradcam_all_classes(model.get_classifier().weight, maps)  # type: ignore[operator]  # timm's
+
     def forward_alone() -> Tensor:
         with torch.inference_mode():
             logits: Tensor = model.forward_head(features())  # type: ignore[operator]  # timm's
@@ -53,8 +59,7 @@ def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dic
         "forward alone": forward_alone,
         "gradcam, 1 class": lambda: one_class("gradcam"),
         "gradcam++, 1 class": lambda: one_class("gradcam++"),
-        "gradcam, all classes": lambda: all_class_maps(model, features(), "gradcam"),
-        "gradcam++, all classes": lambda: all_class_maps(model, features(), "gradcam++"),
+        "gradcam, all classes": all_classes,
     }
 
 
@@ -111,8 +116,8 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, flo
         candidates[f"torch-cam | {row}"] = torchcam_peer(fresh(), LAYERS[name], pictures, method)
         if method == "gradcam":
             candidates[f"captum | {row}"] = captum_peer(fresh(), LAYERS[name], pictures)
-        candidates[f"seewhy | {method}, all classes"] = onnx[f"{method}, all classes"]
-        candidates[f"seewhy, eager | {method}, all classes"] = eager[f"{method}, all classes"]
+            candidates[f"seewhy | {method}, all classes"] = onnx[f"{method}, all classes"]
+            candidates[f"seewhy, eager | {method}, all classes"] = eager[f"{method}, all classes"]
     candidates["seewhy | forward alone"] = onnx["forward alone"]
     candidates["seewhy, eager | forward alone"] = eager["forward alone"]
     seconds = interleave(candidates, rounds)
@@ -123,8 +128,8 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, flo
         for peer in ("pytorch-grad-cam", "torch-cam", "captum"):
             if f"{peer} | {row}" in seconds:
                 ratios[f"{peer} {method} {name}"] = ratio(seconds, f"{peer} | {row}", f"seewhy | {row}")
-        # Above 1 would mean faster than the forward pass alone; the goal is at least 1 / 1.05.
-        ratios[f"forward alone, all classes {method} {name}"] = ratio(seconds, "seewhy | forward alone", f"seewhy | {method}, all classes")
+    # Above 1 would mean faster than the forward pass alone; the goal is at least 1 / 1.05.
+    ratios[f"forward alone, all classes gradcam {name}"] = ratio(seconds, "seewhy | forward alone", "seewhy | gradcam, all classes")
     rows = []
     for candidate in candidates:
         library, row = candidate.split(" | ")

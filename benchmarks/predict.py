@@ -32,9 +32,10 @@ CLASSES = 101
 
 def saved_run(name: str, folder: Path) -> Any:
     """A run of random or package weights, saved and loaded as a trained one would be."""
+    from seewhy.api import load
     from seewhy.backbones import create_backbone
     from seewhy.config import make_config
-    from seewhy.run import finish, load, make_manifest, save_weights
+    from seewhy.saved_run import finish, make_manifest, save_weights
 
     backbone = create_backbone(name, CLASSES, BACKBONES[name])
     work = folder / f".{name}"

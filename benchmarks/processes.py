@@ -4,27 +4,25 @@
     python benchmarks/processes.py --quick                                            demo pictures, one JSON line
 
 The same training as one process with all cores, and as two processes (gloo) with half of them each, in turn, each from an empty cache with
-the exported network and the record of checked pictures at hand: what is measured is features and fit. On one machine nothing can be won by
-that; what it takes longer is what the engine costs. The figures stand in RESULTS.md.
+the exported network and the record of checked images at hand: what is measured is features and fit. One machine gains nothing by that; what
+it takes longer is the overhead of data parallelism. The second network has random weights and LayerNorm, since several processes on CPUs do
+not train BatchNorm. The figures stand in RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from common import measure, record, seewhy
 from growth import repeat_pictures
 
-WAYS = {"efficientnet_lite0, --unfreeze 0": ("efficientnet_lite0", "0"), "efficientnet_lite0, --unfreeze 1": ("efficientnet_lite0", "1")}
-NUMBERS, SUMS = 3 * 672, 1000
+WAYS = {"efficientnet_lite0, --unfreeze 0": ("efficientnet_lite0", "0"), "convnext_atto, --unfreeze 1": ("convnext_atto", "1")}
 STAGES = ("features", "fit", "evaluation")
 
 
@@ -46,43 +44,6 @@ def compare(arguments: list[str], rounds: int) -> dict[int, list[dict[str, float
                 if turn:
                     rows.append(row)
     return found
-
-
-def _sums(rank: int, place: str, nearby: bool) -> None:
-    """One of two processes: milliseconds that a sum adds to the work beside it, mean of SUMS, into a file by the first."""
-    import torch
-
-    from seewhy import world
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet-{nearby}", rank=rank, world_size=2)
-    if nearby:
-        world.share_memory()
-    square = torch.randn(300, 300)
-    took = {True: 0.0, False: 0.0}
-    for turn in range(20):  # A B A B
-        world.wait()
-        began = time.perf_counter()
-        for _ in range(SUMS // 10):
-            square @ square @ square  # the work between two sums of a step
-            if turn % 2:
-                world.summed(torch.ones(NUMBERS))
-        took[bool(turn % 2)] += time.perf_counter() - began
-    if rank == 0:
-        Path(place, f"ms-{nearby}").write_text(str(1000 * (took[True] - took[False]) / SUMS))
-    torch.distributed.destroy_process_group()
-
-
-def sum_ms(nearby: bool) -> float:
-    """Of NUMBERS numbers over two processes, as a BatchNorm of 672 channels needs it twice a step."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as place:
-        both = [context.Process(target=_sums, args=(rank, place, nearby)) for rank in range(2)]
-        for process in both:
-            process.start()
-        for process in both:
-            process.join()
-        return float(Path(place, f"ms-{nearby}").read_text())
 
 
 def main() -> None:
@@ -107,7 +68,7 @@ def ask(folder: str, arguments: argparse.Namespace) -> None:
     rows, raw = [], {}
     for label, (backbone, unfreeze) in list(WAYS.items())[: 1 if arguments.quick else None]:
         options = ["--backbone", backbone, "--unfreeze", unfreeze, "--views", "1", "--group-by", "exact"]
-        options += ["--epochs", str(arguments.epochs)] if unfreeze != "0" else []
+        options += ["--epochs", str(arguments.epochs), "--weights", "none"] if unfreeze != "0" else []
         found = compare([folder, *options], 1 if arguments.quick else arguments.rounds)
         raw[label] = found
         for name in (*STAGES, "whole command"):
@@ -137,8 +98,6 @@ def ask(folder: str, arguments: argparse.Namespace) -> None:
             "A B A B; medians, and the median of the rounds' ratios.",
             "Two processes with a core each against one with two; the whole command has the start of Python and PyTorch in it, for two "
             "processes twice at once.",
-            f"A sum of {NUMBERS:,} numbers over two processes, a millisecond of work before each: {sum_ms(False):.2f} ms by gloo, "
-            f"{sum_ms(True):.3f} ms over shared memory (means of {SUMS:,}); a step of the second training has 32.",
             f"Cores: {os.cpu_count()}. On GPUs and several machines: not measured; none were at hand.",
         ]
         command = f"python benchmarks/processes.py --pictures {arguments.pictures} --rounds {arguments.rounds} --epochs {arguments.epochs}"

@@ -150,7 +150,7 @@ def peer(run_folder: str) -> None:
     import uvicorn
     from PIL import Image
 
-    from seewhy.run import load as load_run
+    from seewhy.api import load as load_run
 
     run = load_run(run_folder)
     model = timm.create_model(run.backbone.timm_name, num_classes=len(run.classes)).eval()

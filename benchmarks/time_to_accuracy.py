@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
     arguments = parser.parse_args()
     from seewhy.images import open_images
-    from seewhy.run import hardware
+    from seewhy.saved_run import hardware
     from seewhy.split import split_images
 
     extra = [

@@ -52,12 +52,12 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
 
 def flips_found(vectors: Any, labels: Any, groups: Any, seed: int) -> tuple[float, float]:
     """Share of the flipped labels among as many first places: by log-odds, and by margin."""
-    from seewhy.labels import doubt_labels, flipped, out_of_fold
+    from seewhy.labels import out_of_fold, rank_label_issues, with_label_noise
 
-    moved, wrong = flipped(labels, SHARE, seed)
+    moved, wrong = with_label_noise(labels, SHARE, seed)
     log_probs = out_of_fold(vectors, moved, groups)
     first = int(wrong.sum())
-    by_odds = wrong[doubt_labels(moved, log_probs).order[:first]].mean()
+    by_odds = wrong[rank_label_issues(moved, log_probs).order[:first]].mean()
     probs = np.exp(log_probs)
     own = probs[np.arange(len(moved)), moved]
     probs[np.arange(len(moved)), moved] = -1

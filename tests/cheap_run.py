@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from seewhy.api import Run
 from seewhy.backbones import create_backbone
 from seewhy.config import make_config
 from seewhy.cutting import cut_backbone
-from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from cheap_run import cheap_run
 from PIL import Image
 
-from seewhy.run import Run, finish, load, make_manifest, save_weights
+from seewhy.api import Run, load
+from seewhy.saved_run import finish, make_manifest, save_weights
 
 
 def saved_cheap_run(folder: Path, **options: object) -> Run:

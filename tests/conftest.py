@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image
 
 if TYPE_CHECKING:
-    from seewhy.run import Run
+    from seewhy.api import Run
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -52,7 +52,7 @@ def test_faults_are_found(audit: Audit) -> None:
     doubtful = audit.labels_table().head(6)
     moved = doubtful[doubtful["path"].str.endswith("a-car.jpg")]
     assert moved[["label", "suggested"]].to_numpy().tolist() == [["tree", "car"]]
-    assert any("dark.jpg" in path for path in audit.looks.query("look == 'dark'")["path"])
+    assert any("dark.jpg" in path for path in audit.image_issues.query("issue == 'dark'")["path"])
 
 
 def test_files_say_the_same(audit: Audit, tmp_path: Path) -> None:

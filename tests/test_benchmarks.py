@@ -57,7 +57,7 @@ def test_results_are_rendered_in_the_order_of_their_columns() -> None:
     assert "`python benchmarks/x.py`, 2026-01-01, Some, 2 cores, 4.0 GB, GPU: none" in text
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
+@pytest.mark.parametrize("file", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem not in ("common", "ood_scores")))
 def test_every_benchmark_has_a_quick_answer(file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Run as `python benchmarks/FILE --help` runs it, but in this process, which has imported the large packages already."""
     text = (BENCHMARKS / file).read_text()
@@ -75,7 +75,7 @@ def test_times_of_another_processor_are_kept(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(common, "FOLDER", tmp_path)
     entry = {"rows": [{"pictures/s": 1}], "command": "python x.py"}
     for cpu, speed in (("Slow", 1), ("Fast", 2), ("Fast", 3), ("Slow", 4)):
-        monkeypatch.setattr("seewhy.run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
+        monkeypatch.setattr("seewhy.saved_run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
         common.record("x", "How fast?", {**entry, "rows": [{"pictures/s": speed}]})
     kept = {name: entry["rows"][0]["pictures/s"] for name, entry in json.loads(common.RESULTS.read_text()).items()}
     assert kept == {"x": 4, "x | Fast": 3}

@@ -80,9 +80,9 @@ def test_risk_coverage_by_hand() -> None:
 @given(wrong=st.integers(0, 20), more=st.integers(1, 200))
 def test_bound_is_the_risk_at_which_so_few_errors_become_rare(wrong: int, more: int) -> None:
     n = wrong + more
-    bound = calibration.risk_bound(wrong, n, 0.9)
+    bound = calibration.clopper_pearson_upper(wrong, n, 0.9)
     assert binom.cdf(wrong, n, bound) == pytest.approx(0.1, abs=1e-9)
-    assert calibration.risk_bound(n, n) == 1.0
+    assert calibration.clopper_pearson_upper(n, n) == 1.0
 
 
 def test_threshold_holds_on_new_pictures() -> None:
@@ -93,7 +93,7 @@ def test_threshold_holds_on_new_pictures() -> None:
         threshold = calibration.threshold_for(*answers(*drawn(seed, 600)), 0.9)
         if threshold is None:
             continue
-        coverage, right = calibration.answered_at(*new, threshold)
+        coverage, right = calibration.selective_accuracy(*new, threshold)
         missed += right < 0.9
         coverages.append(coverage)
     assert missed <= 6
@@ -104,7 +104,7 @@ def test_threshold_holds_on_new_pictures() -> None:
 def test_no_threshold_where_the_wish_cannot_be_met() -> None:
     found = answers(*drawn(0, 30))
     assert calibration.threshold_for(*found, 0.999) is None
-    share, right = calibration.answered_at(*found, 1.1)
+    share, right = calibration.selective_accuracy(*found, 1.1)
     assert share == 0
     assert math.isnan(right)
 

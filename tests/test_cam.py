@@ -22,7 +22,7 @@ def test_gradcam_by_hand() -> None:
     weights = cam.gradcam_weights(ACTIVATIONS, GRADIENTS)
     # (0.5 - 1 + 0 + 1) / 4 and (2 - 2 + 1 + 0) / 4
     np.testing.assert_allclose(weights.numpy(), [[[[0.125]], [[0.25]]]], rtol=1e-15)
-    np.testing.assert_allclose(cam.combine(ACTIVATIONS, weights).numpy(), [[[0.125, 0.5], [0.625, 0.5]]], rtol=1e-15)
+    np.testing.assert_allclose(cam.weighted_map(ACTIVATIONS, weights).numpy(), [[[0.125, 0.5], [0.625, 0.5]]], rtol=1e-15)
 
 
 def test_gradcam_plus_plus_by_hand() -> None:
@@ -32,18 +32,18 @@ def test_gradcam_plus_plus_by_hand() -> None:
     first, second = 1 / 14 + 1 / 12, 1 / 3 + 1 / 4
     np.testing.assert_allclose(weights.numpy(), [[[[first]], [[second]]]], rtol=1e-15)
     expected = [[[13 / 84, 75 / 84], [88 / 84, 52 / 84]]]
-    np.testing.assert_allclose(cam.combine(ACTIVATIONS, weights).numpy(), expected, rtol=1e-14)
+    np.testing.assert_allclose(cam.weighted_map(ACTIVATIONS, weights).numpy(), expected, rtol=1e-14)
 
 
 def test_hirescam_and_layercam_by_hand() -> None:
     # place by place: 1 * 0.5 + 0 * 2, 2 * -1 + 1 * -2, 3 * 0 + 1 * 1, 4 * 1 + 0 * 0; LayerCAM without the negative gradients
-    hires = cam.combine(ACTIVATIONS, cam.hirescam_weights(ACTIVATIONS, GRADIENTS))
+    hires = cam.weighted_map(ACTIVATIONS, cam.hirescam_weights(ACTIVATIONS, GRADIENTS))
     np.testing.assert_allclose(hires.numpy(), [[[0.5, 0.0], [1.0, 4.0]]], rtol=1e-15)
-    layer = cam.combine(ACTIVATIONS, cam.layercam_weights(ACTIVATIONS, GRADIENTS))
+    layer = cam.weighted_map(ACTIVATIONS, cam.layercam_weights(ACTIVATIONS, GRADIENTS))
     np.testing.assert_allclose(layer.numpy(), [[[0.5, 0.0], [1.0, 4.0]]], rtol=1e-15)
     mixed = torch.tensor([[[[1.0]], [[1.0]]]]), torch.tensor([[[[2.0]], [[-1.5]]]])
-    assert cam.combine(mixed[0], cam.hirescam_weights(*mixed)).item() == 0.5
-    assert cam.combine(mixed[0], cam.layercam_weights(*mixed)).item() == 2.0
+    assert cam.weighted_map(mixed[0], cam.hirescam_weights(*mixed)).item() == 0.5
+    assert cam.weighted_map(mixed[0], cam.layercam_weights(*mixed)).item() == 2.0
 
 
 def test_xgradcam_by_hand() -> None:
@@ -60,13 +60,13 @@ def test_eigencam_by_hand() -> None:
     for sign in (1, -1):
         weights = cam.eigencam_weights(sign * activations, activations)
         np.testing.assert_allclose(weights.numpy(), [[[[sign]], [[0]]]], atol=1e-15)
-        np.testing.assert_allclose(cam.combine(sign * activations, weights).numpy(), [[[3, 0]]], atol=1e-15)
+        np.testing.assert_allclose(cam.weighted_map(sign * activations, weights).numpy(), [[[3, 0]]], atol=1e-15)
     # Both channels alike: the paper's direction is their sum, (1, 1) / sqrt 2; centred, as pytorch-grad-cam does, it would
     # be the same direction with the mean taken away, and half the map negative.
     alike = torch.tensor([[[[1.0, 3.0]], [[1.0, 3.0]]]], dtype=torch.float64)
     weights = cam.eigencam_weights(alike, alike)
     np.testing.assert_allclose(weights.numpy().ravel(), [0.5**0.5] * 2, rtol=1e-12)
-    np.testing.assert_allclose(cam.combine(alike, weights).numpy(), [[[2**0.5, 3 * 2**0.5]]], rtol=1e-12)
+    np.testing.assert_allclose(cam.weighted_map(alike, weights).numpy(), [[[2**0.5, 3 * 2**0.5]]], rtol=1e-12)
 
 
 def test_ablationcam_by_hand() -> None:
@@ -98,8 +98,8 @@ def test_scorecam_by_hand() -> None:
 
 def test_negative_weights_take_away_and_the_map_stops_at_zero() -> None:
     weights = torch.tensor([1.0, -2.0], dtype=torch.float64).reshape(1, 2, 1, 1)
-    np.testing.assert_allclose(cam.combine(ACTIVATIONS, weights).numpy(), [[[1.0, 0.0], [1.0, 4.0]]])
-    assert cam.combine(ACTIVATIONS, -weights.abs()).abs().max() == 0
+    np.testing.assert_allclose(cam.weighted_map(ACTIVATIONS, weights).numpy(), [[[1.0, 0.0], [1.0, 4.0]]])
+    assert cam.weighted_map(ACTIVATIONS, -weights.abs()).abs().max() == 0
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
@@ -144,7 +144,7 @@ def test_gradcam_plus_plus_where_the_denominator_vanishes() -> None:
 @pytest.mark.parametrize("method", sorted(set(cam.METHODS) - {"eigencam"}))  # which has no use for gradients
 def test_gradients_of_zero_give_zeros_and_no_nan(method: str) -> None:
     activations = torch.rand(2, 3, 4, 4)
-    maps = cam.combine(activations, cam.METHODS[method](activations, torch.zeros_like(activations)))
+    maps = cam.weighted_map(activations, cam.METHODS[method](activations, torch.zeros_like(activations)))
     assert maps.shape == (2, 4, 4)
     assert (maps == 0).all()
 
@@ -158,35 +158,12 @@ def test_scale_to_one_divides_by_each_maximum_and_leaves_zeros() -> None:
 # ---------------------------------------------------------------- all classes
 
 
-def places(*sums: float) -> Tensor:
-    """(1, K, 4) features with the given sums."""
-    return torch.tensor(sums)[None, :, None].expand(-1, -1, 4) / 4
-
-
-def test_all_class_weights_of_gradcam_plus_plus_by_hand() -> None:
-    # One picture, two channels with sum(A) = 4 and 0 over 4 places; W = 2, -1 for class 0 and 0, 4 for class 1.
+def test_gradcam_of_all_classes_by_hand() -> None:
     weight = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
-    # relu(W) / (2 + sum(A) W / 4): 2 / (2 + 2) = 0.5, 0; 0, 4 / 2 = 2.
-    assert cam.gradcam_plus_plus_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 2.0]]]
-
-
-def test_all_class_weights_survive_a_vanishing_denominator() -> None:
-    # sum(A) = -4 over 4 places and W = 2: 2 - 2 = 0, where alpha is 0 by definition.
-    found = cam.gradcam_plus_plus_all_weights(torch.tensor([[2.0], [1.0]]), places(-4.0))
-    assert found.tolist() == [[[0.0], [1.0]]]
-
-
-def test_all_class_weights_by_hand() -> None:
-    weight = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
-    assert cam.gradcam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, -0.25], [0.0, 1.0]]]
-    assert cam.xgradcam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
-    assert cam.layercam_all_weights(weight, places(4.0, 0.0)).tolist() == [[[0.5, 0.0], [0.0, 1.0]]]
-    # All of the features lie along (3, 4) / 5, whichever the class.
-    np.testing.assert_allclose(cam.eigencam_all_weights(weight, places(3.0, 4.0)).numpy(), [[[0.6, 0.8], [0.6, 0.8]]], rtol=1e-6)
-
-
-def test_every_method_has_a_form_for_all_classes() -> None:
-    assert cam.ALL_CLASSES.keys() == cam.METHODS.keys()
+    features = torch.tensor([[[[1.0, 3.0]], [[2.0, 0.0]]]])  # one image, two channels, two places
+    # relu(W A / 2): class 0: (2 1 - 2) / 2, (2 3 - 0) / 2; class 1: 4 2 / 2, 0.
+    assert cam.gradcam_all_classes(weight, features).tolist() == [[[[0.0, 3.0]], [[4.0, 0.0]]]]
+    assert cam.gradcam_all_classes(-weight, features).tolist() == [[[[0.0, 0.0]], [[0.0, 0.0]]]]
 
 
 # ---------------------------------------------------------------- several layers, broken numbers
@@ -200,4 +177,4 @@ def test_fused_maps_by_hand() -> None:
 
 def test_a_map_with_a_nan_or_an_infinity_becomes_zeros() -> None:
     maps = torch.tensor([[[1.0, 2.0]], [[float("nan"), 1.0]], [[float("inf"), 1.0]]])
-    assert cam.only_finite(maps).tolist() == [[[1.0, 2.0]], [[0.0, 0.0]], [[0.0, 0.0]]]
+    assert cam.zero_nonfinite(maps).tolist() == [[[1.0, 2.0]], [[0.0, 0.0]], [[0.0, 0.0]]]

@@ -39,7 +39,7 @@ BOTTOM = TOP.flip(1)
 def test_drop_and_increase_by_hand() -> None:
     whole, masked = torch.tensor([0.8, 0.8, 0.5, 0.2]), torch.tensor([0.6, 0.8, 0.0, 0.9])
     np.testing.assert_allclose(quality.average_drop(whole, masked).numpy(), [0.25, 0, 1, 0], atol=1e-7)
-    assert quality.increase(whole, masked).tolist() == [0, 0, 0, 1]  # not where it is just as probable
+    assert quality.confidence_increase(whole, masked).tolist() == [0, 0, 0, 1]  # not where it is just as probable
     assert quality.class_probabilities(top_row_answer, 0.8 * WHITE * TOP, torch.tensor([1])).item() == pytest.approx(0.2)
 
 
@@ -60,8 +60,8 @@ def test_insertion_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pointing_and_energy_by_hand() -> None:
     maps = torch.tensor([[[0.0, 1.0], [0.5, 0.5]], [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
     masks = torch.tensor([[[False, True], [False, True]], [[True, False], [True, False]], [[True, True], [True, True]]])
-    assert quality.peak_on_object(maps, masks).tolist() == [1.0, 0.5, 0.0]
-    assert quality.energy_inside(maps, masks).tolist() == [0.75, 0.5, 0.0]
+    assert quality.strict_pointing_game(maps, masks).tolist() == [1.0, 0.5, 0.0]
+    assert quality.energy_pointing_game(maps, masks).tolist() == [0.75, 0.5, 0.0]
 
 
 def test_the_pointing_game_has_its_margin() -> None:
@@ -72,9 +72,9 @@ def test_the_pointing_game_has_its_margin() -> None:
     maps = torch.zeros(len(peaks), 100, 100)
     for n, (y, x) in enumerate(peaks):
         maps[n, y, x] = 1
-    assert quality.pointing(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 1, 0, 1, 0]
-    assert quality.peak_on_object(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 0, 0, 0, 0]
-    assert quality.pointing(maps[:1], torch.zeros(1, 100, 100, dtype=torch.bool)).tolist() == [0]  # no object, no hit
+    assert quality.pointing_game(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 1, 0, 1, 0]
+    assert quality.strict_pointing_game(maps, mask.expand(len(peaks), -1, -1)).tolist() == [1, 0, 0, 0, 0]
+    assert quality.pointing_game(maps[:1], torch.zeros(1, 100, 100, dtype=torch.bool)).tolist() == [0]  # no object, no hit
 
 
 def test_imputing_by_hand() -> None:
@@ -142,7 +142,7 @@ def test_drop_and_increase_are_torch_cams(scene: Any) -> None:
     theirs = metric.summary()
     whole, masked = (quality.class_probabilities(answer, seen, targets) for seen in (pictures, pictures * maps[:, None]))
     assert quality.average_drop(whole, masked).mean().item() == pytest.approx(theirs["avg_drop"], rel=1e-4)
-    assert quality.increase(whole, masked).mean().item() == pytest.approx(theirs["conf_increase"], rel=1e-4)
+    assert quality.confidence_increase(whole, masked).mean().item() == pytest.approx(theirs["conf_increase"], rel=1e-4)
 
 
 def test_deletion_and_insertion_are_torch_cams(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_map_of_zeros_is_scored_too() -> None:
     pictures, maps = torch.ones(1, 3, 16, 16), torch.zeros(1, 16, 16)
     whole, masked = (quality.class_probabilities(top_row_answer, seen, FIRST) for seen in (pictures, pictures * maps[:, None]))
     for name, score in quality.QUALITY.items():
-        values = score.of(whole, masked) if name in quality.MASKED else score.of(top_row_answer, pictures, FIRST, maps)
+        values = score.of(whole, masked) if name in quality.MASKING_METRICS else score.of(top_row_answer, pictures, FIRST, maps)
         assert values.shape == (1,), name
         assert values.isfinite().all(), name
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from seewhy import cli
+from seewhy.api import Run
 from seewhy.config import TrainConfig
-from seewhy.run import Run
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -171,30 +171,35 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_explain_scores_and_compares_with_baselines(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
-    status, out, _ = call("explain", demo_run.path, boats[0], "--score", "--method", "gradcam", "--out", tmp_path / "scores", "--json")
+    status, out, _ = call("explain", demo_run.path, boats[0], "--evaluate", "--method", "gradcam", "--out", tmp_path / "scores", "--json")
     assert status == 0
     answer = json.loads(out)
     rows = answer["scores"]
     assert answer["sanity"][0]["randomised_to"] == "classifier"
-    assert {row["method"] for row in rows} == {"gradcam", "random", "centre", "(area)"}  # the demo set knows its outlines
+    assert {row["method"] for row in rows} == {
+        "gradcam",
+        "random",
+        "centre",
+        "object area (chance level)",
+    }  # the demo set knows its outlines
     assert {row["score"] for row in rows} >= {
         "average drop",
-        "increase",
+        "confidence increase",
         "deletion AUC",
         "insertion AUC",
         "ROAD",
-        "pointing",
-        "energy inside",
+        "pointing game",
+        "energy-based pointing game",
     }
     assert all(row["low"] <= row["mean"] <= row["high"] for row in rows)
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["sanity.csv", "scores.csv", "scores.png"]
-    status, out, _ = call("explain", demo_run.path, boats[0], "--score", "--out", tmp_path / "scores")
+    status, out, _ = call("explain", demo_run.path, boats[0], "--evaluate", "--out", tmp_path / "scores")
     assert status == 0
     assert "gradcam" in out
     assert "ROAD +" in out
     assert "randomised" in out
-    assert_one_line(call("explain", demo_run.path, boats[0], "--score", "--method", "gradcam--"), "gradcam--", "gradcam++")
-    assert_one_line(call("explain", demo_run.path, boats[0], "--score", "--target", "boat"), "--target", "leave")
+    assert_one_line(call("explain", demo_run.path, boats[0], "--evaluate", "--method", "gradcam--"), "gradcam--", "gradcam++")
+    assert_one_line(call("explain", demo_run.path, boats[0], "--evaluate", "--target", "boat"), "--target", "leave")
 
 
 def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 import seewhy
+from seewhy.api import Run
 from seewhy.compare import compare_runs, differences, repeat, spread
 from seewhy.config import make_config
 from seewhy.errors import ConfigError, OutputError, RunError
-from seewhy.run import Run
 
 
 @pytest.mark.usefixtures("without_report")

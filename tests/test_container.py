@@ -95,7 +95,7 @@ def test_both_images_run_as_nobody_special() -> None:
         (user,) = every(instructions, "USER")
         assert any(f"useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin {user}" in run for run in every(instructions, "RUN"))
         assert [word for word, _ in instructions].index("USER") > max(n for n, (word, _) in enumerate(instructions) if word == "RUN")
-    assert '".[mlflow]"' in "".join(every(stages()["train"], "RUN"))
+    assert '".[serve,search,audit,tensorboard,mlflow]"' in "".join(every(stages()["train"], "RUN"))
 
 
 def test_commands_are_seewhy_s() -> None:

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from seewhy.api import Run
 from seewhy.corruptions import CORRUPTIONS, corrupt
 from seewhy.errors import ConfigError
 from seewhy.images import open_images
 from seewhy.metrics import wilson_interval
 from seewhy.robustness import robustness, run_robustness, save_robustness, slices
-from seewhy.run import Run
 from seewhy.split import read_split
 
 

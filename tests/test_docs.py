@@ -27,7 +27,7 @@ from seewhy.cam import ALL_METHODS
 from seewhy.cam_quality import OUTLINE, QUALITY
 from seewhy.config import RECIPES, TrainConfig
 from seewhy.corruptions import CORRUPTIONS
-from seewhy.run import Run
+from seewhy.api import Run
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -200,7 +200,7 @@ def test_every_file_of_a_run_is_described(demo_run: Run) -> None:
     assert demo_run.path is not None
     names = {str(path.relative_to(demo_run.path)) for path in demo_run.path.rglob("*") if path.is_file()}
     names = {"tensorboard/" if name.startswith("tensorboard/") else name for name in names} - {"model.onnx"}
-    assert names | {"mlflow.json"} == set(rows("run-files"))
+    assert names | {"mlflow.json", "tensorboard/"} == set(rows("run-files"))
 
 
 def test_inputs_outputs_and_metadata_of_an_exported_file_are_described(demo_onnx: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import seewhy
-from seewhy.run import Run
+from seewhy.api import Run
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("Leopards", "accordion", "dollar_bill", "grand_piano", "sunflower", "watch")
@@ -107,10 +106,15 @@ def test_predict_script_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_tour_runs(tmp_path: Path) -> None:
-    """Executes notebooks/tour.ipynb in an empty folder; a cell that raises fails the test."""
+    """Executes notebooks/tour.ipynb in an empty folder; a cell that raises fails the test, and so does a figure that is not shown."""
     shutil.copy(REPOSITORY / "notebooks" / "tour.ipynb", tmp_path)
     notebook = nbformat.read(tmp_path / "tour.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    assert "test accuracy" in outputs
-    assert "image/png" in outputs
+    outputs = {n: cell.get("outputs", []) for n, cell in enumerate(notebook.cells)}
+    kinds = {n: {kind for output in held for kind in output.get("data", {})} for n, held in outputs.items()}
+    assert [n for n in kinds if "image/png" in kinds[n]] == [n for n in kinds if "plt.show" in notebook.cells[n].source] == [3, 6, 12]
+    assert [n for n in kinds if "text/html" in kinds[n]] == [8, 10]  # tables
+    texts = {n: "".join(output.get("text", "") for output in held) for n, held in outputs.items()}
+    assert "test accuracy" in texts[8]
+    for line in ("640 pictures, 8 classes", "epochs, best ", "test accuracy"):  # what the stages of `train` say as they end
+        assert line in texts[5]

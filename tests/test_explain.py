@@ -13,13 +13,13 @@ from cheap_run import CLASSES, cheap_run
 from PIL import Image
 from torch import Tensor, nn
 
+from seewhy.api import Run
 from seewhy.backbones import Backbone
 from seewhy.config import make_config
 from seewhy.cutting import Cut
 from seewhy.errors import ConfigError, DataError, ImageError, OutputError
-from seewhy.explain import class_index, explain, view_for_people
+from seewhy.explain import class_index, display_view, explain
 from seewhy.predict import predict
-from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 
 COLOURS = ("red", "green", "blue")
@@ -137,8 +137,8 @@ def test_each_picture_may_have_a_class_of_its_own(tmp_path: Path, monkeypatch: p
     explanation = explain(colour_run(), [tmp_path], "gradcam", target=names)
     assert [COLOURS[target] for target in explanation.targets] == names
     assert explanation.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]  # evidence where the picture has that colour
-    against = explain(colour_run(), [tmp_path], "hirescam", target=names, against=["red", "red", "red", "blue", "blue"])
-    assert against.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]
+    contrasted = explain(colour_run(), [tmp_path], "hirescam", target=names, contrast=["red", "red", "red", "blue", "blue"])
+    assert contrasted.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]
     with pytest.raises(ConfigError, match="2 classes for 5 pictures; name one class, or one a picture"):
         explain(colour_run(), [tmp_path], target=["red", "blue"])
 
@@ -192,7 +192,7 @@ def test_overlay_keeps_the_proportions_of_the_picture(left_red_right_blue: Path)
 
 
 def test_overlay_of_a_crop_shows_the_centre(left_red_right_blue: Path) -> None:
-    shown = view_for_people(left_red_right_blue, replace(PREPROCESSING, resize="crop"), long_side=80)
+    shown = display_view(left_red_right_blue, replace(PREPROCESSING, resize="crop"), long_side=80)
     np.testing.assert_array_equal(shown, np.asarray(Image.open(left_red_right_blue))[:, 80:160])
 
 
@@ -289,7 +289,7 @@ def test_flip_explains_the_class_of_the_mean_also_where_a_direction_says_another
 
 def test_against_takes_the_other_class_away(left_red_right_blue: Path) -> None:
     run = colour_run()
-    red, not_blue = (explain(run, [left_red_right_blue], "gradcam", "red", against).maps[0] for against in (None, "blue"))
+    red, not_blue = (explain(run, [left_red_right_blue], "gradcam", "red", contrast).maps[0] for contrast in (None, "blue"))
     assert red[0, 3] > 0  # the dark middle is a little red,
     assert not_blue[0, 3] == 0  # and as blue as it is red
     assert not_blue[0, 0] == 1
@@ -297,7 +297,7 @@ def test_against_takes_the_other_class_away(left_red_right_blue: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"layers": ["layr4"]}, "unknown layer 'layr4'"), ({"against": "purple"}, "unknown class")]
+    ("options", "message"), [({"layers": ["layr4"]}, "unknown layer 'layr4'"), ({"contrast": "purple"}, "unknown class")]
 )
 def test_unknown_layer_or_other_class_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from cheap_run import CLASSES, cheap_run
 
+from seewhy.api import Run
 from seewhy.errors import OutputError
 from seewhy.export import export_state_dict
-from seewhy.run import Run
 
 
 @pytest.fixture(scope="module")

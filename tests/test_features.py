@@ -198,8 +198,9 @@ def test_features_that_a_shared_disk_shows_late_are_waited_for(
     looks: int | None, pictures: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """looks: until all rows are seen after they were computed; None: the other machine has a cache of its own."""
-    for name, value in {"size": lambda: 2, "leads": lambda: True, "wait": lambda: None, "total": float, "share": list}.items():
-        monkeypatch.setattr(features.world, name, value)
+    two_processes = {"world_size": lambda: 2, "barrier": lambda: None, "all_reduce_scalar": float, "shard": list}
+    for name, value in two_processes.items():
+        monkeypatch.setattr(features.distributed, name, value)
     real, found, slept = FeatureStore.find, list[int](), list[float]()
 
     def find(store: FeatureStore, wanted: Any) -> Any:

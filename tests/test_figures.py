@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from seewhy import figures
+from seewhy.heat import overlay_heatmap
 
 HISTORY = [
     {"epoch": e, "train_loss": 2.0 / e, "val_loss": 2.2 / e, "train_accuracy": 0.1 * e, "val_accuracy": 0.09 * e} for e in range(1, 6)
@@ -146,46 +147,7 @@ def test_confusion_carries_names_and_counts_while_they_fit(drawn: list[Figure], 
     assert ("number in alphabetical order" in axis.get_xlabel()) == (labels == 0)
 
 
-# ---------------------------------------------------------------- overlays
-
-
-def test_map_of_zeros_leaves_no_glow() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
-    overlay = figures.overlay_heatmap(picture, np.zeros((3, 4), np.float32))
-    expected = (0.55 * picture + 0.25 * picture.mean(axis=2, keepdims=True)).round()
-    np.testing.assert_allclose(overlay, expected, atol=1)
-    assert overlay.dtype == np.uint8
-
-
-def test_hot_place_is_warmer_and_brighter_than_the_rest() -> None:
-    picture = np.full((70, 70, 3), 90, np.uint8)
-    heatmap = np.zeros((7, 7), np.float32)
-    heatmap[1, 5] = 1
-    overlay = figures.overlay_heatmap(picture, heatmap).astype(int)
-    warmth = overlay[..., 0] - overlay[..., 2]
-    row, column = np.unravel_index(warmth.argmax(), warmth.shape)
-    assert (row // 10, column // 10) == (1, 5)
-    assert warmth.max() > 60
-    assert overlay[15, 55].sum() > 1.5 * overlay[60, 10].sum()
-    assert abs(warmth[40:, :30]).max() == 0
-
-
-def test_hotter_is_warmer_without_steps_back() -> None:
-    picture = np.full((8, 400, 3), 90, np.uint8)
-    overlay = figures.overlay_heatmap(picture, np.linspace(0, 1, 100, dtype=np.float32)[None, :].repeat(2, axis=0)).astype(int)
-    brightness = overlay[4].sum(axis=1)
-    assert (np.diff(brightness) >= -1).all()
-    assert brightness[-1] > 2 * brightness[0]
-
-
-def test_overlay_stays_within_range_beside_sharp_edges() -> None:
-    white = np.full((40, 40, 3), 255, np.uint8)
-    checkers = (np.indices((8, 8)).sum(axis=0) % 2).astype(np.float32)  # bicubic enlargement overshoots here
-    overlay = figures.overlay_heatmap(white, checkers)
-    plain = figures.overlay_heatmap(white, np.ones((8, 8), np.float32))
-    cold = figures.overlay_heatmap(white, np.zeros((8, 8), np.float32))
-    np.testing.assert_array_equal(overlay[2, 37], plain[0, 0])  # a hot cell's middle is as hot as a map of ones
-    np.testing.assert_array_equal(overlay[2, 2], cold[0, 0])
+# ---------------------------------------------------------------- galleries and scores
 
 
 def test_gallery_shows_each_picture_beside_its_overlay(drawn: list[Figure]) -> None:
@@ -196,18 +158,25 @@ def test_gallery_shows_each_picture_beside_its_overlay(drawn: list[Figure]) -> N
     assert [axis.get_title(loc="left") for axis in shown[::2]] == [f"picture {n}" for n in range(5)]
     for n, (square, heatmap, _) in enumerate(items):
         np.testing.assert_array_equal(shown[2 * n].images[0].get_array(), square)
-        np.testing.assert_array_equal(shown[2 * n + 1].images[0].get_array(), figures.overlay_heatmap(square, heatmap))
+        np.testing.assert_array_equal(shown[2 * n + 1].images[0].get_array(), overlay_heatmap(square, heatmap))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_method_scores_shows_each_method_and_every_baseline(theme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"better": "higher", "low": 0.4, "mean": 0.5, "high": 0.6, "n": 9}
-    places = [("gradcam", "pointing"), ("random", "pointing"), ("gradcam", "energy"), ("(area)", "energy")]
+    places = [
+        ("gradcam", "pointing game"),
+        ("random", "pointing game"),
+        ("gradcam", "energy-based pointing game"),
+        ("object area (chance level)", "energy-based pointing game"),
+    ]
     table = [{"method": method, "score": score, **numbers} for method, score in places]
     drawn: list[Any] = []
     monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or b"")
-    figures.method_scores(table, ["random", "(area)"], theme)
+    figures.method_scores(table, ["random", "object area (chance level)"], theme)
     (figure,) = drawn
-    assert [axis.get_title() for axis in figure.axes] == [f"{score}\nhigher is better, n = 9" for score in ("pointing", "energy")]
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{score}\nhigher is better, n = 9" for score in ("pointing game", "energy-based pointing game")
+    ]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["gradcam"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "(area)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "object area (chance level)"]

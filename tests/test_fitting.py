@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -175,6 +176,18 @@ def test_frozen_stages_do_not_move_and_the_others_do(setup: Callable[[int], Setu
     _, after = run_fit(parts, tmp_path, cached=True, unfreeze=1)
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"layer4", "fc"}
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_a_copy_with_synchronised_batch_norm_trains_the_network(
+    setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfreeze: int
+) -> None:
+    """What several GPUs train shares parameters alone with the network; here with its own layers, the result is the same, bit for bit."""
+    _, expected = run_fit(setup(unfreeze), tmp_path / "plain", cached=True, unfreeze=unfreeze)
+    monkeypatch.setattr(fitting, "sync_batch_norm", lambda tail: copy.deepcopy(tail, {id(p): p for p in tail.parameters()}))
+    _, found = run_fit(setup(unfreeze), tmp_path / "copy", cached=True, unfreeze=unfreeze)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_best_epoch_is_restored(setup: Callable[[int], Setup], tmp_path: Path) -> None:

@@ -45,3 +45,45 @@ def test_the_browser_has_the_same_colours() -> None:
     stops, colours = (json.loads(re.search(rf"const {name} = (.*);", script).group(1)) for name in ("STOPS", "COLOURS"))
     assert stops == heat.STOPS.tolist()
     assert colours == heat.COLOURS.tolist()
+
+
+# ---------------------------------------------------------------- over an image
+
+
+def test_map_of_zeros_leaves_no_glow() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
+    overlay = heat.overlay_heatmap(picture, np.zeros((3, 4), np.float32))
+    expected = (0.55 * picture + 0.25 * picture.mean(axis=2, keepdims=True)).round()
+    np.testing.assert_allclose(overlay, expected, atol=1)
+    assert overlay.dtype == np.uint8
+
+
+def test_hot_place_is_warmer_and_brighter_than_the_rest() -> None:
+    picture = np.full((70, 70, 3), 90, np.uint8)
+    heatmap = np.zeros((7, 7), np.float32)
+    heatmap[1, 5] = 1
+    overlay = heat.overlay_heatmap(picture, heatmap).astype(int)
+    warmth = overlay[..., 0] - overlay[..., 2]
+    row, column = np.unravel_index(warmth.argmax(), warmth.shape)
+    assert (row // 10, column // 10) == (1, 5)
+    assert warmth.max() > 60
+    assert overlay[15, 55].sum() > 1.5 * overlay[60, 10].sum()
+    assert abs(warmth[40:, :30]).max() == 0
+
+
+def test_hotter_is_warmer_without_steps_back() -> None:
+    picture = np.full((8, 400, 3), 90, np.uint8)
+    overlay = heat.overlay_heatmap(picture, np.linspace(0, 1, 100, dtype=np.float32)[None, :].repeat(2, axis=0)).astype(int)
+    brightness = overlay[4].sum(axis=1)
+    assert (np.diff(brightness) >= -1).all()
+    assert brightness[-1] > 2 * brightness[0]
+
+
+def test_overlay_stays_within_range_beside_sharp_edges() -> None:
+    white = np.full((40, 40, 3), 255, np.uint8)
+    checkers = (np.indices((8, 8)).sum(axis=0) % 2).astype(np.float32)  # bicubic enlargement overshoots here
+    overlay = heat.overlay_heatmap(white, checkers)
+    plain = heat.overlay_heatmap(white, np.ones((8, 8), np.float32))
+    cold = heat.overlay_heatmap(white, np.zeros((8, 8), np.float32))
+    np.testing.assert_array_equal(overlay[2, 37], plain[0, 0])  # a hot cell's middle is as hot as a map of ones
+    np.testing.assert_array_equal(overlay[2, 2], cold[0, 0])

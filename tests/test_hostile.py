@@ -21,12 +21,12 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import seewhy
+from seewhy.api import Run, load
 from seewhy.audit import audit_images
 from seewhy.audit_page import save_audit
 from seewhy.errors import RunError
 from seewhy.images import open_images
 from seewhy.manifest import check_manifest
-from seewhy.run import Run, load
 from seewhy.runtime import load_onnx
 
 SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
@@ -129,10 +129,10 @@ def test_deep_and_large_records(copied: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("model.safetensors", lambda s: {k: np.full_like(v, np.nan) for k, v in s.items()}, "no numbers"),
         ("model.safetensors", lambda s: {k: v[:1] for k, v in s.items() if v.ndim}, "differ"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:-1], "directions": s["directions"]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:-1], "unit_features": s["unit_features"]}, "other lengths"),
         ("unknowns.safetensors", lambda s: {"centre": s["centre"]}, "other lengths"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"], "directions": s["directions"][:0]}, "other lengths"),
-        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:9], "directions": s["directions"][:, :9]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"], "unit_features": s["unit_features"][:0]}, "other lengths"),
+        ("unknowns.safetensors", lambda s: {"centre": s["centre"][:9], "unit_features": s["unit_features"][:, :9]}, "other lengths"),
     ],
 )
 def test_weights_are_checked_before_they_are_used(copied: Path, file: str, spoil: Callable[[Any], Any], words: str) -> None:

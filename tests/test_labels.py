@@ -44,7 +44,7 @@ def test_each_fold_is_a_discriminant_of_the_others() -> None:
 @pytest.mark.parametrize("truth", [[0, 1], [0, 0, 1], [0, 1, 2, 0, 1]])
 def test_sets_of_a_few_pictures_have_an_answer(truth: list[int]) -> None:
     vectors = np.random.default_rng(0).normal(size=(len(truth), 6)).astype(np.float32)
-    found = labels.doubt_labels(np.array(truth), labels.out_of_fold(vectors, np.array(truth), np.arange(len(truth))))
+    found = labels.rank_label_issues(np.array(truth), labels.out_of_fold(vectors, np.array(truth), np.arange(len(truth))))
     assert sorted(found.order.tolist()) == list(range(len(truth)))
     assert not np.isnan(found.log_odds).any()
 
@@ -52,20 +52,20 @@ def test_sets_of_a_few_pictures_have_an_answer(truth: list[int]) -> None:
 def test_ranking_by_hand() -> None:
     probs = np.array([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
     with np.errstate(divide="ignore"):
-        found = labels.doubt_labels(np.array([0, 0, 0]), np.log(probs))
+        found = labels.rank_label_issues(np.array([0, 0, 0]), np.log(probs))
     assert found.order.tolist() == [2, 1, 0]
     np.testing.assert_allclose(found.log_odds, np.log([0.1 / 0.8, 0.2 / 0.5, 0.9 / 0.1]))
     assert found.suggested.tolist() == [2, 1, 1]
 
 
 def test_nobody_doubts_a_class_that_nobody_knew() -> None:
-    found = labels.doubt_labels(np.array([0, 1, 1]), np.array([[-np.inf, 0.0], [-0.05, -3.0], [-np.inf, -np.inf]]))
+    found = labels.rank_label_issues(np.array([0, 1, 1]), np.array([[-np.inf, 0.0], [-0.05, -3.0], [-np.inf, -np.inf]]))
     assert found.order.tolist() == [1, 0, 2]
     assert found.log_odds.tolist() == [-2.95, np.inf, np.inf]
     vectors, truth = clouds(0, 60, 3)
     groups = np.where(truth == 2, 1000, np.arange(60))  # the third class is one group
-    doubts = labels.doubt_labels(truth, labels.out_of_fold(vectors, truth, groups))
-    assert (truth[doubts.order[-(truth == 2).sum() :]] == 2).all()
+    issues = labels.rank_label_issues(truth, labels.out_of_fold(vectors, truth, groups))
+    assert (truth[issues.order[-(truth == 2).sum() :]] == 2).all()
 
 
 def test_two_classes_are_ranked_alike_on_both_sides() -> None:
@@ -75,7 +75,7 @@ def test_two_classes_are_ranked_alike_on_both_sides() -> None:
     vectors = (rng.normal(size=(200, 5)) + 6 * truth[:, None]).astype(np.float32)
     moved = truth.copy()
     moved[[0, 199]] = [1, 0]
-    found = labels.doubt_labels(moved, labels.out_of_fold(vectors, moved, np.arange(200)))
+    found = labels.rank_label_issues(moved, labels.out_of_fold(vectors, moved, np.arange(200)))
     assert set(found.order[:2].tolist()) == {0, 199}
     assert found.log_odds[0] == pytest.approx(found.log_odds[1], rel=0.5)
     assert found.log_odds[0] < -20
@@ -83,7 +83,7 @@ def test_two_classes_are_ranked_alike_on_both_sides() -> None:
 
 def test_flips_change_the_share_asked_for_and_no_label_to_itself() -> None:
     _, truth = clouds(2)
-    moved, wrong = labels.flipped(truth, 0.05, seed=1)
+    moved, wrong = labels.with_label_noise(truth, 0.05, seed=1)
     assert wrong.sum() == 20
     assert np.array_equal(moved != truth, wrong)
     assert moved.max() <= truth.max()
@@ -92,6 +92,6 @@ def test_flips_change_the_share_asked_for_and_no_label_to_itself() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_labels_come_first(seed: int) -> None:
     vectors, truth = clouds(seed, 600)
-    moved, wrong = labels.flipped(truth, 0.05, seed)
-    found = labels.doubt_labels(moved, labels.out_of_fold(vectors, moved, np.arange(600)))
+    moved, wrong = labels.with_label_noise(truth, 0.05, seed)
+    found = labels.rank_label_issues(moved, labels.out_of_fold(vectors, moved, np.arange(600)))
     assert wrong[found.order[: wrong.sum()]].mean() >= 0.8

@@ -272,7 +272,7 @@ def test_auroc_and_fpr_equal_scikit_learn(seed: int) -> None:
     assert metrics.auroc(known, unknown) == pytest.approx(sk.roc_auc_score(truth, scores), abs=1e-12)
     # Known pictures are the positives of the field's FPR@95: low scores of ours, so both are turned round.
     fpr, tpr, _ = sk.roc_curve(1 - truth, -scores, drop_intermediate=False)
-    assert metrics.false_passes_at(known, unknown) == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
+    assert metrics.fpr_at_tpr(known, unknown) == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
 
 
 def test_auroc_by_hand() -> None:
@@ -289,7 +289,12 @@ def test_held_a_few_pictures_at_a_time_numbers_are_the_same_to_the_last_bit(n: i
 
     def numbers() -> list[Any]:
         fresh = replace(evaluation)  # nothing is remembered
-        return [fresh.sure.tolist(), fresh._calibration(), metrics.in_top_k(labels, logits, 5).tolist(), fit_temperature(labels, logits)]
+        return [
+            fresh.confidence.tolist(),
+            fresh._calibration(),
+            metrics.in_top_k(labels, logits, 5).tolist(),
+            fit_temperature(labels, logits),
+        ]
 
     at_once = numbers()
     monkeypatch.setattr(metrics, "ROWS", 7)

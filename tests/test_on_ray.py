@@ -14,10 +14,11 @@ import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_tar
 
 from seewhy import cli, on_ray
+from seewhy.api import Run
 from seewhy.errors import RunError
-from seewhy.jobs import Piece, Request
 from seewhy.on_ray import Cluster, outcomes_on_ray, shares
-from seewhy.run import Run
+from seewhy.result_store import Piece
+from seewhy.scale import Request
 from seewhy.sources import find_sources
 
 OPTIONS: dict[str, Any] = {"top_k": 1, "least": None}

@@ -21,8 +21,8 @@ from PIL import Image
 from test_serving import served
 
 from seewhy import website
+from seewhy.api import Run
 from seewhy.errors import OutputError
-from seewhy.run import Run
 
 WAIT = 60_000  # milliseconds; the machine may be busy
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from browser import address_of, open_page
 
+from seewhy.api import Run
 from seewhy.audit import audit_images
 from seewhy.audit_page import save_audit
 from seewhy.images import open_images
-from seewhy.run import Run
 
 
 @pytest.mark.parametrize("dark", [False, True])

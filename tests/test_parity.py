@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from seewhy import parity
+from seewhy.api import Run
 from seewhy.errors import ConfigError, OutputError
 from seewhy.images import open_images
 from seewhy.portable import build_onnx
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.split import read_split
 
@@ -29,15 +29,6 @@ def test_a_file_says_what_the_run_says_on_all_test_pictures(demo_run: Run, tmp_p
     assert found.accuracy == found.run_accuracy == pytest.approx(demo_run.metrics["test"]["accuracy"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
     assert load_onnx(file).classes == demo_run.classes
-
-
-def test_eight_bits_are_measured_not_refused(demo_run: Run, tmp_path: Path) -> None:
-    file, found = parity.export_file(demo_run, tmp_path / "small.onnx", "int8", 40)
-    assert found is not None
-    assert found.n == 40
-    assert found.difference > parity.MAX_DIFFERENCE
-    assert abs(found.accuracy - found.run_accuracy) <= 0.1
-    assert file.stat().st_size > 0
 
 
 def test_a_pytorch_program_says_it_too(demo_run: Run, tmp_path: Path) -> None:
@@ -59,12 +50,10 @@ def test_mistakes(demo_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         parity.export_file(demo_run, tmp_path / "file" / "model.onnx", pictures=1)
-    with pytest.raises(ConfigError, match="format 'onx' is none of onnx, int8, pt2"):
+    with pytest.raises(ConfigError, match="format 'onx' is none of onnx, pt2"):
         parity.export_file(demo_run, tmp_path / "model.onnx", "onx")
     moved = dataclasses.replace(demo_run, config=demo_run.config.model_copy(update={"data": str(tmp_path / "gone")}))
     assert parity.export_file(moved, tmp_path / "model.onnx")[1] is None
-    with pytest.raises(ConfigError, match="8 bits are calibrated on training pictures"):
-        parity.export_file(moved, tmp_path / "small.onnx", "int8")
 
 
 def test_correlation_by_hand() -> None:

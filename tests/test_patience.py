@@ -17,11 +17,11 @@ import pytest
 from cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
 
 from seewhy import cli, patience, sources, storage
+from seewhy.api import Run
 from seewhy.errors import DataError, ReachError
-from seewhy.jobs import Request
 from seewhy.patience import DENIED, PatientFile, own_reason, patiently
-from seewhy.run import Run
-from seewhy.scale import Outcome, answer_sources, columns_of, outcomes_here
+from seewhy.result_store import Outcome
+from seewhy.scale import Request, answer_sources, columns_of, outcomes_here
 from seewhy.shards import stream
 from seewhy.sources import Source, find_sources, read_source
 

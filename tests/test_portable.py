@@ -1,4 +1,4 @@
-"""The graph says what the run's network says, in ONNX, in 8 bits and for PyTorch; with maps and metadata."""
+"""The graph says what the run's network says, in ONNX and for PyTorch; with maps and metadata."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from seewhy import portable
-from seewhy.attribution import all_class_maps, feature_maps
+from seewhy.api import Run
+from seewhy.attribution import feature_maps, maps_of_features
 from seewhy.decoding import read_image
 from seewhy.errors import ConfigError
 from seewhy.features import square_of
-from seewhy.run import Run
 from seewhy.transforms import Preprocessing
 
 
@@ -45,7 +45,8 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)
         vector = run.backbone.model.forward_head(features, pre_logits=True)
-    maps, logits = all_class_maps(run.backbone.model, features, "gradcam")
+    each = [maps_of_features(run.backbone.model, features, "gradcam", torch.tensor([c])) for c in range(len(run.classes))]
+    maps, logits = torch.stack([of_class for of_class, _, _ in each], dim=1), each[0][1]
     np.testing.assert_allclose(found["logits"], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(found["probabilities"], (logits / run.temperature).softmax(dim=1).numpy(), atol=1e-5)
     scaled = maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
@@ -72,19 +73,6 @@ def test_metadata_names_everything_a_user_of_the_file_needs(demo_run: Run, model
     assert meta["data_sha256"] == demo_run.manifest["data"]["hash"]
     assert meta["unknown_above"] == demo_run.unknown_above
     assert meta["opset"] == portable.OPSET
-
-
-def test_eight_bits_keep_the_interface_and_shrink(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:
-    squares = np.stack([square_of(path, demo_run.backbone.preprocessing) for path in demo_pictures])
-    small = portable.build_int8(demo_run, squares).SerializeToString()
-    half = [i for i in onnx.load_from_string(small).graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
-    assert half  # the sample of training features is not widened
-    assert len(small) < 0.45 * len(model)  # the sample of training features stays as it is
-    full, eight = session_of(model), session_of(small)
-    assert [o.name for o in full.get_outputs()] == [o.name for o in eight.get_outputs()]
-    picture = {"pictures": np.asarray(read_image(demo_pictures[0]))[None]}
-    np.testing.assert_array_equal(full.run(["squares"], picture)[0], eight.run(["squares"], picture)[0])
-    assert np.abs(full.run(["logits"], picture)[0] - eight.run(["logits"], picture)[0]).max() > 0
 
 
 def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_pictures: list[Path]) -> None:

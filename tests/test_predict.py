@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,18 @@ import pandas as pd
 import pytest
 import torch
 from cheap_run import CLASSES, cheap_run, normalised
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from seewhy.api import Run
 from seewhy.decoding import read_image
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.features import render_view
 from seewhy.metrics import softmax
-from seewhy.predict import predict, predict_blocks
-from seewhy.predictions import WRITERS, Columns, Predictions, find_pictures, open_table
-from seewhy.run import Run
+from seewhy.predict import answers_engine, predict, worker_of
+from seewhy.predictions import WRITERS, Columns, Predictions, answer_files, find_pictures, open_table, records_of
+from seewhy.sources import find_sources
 
 TABLE = Predictions(
     paths=("a, b.jpg", "é.png"),
@@ -83,6 +88,17 @@ def test_nothing_found_is_a_data_error(folder: Path, item: str, message: str) ->
         find_pictures([folder / "0.jpg", folder / item])
 
 
+def test_pictures_beside_shards_are_refused_as_they_are_in_training(folder: Path) -> None:
+    with tarfile.open(folder / "more.tar", "w") as shard:
+        shard.add(folder / "0.jpg", "cat/0.jpg")
+    for inputs in ([folder], [folder / "deep", folder]):
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and pictures \(0\.jpg\); keep them apart"):
+            find_pictures(inputs)
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and pictures \(0\.jpg\); keep them apart"):
+            find_sources(inputs)
+    assert names(find_pictures([folder / "more.tar", folder / "1.jpg"])) == ["0.jpg", "1.jpg"]
+
+
 def test_no_inputs_are_a_data_error() -> None:
     with pytest.raises(DataError, match="no pictures given"):
         find_pictures([])
@@ -105,6 +121,28 @@ def test_records_hold_what_the_table_holds_and_are_json() -> None:
         {"path": "é.png", "top": [{"class": "ant", "prob": 1 / 3}], "unknown": True},
     ]
     assert [record["answer"] for record in TABLE.records(1, abstain_below=0.5)] == ["bee", None]
+
+
+@settings(deadline=None)
+@given(data=st.data(), n=st.integers(0, 6), c=st.integers(1, 5), top_k=st.integers(1, 7))
+def test_rows_say_what_the_probabilities_say(data: st.DataObject, n: int, c: int, top_k: int) -> None:
+    """Any probabilities: each row's classes are different, sorted by probability, and records hold the same as columns."""
+    rows = data.draw(st.lists(st.lists(st.floats(1e-3, 1), min_size=c, max_size=c), min_size=n, max_size=n))
+    probs = np.array(rows, dtype=np.float64).reshape(n, c)
+    probs /= probs.sum(axis=1, keepdims=True)
+    least = data.draw(st.none() | st.floats(0, 1))
+    names = tuple(data.draw(st.lists(st.text(min_size=1), min_size=c, max_size=c, unique=True)))
+    found = Predictions(tuple(f"{i}.jpg" for i in range(n)), probs, names, np.zeros(n, dtype=bool))
+    columns = found.columns(top_k, least)
+    assert set(map(len, columns.values())) <= {n}
+    for i, record in enumerate(found.records(top_k, least)):
+        shown = [answer["prob"] for answer in record["top"]]
+        assert shown == sorted(probs[i].tolist(), reverse=True)[:top_k]
+        assert len({answer["class"] for answer in record["top"]}) == min(top_k, c)
+        assert all(probs[i][names.index(answer["class"])] == answer["prob"] for answer in record["top"])
+        if least is not None:
+            assert record["answer"] == (record["top"][0]["class"] if shown[0] >= least else None)
+    assert records_of(columns) == found.records(top_k, least)
 
 
 READERS = {
@@ -184,12 +222,16 @@ def test_probabilities_are_those_of_the_network(run: Run, folder: Path) -> None:
     assert np.abs(predictions.probs[0] - predictions.probs[3]).max() > 1e-4
 
 
-def test_more_pictures_than_a_batch_keep_their_order(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def batches(run: Run, folder: Path, size: int, skip_bad: bool = False) -> list[Predictions]:
+    worker = replace(worker_of(run, answers_engine(run, 4)), batch=size)
+    return list(answer_files(worker, run.classes, find_pictures([folder]), skip_bad))
+
+
+def test_more_pictures_than_a_batch_keep_their_order(run: Run, folder: Path) -> None:
     whole = predict(run, [folder])
-    monkeypatch.setattr("seewhy.predict.BATCH", 3)
-    parts = predict(run, [folder])
-    assert parts.paths == whole.paths
-    np.testing.assert_allclose(parts.probs, whole.probs, rtol=1e-4, atol=1e-6)
+    parts = batches(run, folder, 3)
+    assert [path for part in parts for path in part.paths] == list(whole.paths)
+    np.testing.assert_allclose(np.concatenate([part.probs for part in parts]), whole.probs, rtol=1e-4, atol=1e-6)
 
 
 def spoil(folder: Path) -> None:
@@ -254,7 +296,7 @@ def test_a_second_call_does_not_build_its_engine_again(folder: Path, monkeypatch
 def test_blocks_written_one_by_one_are_the_whole_table(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
     whole = predict(run, [folder])
     file = tmp_path / f"answers{suffix}"
-    blocks = list(predict_blocks(run, [folder], block=3))
+    blocks = batches(run, folder, 3)
     assert [len(block.paths) for block in blocks] == [3, 1]
     with open_table(file) as write:
         for block in blocks:
@@ -278,7 +320,7 @@ def test_a_table_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
 
 def test_block_of_bad_pictures_alone(run: Run, folder: Path) -> None:
     spoil(folder)
-    blocks = list(predict_blocks(run, [folder], skip_bad=True, block=1))
+    blocks = batches(run, folder, 1, skip_bad=True)
     assert [len(block.paths) for block in blocks] == [1, 0, 0, 1]
     assert [len(block.bad) for block in blocks] == [0, 1, 1, 0]
     found = predict(run, [folder], skip_bad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -41,110 +42,13 @@ def test_version_is_the_packages() -> None:
     assert f'version = "{seewhy.__version__}"' in text
 
 
-def test_no_stage_imports_a_later_one() -> None:
-    """The order of ARCHITECTURE.md, by the imports at the top of each module."""
-    order = [
-        "errors",
-        "jsonable",
-        "writing",
-        "spill",
-        "nearby",
-        "world",
-        "progress",
-        "cache",
-        "config",
-        "tracking",
-        "scenes",
-        "transforms",
-        "columns",
-        "patience",
-        "shard_names",
-        "shard_tar",
-        "shard_parquet",
-        "shards",
-        "decoding",
-        "checking",
-        "images",
-        "streams",
-        "predictions",
-        "parts",
-        "storage",
-        "sources",
-        "graph_check",
-        "runtime",
-        "about",
-        "heat",
-        "batching",
-        "wire",
-        "watch",
-        "serve",
-        "website",
-        "serving",
-        "duplicates",
-        "split",
-        "backbones",
-        "cutting",
-        "engines",
-        "store",
-        "features",
-        "embedding",
-        "grouping",
-        "batches",
-        "norms",
-        "callbacks",
-        "fitting",
-        "unknowns",
-        "manifest",
-        "run",
-        "metrics",
-        "calibration",
-        "evaluate",
-        "labels",
-        "looks",
-        "search",
-        "predict",
-        "corruptions",
-        "cam",
-        "cam_quality",
-        "pixels",
-        "attribution",
-        "figures",
-        "explain",
-        "jobs",
-        "scale",
-        "tries",
-        "on_ray",
-        "filling",
-        "outlines",
-        "scoring",
-        "robustness",
-        "audit",
-        "pages",
-        "audit_page",
-        "export",
-        "square_graph",
-        "portable",
-        "parity",
-        "report",
-        "card",
-        "sharing",
-        "places",
-        "workflow",
-        "launch",
-        "plan",
-        "compare",
-        "cli_shared",
-        "cli_scale",
-        "cli_plan",
-        "cli_use",
-        "cli_trust",
-        "cli_out",
-        "cli",
+def test_the_first_line_of_every_docstring_is_a_sentence() -> None:
+    """What `help()`, editors and the reference show of it."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    cut = [
+        f"{path.name}: {text.splitlines()[0]}"
+        for path in (REPOSITORY / "src" / "seewhy").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and not text.splitlines()[0].endswith(".")
     ]
-    source = REPOSITORY / "src" / "seewhy"
-    assert sorted(order) == sorted(path.stem for path in source.glob("*.py") if path.stem != "__init__")
-    for number, name in enumerate(order):
-        text = (source / f"{name}.py").read_text()
-        found = re.findall(r"^from seewhy\.(\w+) import|^import seewhy\.(\w+)", text, flags=re.MULTILINE)
-        for imported in {a or b for a, b in found}:
-            assert order.index(imported) < number, f"{name} imports {imported}"
+    assert cut == []

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seewhy.api import Run
 from seewhy.evaluate import Evaluation
 from seewhy.report import confused_pairs, other_class, pick_examples
-from seewhy.run import Run
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_examples_by_hand() -> None:
     logits = [[5, 0], [9, 0], [0, 3], [4, 0], [0, 8]]
     test = evaluation([0, 0, 1, 1, 0], logits, ("a", "b"))
     assert pick_examples(test) == {
-        "Right and sure": [1, 2],  # the surest one of each class
-        "Wrong and sure": [4, 3],  # the surest first
-        "Unsure": [0],  # what is left
+        "Confident and correct": [1, 2],  # the surest one of each class
+        "Confident and wrong": [4, 3],  # the surest first
+        "Least confident": [0],  # what is left
     }
     assert [other_class(test, n) for n in (0, 4)] == [1, 0]  # the second of a right answer, the true one of a wrong one
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import seewhy
+from seewhy.api import Run, load
 from seewhy.errors import RunError
-from seewhy.run import Run, load
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
 FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors", "log.txt"}
@@ -33,12 +33,11 @@ def pictures(demo_set: Path) -> list[str]:
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
     names = {path.name for path in demo_run.path.iterdir()}
-    assert names == FILES | {"figures", "tensorboard"}
+    assert names == FILES | {"figures"}
     assert {path.name for path in (demo_run.path / "figures").iterdir()} == FIGURES
     assert not (demo_run.path / "checkpoints").exists()
     assert not (demo_run.path / "config.json").exists()
     assert [path.name for path in demo_run.path.parent.iterdir()] == [demo_run.path.name]  # no work folder, no lock
-    assert list((demo_run.path / "tensorboard").glob("events*"))
 
 
 def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures: list[str]) -> None:
@@ -148,7 +147,7 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     val = demo_run.evaluate("val")
     assert demo_run.temperature == pytest.approx(fit_temperature(val.labels, val.logits), rel=1e-3)
     assert val.temperature == demo_run.temperature
-    expected = threshold_for(val.sure, val.right, 0.8)
+    expected = threshold_for(val.confidence, val.correct, 0.8)
     assert expected is not None
     assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation pictures"):

@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
+from seewhy.api import Run
 from seewhy.errors import ConfigError, ImageError, RunError
 from seewhy.predictions import Predictions
-from seewhy.run import Run
 from seewhy.runtime import load_onnx, predict_onnx
 
 REPOSITORY = Path(__file__).parents[1]

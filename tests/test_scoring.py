@@ -20,7 +20,7 @@ from seewhy.errors import ConfigError, OutputError
 from seewhy.metrics import mean_interval
 from seewhy.scoring import beats_baselines, sanity_check, save_scores, score_methods, wide
 
-CHEAP = ("average drop", "increase", "deletion AUC", "insertion AUC")
+CHEAP = ("average drop", "confidence increase", "deletion AUC", "insertion AUC")
 
 
 @pytest.fixture
@@ -40,18 +40,18 @@ def corners(tmp_path: Path) -> Path:
 
 def test_a_network_that_looks_at_the_block_is_seen_to(corners: Path) -> None:
     table = score_methods(colour_run(), [corners], ["gradcam", "eigencam"], CHEAP)
-    assert set(table["method"]) == {"gradcam", "eigencam", "random", "centre", "(area)"}
+    assert set(table["method"]) == {"gradcam", "eigencam", "random", "centre", "object area (chance level)"}
     assert set(table["n"]) == {18}
     found = table.set_index(["method", "score"])["mean"]
-    assert found["gradcam", "pointing"] == 1
-    assert found["(area)", "energy inside"] == pytest.approx((24 / 80) ** 2, abs=0.01)
-    assert found["gradcam", "energy inside"] > 3 * found["centre", "energy inside"]
+    assert found["gradcam", "pointing game"] == 1
+    assert found["object area (chance level)", "energy-based pointing game"] == pytest.approx((24 / 80) ** 2, abs=0.01)
+    assert found["gradcam", "energy-based pointing game"] > 3 * found["centre", "energy-based pointing game"]
     assert found["gradcam", "deletion AUC"] < found["random", "deletion AUC"]
     assert found["gradcam", "insertion AUC"] > found["random", "insertion AUC"]
     better = beats_baselines(table)
-    assert better["gradcam", "pointing"]
-    assert better["gradcam", "energy inside"]
-    assert not any(name in ("random", "centre", "(area)") for name, _ in better)
+    assert better["gradcam", "pointing game"]
+    assert better["gradcam", "energy-based pointing game"]
+    assert not any(name in ("random", "centre", "object area (chance level)") for name, _ in better)
 
 
 def test_pictures_without_outline_are_scored_without(tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_methods_that_give_one_map_are_scored_once(corners: Path, monkeypatch: p
 def test_a_method_that_does_not_beat_the_centre_is_shown_not_to() -> None:
     rows = [("good", 0.9, 0.8, 0.95), ("no better", 0.55, 0.45, 0.65), ("random", 0.3, 0.2, 0.4), ("centre", 0.5, 0.4, 0.6)]
     table = pd.DataFrame(
-        [{"method": m, "score": "pointing", "better": "higher", "mean": x, "low": a, "high": b, "n": 9} for m, x, a, b in rows]
+        [{"method": m, "score": "pointing game", "better": "higher", "mean": x, "low": a, "high": b, "n": 9} for m, x, a, b in rows]
     )
-    assert beats_baselines(table) == {("good", "pointing"): True, ("no better", "pointing"): False}
-    assert beats_baselines(table.assign(better="lower")) == {("good", "pointing"): False, ("no better", "pointing"): False}
-    shown = wide(table)["pointing +"]
+    assert beats_baselines(table) == {("good", "pointing game"): True, ("no better", "pointing game"): False}
+    assert beats_baselines(table.assign(better="lower")) == {("good", "pointing game"): False, ("no better", "pointing game"): False}
+    shown = wide(table)["pointing game +"]
     assert shown["good"] == "0.900 (0.800 to 0.950) *"
     assert shown["no better"] == "0.550 (0.450 to 0.650)"
 

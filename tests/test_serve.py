@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from seewhy.api import Run
 from seewhy.errors import ConfigError
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
 from seewhy.serve import create_app
-from seewhy.watch import Limits
+from seewhy.watch import Limits, Watch
 
 LIMITS = Limits(files=8, request_bytes=3_000_000, pixels=1_000_000, upload_s=5, waiting=16)
 
@@ -196,12 +196,20 @@ def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_pi
 
 def test_too_many_bytes_at_once(demo_onnx: Path, demo_pictures: list[Path]) -> None:
     picture = form(demo_pictures[0].read_bytes())
-    with TestClient(create_app(demo_onnx, 1, Limits(waiting_bytes=1000))) as client:
+    most = len(picture[0][1][1]) + 1000
+    app: Any = create_app(demo_onnx, 1, Limits(request_bytes=most, waiting_bytes=most))
+    with TestClient(app) as client:
+        assert [client.post("/predict", files=picture).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
+        watch = app.middleware_stack
+        while not isinstance(watch, Watch):
+            watch = watch.app
+        watch.held = 1000  # of another request
         response = client.post("/predict", files=picture)
         assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "busy", "1")
         assert client.get("/healthz").status_code == 200
-    with TestClient(create_app(demo_onnx, 1, Limits(waiting_bytes=len(picture[0][1][1]) + 1000))) as client:
-        assert [client.post("/predict", files=picture).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
+        assert watch.held == 1000
+    with pytest.raises(ConfigError, match=r"requests of 600 MB are more than all may hold together; --max-mb 512 at most"):
+        Limits(request_bytes=600_000_000)
     with pytest.raises(ConfigError, match="a queue of 8 pictures cannot take a request of 32"):
         Limits(waiting=8)
 

@@ -116,7 +116,7 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_pictures: list[Path]) -> None:
 def test_a_run_is_exported_when_first_served(demo_run: object, tmp_path: Path, demo_pictures: list[Path]) -> None:
     import shutil
 
-    from seewhy.run import Run
+    from seewhy.api import Run
 
     assert isinstance(demo_run, Run)
     run = shutil.copytree(demo_run.path, tmp_path / "run")
@@ -137,6 +137,7 @@ def test_mistakes_are_one_line(demo_onnx: Path, tmp_path: Path, capsys: pytest.C
             ([str(tmp_path / "nothing")], "no run and no file of `seewhy export`"),
             ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot be listened at (Address already in use)"),
             ([str(demo_onnx), "--precision", "0.123"], "knows thresholds for the precisions"),
+            ([str(demo_onnx), "--max-mb", "600"], "--max-mb 512 at most"),
         ]:
             assert run_guarded(lambda arguments=arguments: call(["serve", *arguments])) == 2
             error = capsys.readouterr().err

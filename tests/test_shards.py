@@ -34,14 +34,14 @@ from seewhy.checking import check_files
 from seewhy.cli import app
 from seewhy.config import TrainConfig
 from seewhy.decoding import read_bytes
+from seewhy.dry_run import dry_run
 from seewhy.errors import DataError, ImageError
 from seewhy.grouping import group_pictures
 from seewhy.images import ImageSet, open_images
-from seewhy.looks import odd_looks
-from seewhy.parts import request_of
-from seewhy.plan import plan
+from seewhy.looks import find_image_issues
 from seewhy.predictions import find_pictures
 from seewhy.shards import Member, members, read_member, shard_of, stream
+from seewhy.sources import find_sources
 from seewhy.split import split_images
 from seewhy.transforms import Preprocessing
 
@@ -124,7 +124,7 @@ def test_shards_hold_what_the_folder_holds(kind: str, folder: Path, tmp_path: Pa
     assert found.classes == wanted.classes
     assert found.content_hash == wanted.content_hash
     undivided = replace(found, parts=wanted.parts)
-    assert split_images(undivided).record(undivided)["hash"] == split_images(wanted).record(wanted)["hash"]
+    assert split_images(undivided).hash(undivided) == split_images(wanted).hash(wanted)
 
 
 @functools.cache
@@ -176,8 +176,10 @@ def test_audit_of_shards_equals_that_of_the_folder(folder: Path, tmp_path: Path,
     with threadpool_limits(1):  # BLAS's threads wait for each other on a busy machine
         wanted, found = (audit_images(open_images(str(data)), seeds=1) for data in (folder, tmp_path / "all.parquet"))
     assert found.summary() == wanted.summary()
-    assert "dark" in set(found.looks["look"])
-    assert list(found.looks["path"].map(lambda path: Path(path).name)) == list(wanted.looks["path"].map(lambda path: Path(path).name))
+    assert "dark" in set(found.image_issues["issue"])
+    assert list(found.image_issues["path"].map(lambda path: Path(path).name)) == list(
+        wanted.image_issues["path"].map(lambda path: Path(path).name)
+    )
     assert list(found.groups_table()["path"]) == list(wanted.groups_table()["path"])
 
 
@@ -189,7 +191,7 @@ def test_grey_pictures_with_transparency_in_a_shard_are_passed_over(tmp_path: Pa
         Image.new(mode, (40, 40)).save(content, "PNG")
         entries.append((name, content.getvalue()))
     tar = write_tar(tmp_path / "x.tar", entries)
-    assert set(odd_looks([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
+    assert set(find_image_issues([tar / name for name, _ in entries])["path"]) == {str(tar / "a/black.png")}
 
 
 def test_groups_by_pattern_and_table_name_pictures_below_the_data(folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -232,10 +234,10 @@ def test_commands_take_shards(
         answers.append([(record["path"], record["top"][0]["class"]) for record in json.loads(found.stdout)])
     assert answers[0] == answers[1]
     assert [path for path, _ in answers[0]] == [str(path) for path in inputs]
-    before = request_of(demo_run.path, inputs)
-    assert request_of(demo_run.path, inputs) == before
+    before = [source.key for source in find_sources([tmp_path])]
+    assert [source.key for source in find_sources([tmp_path])] == before
     os.utime(tmp_path / "a-1.tar", (1, 1))
-    assert request_of(demo_run.path, inputs) != before
+    assert [source.key == key for source, key in zip(find_sources([tmp_path]), before, strict=True)] == [True, False]
 
 
 def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,13 +253,14 @@ def test_the_record_of_checked_files_follows_the_shard(folder: Path, tmp_path: P
     assert check_files([tar / rows[0][0]])[0].sha256 != first[0].sha256
 
 
-def test_plan_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_dry_run_of_shards(folder: Path, tmp_path: Path, cache: Path) -> None:
     pq.write_table(hugging_face(rows_of(folder), sorted(CLASSES)), tmp_path / "all.parquet", row_group_size=2)
     config = TrainConfig(data=str(tmp_path / "all.parquet"), backbone="efficientnet_lite0", unfreeze=0, size=64, group_by="exact")
-    rates, cost, count = plan(config)
-    assert count == 18
-    assert rates.check > 0
-    assert cost.total_seconds > 0
+    found = dry_run(config, tmp_path / "run")
+    assert sum(found["classes"].values()) == 18
+    assert sum(found["parts"].values()) == 18
+    assert found["seconds"] > 0
+    assert not cache.exists()
 
 
 # ---------------------------------------------------------------- what a shard says

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 import seewhy
 from seewhy import sharing
+from seewhy.api import Run
 from seewhy.cli import call, run_guarded
 from seewhy.errors import OutputError, RunError
-from seewhy.run import Run
 from seewhy.transforms import eval_view, render
 
 OWN = set(sharing.FILES)

@@ -9,10 +9,9 @@ import pytest
 from cheap_saved import jpegs, write_parquet, write_tar
 
 from seewhy import storage
-from seewhy.columns import Texts
 from seewhy.errors import DataError, OutputError
-from seewhy.predictions import BLOCK, find_pictures
-from seewhy.sources import find_sources, read_source, sources_of
+from seewhy.predictions import find_pictures
+from seewhy.sources import BLOCK, find_sources, read_source, sources_of
 from seewhy.storage import inside, list_files, names_in, remove_file, write_whole
 
 
@@ -101,15 +100,6 @@ def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) ->
     sources = find_sources([mixed / "plain"])
     (mixed / "plain" / "deep" / "3.jpg").unlink()  # between the listing and the reading
     assert [data for _, data in read_source(sources[0])][3] == "no such file"
-
-
-def test_names_of_plain_files_take_their_bytes_and_little_more(tmp_path: Path) -> None:
-    for n in range(300):
-        (tmp_path / f"{n:05d}.jpg").touch()
-    (source,) = find_sources([tmp_path])
-    assert list(source.places) == [str(path) for path in sorted(tmp_path.iterdir())]
-    assert isinstance(source.places, Texts)
-    assert source.places.text.nbytes + source.places.ends.nbytes <= 300 * (len("00000.jpg") + 4)
 
 
 def test_a_link_that_leads_nowhere_is_a_bad_picture(mixed: Path, contents: list[bytes]) -> None:

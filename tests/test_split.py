@@ -203,7 +203,7 @@ def test_unknown_part_is_named() -> None:
 
 
 def save(split: Split, images: ImageSet, folder: Path) -> Path:
-    (folder / "split.json").write_text(json.dumps(split.record(images)))
+    split.write(folder / "split.json", images)
     return folder / "split.json"
 
 
@@ -284,18 +284,25 @@ def test_binary_and_missing_split_files(tmp_path: Path) -> None:
         read_split(tmp_path, images)
 
 
-@pytest.mark.parametrize("rows", [plain({"a": 12, "ü \u2028": 15}), [*plain({"a": 12, "b": 15}), ("b", "a--1", "")]])
-def test_written_hash_by_hash_it_is_the_record_as_json(tmp_path: Path, rows: list[tuple[str, str, str]]) -> None:
-    images = image_set(rows)
-    groups = np.minimum(np.arange(len(rows)) // 3, 4)
-    for split in (split_images(images), split_images(images, groups=groups), split_images(images, groups=groups % 2)):
-        split.write(tmp_path / "split.json", images)
-        assert (tmp_path / "split.json").read_text() == json.dumps(split.record(images), indent=1, ensure_ascii=False) + "\n"
+def test_split_json_names_parts_and_groups_by_sorted_hashes(tmp_path: Path) -> None:
+    images = image_set([*plain({"a": 12, "ü": 15}), ("ü", "a--1", "")])
+    groups = np.arange(28) // 2
+    groups[:10] = 0  # most of a: torn
+    split = split_images(images, groups=groups)
+    text = save(split, images, tmp_path).read_text()
+    record = json.loads(text)
+    assert text == json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    assert (record["protocol"], record["seed"], record["hash"]) == ("ratio", 0, split.hash(images))
+    assert {name: record[name] for name in PARTS} == {name: sorted(images.hashes[i] for i in split.part(name)) for name in PARTS}
+    joined = [{images.hashes[i] for i in np.flatnonzero(split.groups == number)} for number in np.unique(split.groups)]
+    assert record["groups"] == sorted(sorted(group) for group in joined if len(group) > 1)
+    assert len(record["groups"]) > 3
+    assert record["torn"] == list(split.torn) == ["a"]
 
 
 def test_a_hash_that_a_file_names_twice_counts_where_it_stands_last(tmp_path: Path) -> None:
     images = image_set(plain({"a": 10, "b": 10}))
-    record = split_images(images).record(images)
+    record = json.loads(save(split_images(images), images, tmp_path).read_text())
     moved = record["train"][0]
     (tmp_path / "split.json").write_text(json.dumps({**record, "test": [*record["test"], moved]}))
     found = read_split(tmp_path, images)
@@ -463,11 +470,8 @@ def test_torn_classes_are_remembered_by_split_json(tmp_path: Path) -> None:
     images = image_set(plain({"a": 20, "b": 20}))
     groups = np.array([0] * 15 + list(range(15, 40)))
     split = split_images(images, groups=groups)
-    (tmp_path / "split.json").write_text(json.dumps(split.record(images)))
+    split.write(tmp_path / "split.json", images)
     assert read_split(tmp_path, images).torn == ("a",)
-    old = {name: value for name, value in split.record(images).items() if name not in ("groups", "torn")}  # of an older version
-    (tmp_path / "split.json").write_text(json.dumps(old))
-    assert read_split(tmp_path, images).torn == ()
 
 
 def test_groups_that_were_named_are_never_torn() -> None:
@@ -501,7 +505,7 @@ def test_groups_are_found_again_by_content(tmp_path: Path) -> None:
     images = image_set(plain({"a": 20, "b": 10}))
     groups = np.array([n // 2 if n < 20 else n for n in range(30)])
     split = split_images(images, groups=groups)
-    (tmp_path / "split.json").write_text(json.dumps(split.record(images)))
+    split.write(tmp_path / "split.json", images)
     found = read_split(tmp_path, images)
     assert np.array_equal(found.groups, split.groups)
     assert np.array_equal(np.unique(groups, return_inverse=True)[1], np.unique(found.groups, return_inverse=True)[1])

@@ -15,9 +15,9 @@ from PIL import Image
 
 import seewhy
 from seewhy import fitting, workflow
+from seewhy.api import Run
 from seewhy.config import make_config
 from seewhy.errors import DataError, ImageError, OutputError, RunError, SeewhyError, SplitError
-from seewhy.run import Run
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 2, "batch_size": 8, "workers": 0}
 
@@ -239,7 +239,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(folder: Path, tmp_path: Path,
     """Whatever fails while the run is written, its checkpoints are still there, and --resume ends it without training."""
     whole = seewhy.train(folder, out=tmp_path / "whole", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("seewhy.run.to_disk", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr("seewhy.saved_run.to_disk", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OutputError, match="No space left on device"):
             seewhy.train(folder, out=tmp_path / "mine", **SMALL)
     assert (tmp_path / ".mine.partial" / "checkpoints" / "last.ckpt").exists()

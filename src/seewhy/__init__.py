@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from seewhy.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from seewhy.api import Run, load, pull, train
     from seewhy.config import TrainConfig
     from seewhy.errors import (
         BackboneError,
@@ -24,12 +27,7 @@ if TYPE_CHECKING:
     from seewhy.export import export_state_dict
     from seewhy.images import ImageSet, open_images
     from seewhy.predictions import Predictions
-    from seewhy.run import Run, load
-    from seewhy.sharing import pull
     from seewhy.split import Split, split_images
-    from seewhy.workflow import train
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackboneError",
@@ -59,6 +57,7 @@ __all__ = [
 
 # torch and timm take seconds to import; each name is fetched when it is first used.
 _HOMES = {
+    "api": ("Run", "load", "pull", "train"),
     "config": ("TrainConfig",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "evaluate": ("Evaluation",),
@@ -66,10 +65,7 @@ _HOMES = {
     "export": ("export_state_dict",),
     "images": ("ImageSet", "open_images"),
     "predictions": ("Predictions",),
-    "run": ("Run", "load"),
-    "sharing": ("pull",),
     "split": ("Split", "split_images"),
-    "workflow": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

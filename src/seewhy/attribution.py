@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from seewhy.cam import (
-    ALL_CLASSES,
-    ASKING,
     METHODS,
-    PIXELWISE,
+    PERTURBATION_METHODS,
+    PIXEL_METHODS,
     ablationcam_weights,
-    combine,
     fuse,
-    only_finite,
     scale_to_one,
     scorecam_weights,
+    weighted_map,
+    zero_nonfinite,
 )
 from seewhy.errors import BackboneError, ConfigError
 from seewhy.pixels import chosen_classes, class_scores, pixel_maps
@@ -95,11 +94,11 @@ def linear_head(model: nn.Module, features: Tensor, logits: Tensor) -> Tensor | 
 
 
 def head_gradients(
-    model: nn.Module, features: Tensor, targets: Tensor | None, against: Tensor | None = None
+    model: nn.Module, features: Tensor, targets: Tensor | None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of each picture's class score with respect to its features: from the head down, no further.
 
-    features: from `feature_maps`. targets: (N,) class indices, None for the predicted class. against: (N,) classes whose
+    features: from `feature_maps`. targets: (N,) class indices, None for the predicted class. contrast: (N,) classes whose
     score is taken away. Returns logits (N, C), targets (N,), gradients shaped like the features. For a head of average
     pooling and a linear layer the gradient is W[target] / (H W) at every place, and no backward runs.
     """
@@ -111,17 +110,17 @@ def head_gradients(
         chosen = chosen_classes(logits, targets)
         if weight is not None:
             places = features.shape[2] * features.shape[3]
-            rows = weight.detach()[chosen] if against is None else weight.detach()[chosen] - weight.detach()[against.to(logits.device)]
+            rows = weight.detach()[chosen] if contrast is None else weight.detach()[chosen] - weight.detach()[contrast.to(logits.device)]
             return logits, chosen, (rows / places)[:, :, None, None].expand_as(features)
         with torch.enable_grad():
             features.requires_grad_(True)
-            scores = class_scores(cast(Any, model).forward_head(features), chosen, against)
+            scores = class_scores(cast(Any, model).forward_head(features), chosen, contrast)
             gradients = torch.autograd.grad(scores.sum(), features)[0]
         return logits, chosen, gradients
 
 
 def layer_gradients(
-    model: nn.Module, pictures: Tensor, layers: Sequence[str], targets: Tensor | None, against: Tensor | None = None
+    model: nn.Module, pictures: Tensor, layers: Sequence[str], targets: Tensor | None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Activations and gradients at named layers, in one forward pass; nothing below the first of them is differentiated.
 
@@ -149,7 +148,7 @@ def layer_gradients(
             if missing := [name for name in layers if name not in found]:
                 raise BackboneError(f"layer {missing[0]} takes no part in an answer of {type(model).__name__}; name another layer")
             with torch.enable_grad():
-                scores = class_scores(logits, chosen, against).sum()
+                scores = class_scores(logits, chosen, contrast).sum()
             gradients = torch.autograd.grad(scores, [found[name] for name in layers])
     finally:
         for handle in handles:
@@ -174,68 +173,68 @@ def class_activation_maps(
     pictures: Tensor,
     method: str,
     targets: Tensor | None = None,
-    against: Tensor | None = None,
+    contrast: Tensor | None = None,
     layers: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (N, h, w) >= 0 of one class a picture, with logits (N, C) and target classes (N,).
 
-    model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32. against: (N,) classes the targets are held
+    model: timm network in eval mode. pictures: (N, 3, S, S) normalised float32. contrast: (N,) classes the targets are held
     against: evidence for the one and not the other. layers: dotted names; several are fused; none: the last feature maps.
     """
-    if method in PIXELWISE:
+    if method in PIXEL_METHODS:
         if layers:
             raise ConfigError(f"{method} explains pixels, not a layer; leave the layer out or choose another method")
-        return pixel_maps(model, pictures, method, targets, against)
+        return pixel_maps(model, pictures, method, targets, contrast)
     layers = layers or default_layers(model)
-    if method in ASKING:
-        return asking_maps(model, pictures, method, targets, against, layers)
+    if method in PERTURBATION_METHODS:
+        return perturbation_maps(model, pictures, method, targets, contrast, layers)
     if not layers:
         with torch.no_grad():
             features = feature_maps(model, pictures)
-        return maps_of_features(model, features, method, targets, against)
-    logits, chosen, pairs = layer_gradients(model, pictures, layers, targets, against)
+        return maps_of_features(model, features, method, targets, contrast)
+    logits, chosen, pairs = layer_gradients(model, pictures, layers, targets, contrast)
     maps = [_map(model, activations, gradients, method) for activations, gradients in pairs]
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
 
 
-def shifted_maps(
+def smoothed_maps(
     model: nn.Module,
     pictures: Tensor,
     method: str,
     targets: Tensor | None = None,
-    against: Tensor | None = None,
+    contrast: Tensor | None = None,
     layers: Sequence[str] = (),
-    shifts: int = 1,
+    smooth: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`class_activation_maps` averaged over shifts x shifts copies of each picture, moved around its rim by half cells of a 7 x 7 map.
+    """`class_activation_maps` averaged over smooth x smooth copies of each picture, moved around its rim by half cells of a 7 x 7 map.
 
-    Places between the centres of a coarse map's cells become visible, at shifts^2 times the cost. Maps (N, S, S), each scaled to
+    Places between the centres of a coarse map's cells become visible, at smooth^2 times the cost. Maps (N, S, S), each scaled to
     0..1 before the mean, with logits and targets of the picture as it is. benchmarks/cam_quality.py measures what it brings.
     """
-    if shifts == 1:
-        return class_activation_maps(model, pictures, method, targets, against, layers)
+    if smooth == 1:
+        return class_activation_maps(model, pictures, method, targets, contrast, layers)
     with torch.inference_mode(False), torch.no_grad():
         logits: Tensor = model(pictures.clone())
         chosen = chosen_classes(logits, targets)
     size = pictures.shape[-1]
-    offsets = [round((n - (shifts - 1) / 2) * size / 14) for n in range(shifts)]
+    offsets = [round((n - (smooth - 1) / 2) * size / 14) for n in range(smooth)]
     total = torch.zeros(len(pictures), size, size)
     for dy, dx in itertools.product(offsets, offsets):
         moved = torch.roll(pictures, (dy, dx), dims=(2, 3))
-        maps, _, _ = class_activation_maps(model, moved, method, chosen, against, layers)
+        maps, _, _ = class_activation_maps(model, moved, method, chosen, contrast, layers)
         large = nn.functional.interpolate(scale_to_one(maps)[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
         total += torch.roll(large, (-dy, -dx), dims=(1, 2)).to(total.device)
     return total / len(offsets) ** 2, logits, chosen
 
 
 def maps_of_methods(
-    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = (), shifts: int = 1
+    model: nn.Module, pictures: Tensor, methods: Sequence[str], targets: Tensor, layers: Sequence[str] = (), smooth: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
     """(method, maps (N, h, w) >= 0) of each method in turn; those that start from the last feature maps share one forward pass."""
     features = None
     for method in methods:
-        if shifts > 1:
-            yield method, shifted_maps(model, pictures, method, targets, None, layers, shifts)[0]
+        if smooth > 1:
+            yield method, smoothed_maps(model, pictures, method, targets, None, layers, smooth)[0]
         elif method in METHODS and not (layers or default_layers(model)):
             if features is None:
                 with torch.no_grad():
@@ -245,8 +244,8 @@ def maps_of_methods(
             yield method, class_activation_maps(model, pictures, method, targets, layers=layers)[0]
 
 
-def asking_maps(
-    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, against: Tensor | None, layers: Sequence[str]
+def perturbation_maps(
+    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, contrast: Tensor | None, layers: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`class_activation_maps` by a method that asks the network anew for each channel, in batches of the pictures."""
     maps = []
@@ -256,22 +255,22 @@ def asking_maps(
         chosen = chosen_classes(logits, targets)
 
         def masked_scores(masks: Tensor) -> Tensor:
-            return class_scores(model(pictures * masks[:, None]), chosen, against)
+            return class_scores(model(pictures * masks[:, None]), chosen, contrast)
 
         everywhere: Sequence[str | None] = layers or [None]
         for layer in everywhere:
             features = feature_maps(model, pictures) if layer is None else output_of(model, pictures, layer)
 
             def changed_scores(changed: Tensor, layer: str | None = layer) -> Tensor:
-                answer = cast(Any, model).forward_head(changed) if layer is None else answer_with(model, pictures, layer, changed)
-                return class_scores(answer, chosen, against)
+                answer = cast(Any, model).forward_head(changed) if layer is None else forward_from(model, pictures, layer, changed)
+                return class_scores(answer, chosen, contrast)
 
             activations = finite_pictures(as_channels_first(model, features))
             if method == "scorecam":
                 weights = scorecam_weights(activations, masked_scores, pictures.shape[-1])
             else:
                 weights = ablationcam_weights(features, changed_scores, channel_axis(model, features))
-            maps.append(only_finite(combine(activations, weights)))
+            maps.append(zero_nonfinite(weighted_map(activations, weights)))
     return maps[0] if len(maps) == 1 else fuse(maps), logits, chosen
 
 
@@ -291,7 +290,7 @@ def output_of(model: nn.Module, pictures: Tensor, layer: str) -> Tensor:
     return found[0]
 
 
-def answer_with(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
+def forward_from(model: nn.Module, pictures: Tensor, layer: str, output: Tensor) -> Tensor:
     """Logits of the pictures if a named layer gave `output`."""
     handle = named_layer(model, layer).register_forward_hook(lambda module, inputs, own: output.clone())
     try:
@@ -310,33 +309,12 @@ def finite_pictures(activations: Tensor) -> Tensor:
 
 def _map(model: nn.Module, activations: Tensor, gradients: Tensor, method: str) -> Tensor:
     activations, gradients = finite_pictures(as_channels_first(model, activations)), as_channels_first(model, gradients)
-    return only_finite(combine(activations, METHODS[method](activations, gradients)))
+    return zero_nonfinite(weighted_map(activations, METHODS[method](activations, gradients)))
 
 
 def maps_of_features(
-    model: nn.Module, features: Tensor, method: str, targets: Tensor | None = None, against: Tensor | None = None
+    model: nn.Module, features: Tensor, method: str, targets: Tensor | None = None, contrast: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`class_activation_maps` from the last feature maps that are there already, whichever engine computed them."""
-    logits, chosen, gradients = head_gradients(model, features, targets, against)
+    logits, chosen, gradients = head_gradients(model, features, targets, contrast)
     return _map(model, features, gradients, method), logits, chosen
-
-
-def all_class_maps(model: nn.Module, features: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Maps (N, C, h, w) >= 0 of every class, with logits (N, C).
-
-    One matrix product for a head of average pooling and a linear layer; else one backward pass through the head a class.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        features = features.detach().clone()
-        logits: Tensor = cast(Any, model).forward_head(features)
-        weight = linear_head(model, features, logits)
-        if weight is not None:
-            flat = finite_pictures(features).flatten(2)  # (N, K, places)
-            weights = ALL_CLASSES[method](weight.detach(), flat)
-            maps = torch.matmul(weights, flat).clamp_(min=0)  # (N, C, K) x (N, K, places)
-            return maps.reshape(*maps.shape[:2], *features.shape[2:]), logits
-    each = []
-    for target in range(logits.shape[1]):
-        maps, _, _ = maps_of_features(model, features, method, torch.full((len(features),), target))
-        each.append(maps)
-    return torch.stack(each, dim=1), logits

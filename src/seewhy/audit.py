@@ -1,4 +1,4 @@
-"""Pictures -> Audit: near-duplicates, what they leak and what that is worth, doubtful labels, odd-looking pictures."""
+"""Pictures -> Audit: near-duplicates, what they leak and what that is worth, label issues, image issues."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pandas as pd
 
 from seewhy.duplicates import NearPairs, group_numbers, near_pairs
 from seewhy.embedding import embed
-from seewhy.errors import SplitError
+from seewhy.errors import SplitError, require
 from seewhy.grouping import MANY
 from seewhy.images import ImageSet
-from seewhy.labels import DOUBTFUL, Doubts, discriminant, doubt_labels, out_of_fold
-from seewhy.looks import odd_looks
+from seewhy.labels import ISSUE_LOG_ODDS, LabelIssues, fit_lda, out_of_fold, rank_label_issues
+from seewhy.looks import find_image_issues
 from seewhy.progress import progress
 from seewhy.split import split_images
 
@@ -44,7 +44,7 @@ class Audit:
     """What is worth knowing of N labelled pictures before they are trained on.
 
     near, groups: near-duplicates, and (N,) a number a group of them. leak: None where some class is too small to divide.
-    log_probs: (N, C) out of fold. doubts: labels, the least believable first. looks: a row an odd-looking picture.
+    log_probs: (N, C) out of fold. label_issues: labels, the least believable first. image_issues: as `find_image_issues`.
     """
 
     images: ImageSet
@@ -52,8 +52,8 @@ class Audit:
     groups: Indices
     leak: Leak | None
     log_probs: npt.NDArray[np.float64]
-    doubts: Doubts
-    looks: pd.DataFrame
+    label_issues: LabelIssues
+    image_issues: pd.DataFrame
 
     @property
     def across(self) -> npt.NDArray[np.bool_]:
@@ -91,16 +91,16 @@ class Audit:
 
     def labels_table(self) -> pd.DataFrame:
         """A row a picture, the least believable label first: path, label, suggested, prob_label, prob_suggested, log_odds."""
-        order, names = self.doubts.order, np.array(self.images.classes)
+        order, names = self.label_issues.order, np.array(self.images.classes)
         own = self.images.labels[order]
         return pd.DataFrame(
             {
                 "path": [str(self.images.paths[i]) for i in order],
                 "label": names[own],
-                "suggested": names[self.doubts.suggested],
+                "suggested": names[self.label_issues.suggested],
                 "prob_label": np.exp(self.log_probs[order, own]).round(6),
-                "prob_suggested": np.exp(self.log_probs[order, self.doubts.suggested]).round(6),
-                "log_odds": self.doubts.log_odds.round(3),
+                "prob_suggested": np.exp(self.log_probs[order, self.label_issues.suggested]).round(6),
+                "log_odds": self.label_issues.log_odds.round(3),
             }
         )
 
@@ -126,8 +126,8 @@ class Audit:
             "largest_group": int(sizes.max()),
             "pairs_by_class": {str(name): int(count) for name, count in by_class.head(10).items()},
             "out_of_fold_accuracy": float(right.mean()) if len(right) else None,
-            "doubtful_labels": int((self.doubts.log_odds < DOUBTFUL).sum()),
-            "looks": {str(name): int(count) for name, count in self.looks["look"].value_counts().items()},
+            "label_issues": int((self.label_issues.log_odds < ISSUE_LOG_ODDS).sum()),
+            "image_issues": {str(name): int(count) for name, count in self.image_issues["issue"].value_counts().items()},
         }
         if self.leak is not None:
             means = {name: [v for v in values if not math.isnan(v)] for name, values in vars(self.leak).items()}
@@ -138,6 +138,7 @@ class Audit:
 
 def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audit:
     """Looks through labelled pictures; all that needs a network uses the one that comes with the package."""
+    require("audit", "seewhy audit", "cleanvision")
     vectors = embed(images, workers=workers)
     near = near_pairs(images, vectors if len(images) <= MANY else None)
     groups = group_numbers(len(images), near.pairs)
@@ -146,9 +147,9 @@ def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audi
         advance(1)
         log_probs = out_of_fold(vectors, images.labels, groups)
         advance(1)
-        looks = odd_looks(images.paths)
+        image_issues = find_image_issues(images.paths)
         advance(1)
-    return Audit(images, near, groups, leak, log_probs, doubt_labels(images.labels, log_probs), looks)
+    return Audit(images, near, groups, leak, log_probs, rank_label_issues(images.labels, log_probs), image_issues)
 
 
 def measure_leak(images: ImageSet, vectors: npt.NDArray[np.float32], groups: Indices, seeds: int) -> Leak | None:
@@ -164,7 +165,7 @@ def measure_leak(images: ImageSet, vectors: npt.NDArray[np.float32], groups: Ind
             return None
         leaked = np.isin(groups[plain.test], groups[plain.train])
         right, right_grouped = (
-            discriminant(vectors[split.train], images.labels[split.train]).predict(vectors[split.test]) == images.labels[split.test]
+            fit_lda(vectors[split.train], images.labels[split.train]).predict(vectors[split.test]) == images.labels[split.test]
             for split in (plain, grouped)
         )
         on_leaked = right[leaked].mean() if leaked.any() else np.nan

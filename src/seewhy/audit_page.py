@@ -11,23 +11,23 @@ import numpy.typing as npt
 from seewhy.audit import Audit
 from seewhy.errors import OutputError
 from seewhy.figures import leak_figure
-from seewhy.labels import DOUBTFUL
+from seewhy.labels import ISSUE_LOG_ODDS
 from seewhy.pages import data_url, render_page, thumbnail_url
 from seewhy.writing import csv_text, write_json
 
 EACH = 8  # examples of a gallery of pairs
-SHOWN = 24  # doubtful labels shown
-ODD = 6  # pictures a look
+SHOWN = 24  # label issues shown
+ODD = 6  # pictures an issue
 
 
 def save_audit(audit: Audit, folder: Path) -> list[Path]:
-    """Writes pairs.csv, groups.csv, labels.csv, confusions.csv, looks.csv, audit.html and audit.json; the files written."""
+    """Writes pairs.csv, groups.csv, labels.csv, confusions.csv, image_issues.csv, audit.html and audit.json; the files written."""
     tables = {
         "pairs.csv": audit.pairs_table(),
         "groups.csv": audit.groups_table(),
         "labels.csv": audit.labels_table(),
         "confusions.csv": audit.confusions_table(),
-        "looks.csv": audit.looks,
+        "image_issues.csv": audit.image_issues,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,9 +47,15 @@ def audit_page(audit: Audit) -> str:
         "name": audit.images.name,
         "summary": audit.summary(),
         "pairs": [(title, text, [_pair(audit, n) for n in chosen]) for title, text, chosen in _pair_galleries(audit) if len(chosen)],
-        "doubts": [_doubt(audit, place) for place in range(min(SHOWN, len(audit.images))) if audit.doubts.log_odds[place] < DOUBTFUL],
+        "label_issues": [
+            _label_issue(audit, place)
+            for place in range(min(SHOWN, len(audit.images)))
+            if audit.label_issues.log_odds[place] < ISSUE_LOG_ODDS
+        ],
         "confusions": audit.confusions_table().head(12).to_dict("records"),
-        "looks": [(look, len(rows), [_odd(path) for path in rows["path"][:ODD]]) for look, rows in audit.looks.groupby("look")],
+        "image_issues": [
+            (issue, len(rows), [_odd(path) for path in rows["path"][:ODD]]) for issue, rows in audit.image_issues.groupby("issue")
+        ],
         "leak": {theme: data_url(leak_figure(leak.plain, leak.grouped, theme), "png") for theme in ("light", "dark")} if leak else None,
     }
     return render_page("audit.html", facts)
@@ -85,9 +91,9 @@ def _pair(audit: Audit, place: int) -> dict[str, Any]:
     return {"sides": sides, "bits": int(audit.near.distances[place]), "cosine": float(audit.near.cosines[place])}
 
 
-def _doubt(audit: Audit, place: int) -> dict[str, Any]:
-    i, names = int(audit.doubts.order[place]), audit.images.classes
-    label, suggested = int(audit.images.labels[i]), int(audit.doubts.suggested[place])
+def _label_issue(audit: Audit, place: int) -> dict[str, Any]:
+    i, names = int(audit.label_issues.order[place]), audit.images.classes
+    label, suggested = int(audit.images.labels[i]), int(audit.label_issues.suggested[place])
     return {
         "image": thumbnail_url(audit.images.paths[i]),
         "file": _short(audit.images.paths[i]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from seewhy.errors import BackboneError, WeightsError
+from seewhy.errors import BackboneError, WeightsError, reason_of
 from seewhy.transforms import Preprocessing
 
 State = dict[str, Tensor]
@@ -160,7 +159,7 @@ def _build(name: str, timm_name: str, classes: int) -> nn.Module:
     try:
         model = timm.create_model(timm_name, pretrained=False, num_classes=classes)
     except RuntimeError as error:  # an unknown pretrained tag
-        raise BackboneError(f"backbone {name!r}: {' '.join(str(error).split())}") from error
+        raise BackboneError(f"backbone {name!r}: {reason_of(error)}") from error
     if not isinstance(cast(Any, model).get_classifier(), nn.Module):  # distilled networks have two
         raise BackboneError(f"backbone {name!r} has more than one classifier, which seewhy cannot train; choose another")
     return model
@@ -187,7 +186,7 @@ def _pretrained_state(name: str, timm_name: str) -> State:
     try:
         model = timm.create_model(timm_name, pretrained=True)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise WeightsError(f"weights of {name} cannot be fetched ({reason}); {remedies}") from error
     return model.state_dict()
 
@@ -208,7 +207,7 @@ def _check_reachable(name: str, config: Any, remedies: str) -> None:
     try:
         get_session().head(hf_hub_url(repo, files[0]), timeout=10)
     except Exception as error:  # httpx or requests, by version of the client
-        raise WeightsError(f"weights of {name} cannot be fetched ({' '.join(str(error).split())[:120]}); {remedies}") from error
+        raise WeightsError(f"weights of {name} cannot be fetched ({reason_of(error, 120)}); {remedies}") from error
 
 
 def read_weights(path: Path) -> State:
@@ -225,7 +224,7 @@ def read_weights(path: Path) -> State:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and header errors alike: the file is not what it says
-        reason = " ".join(str(error).split())[:100]
+        reason = reason_of(error, 100)
         raise WeightsError(f"{path}: cannot be read as weights ({reason}); pass a safetensors file or a plain state_dict") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -322,7 +321,3 @@ def _units_in_order(model: nn.Module, ends: Sequence[str]) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(called))
-
-
-# Lightning and timm warn about defaults that are chosen here on purpose.
-warnings.filterwarnings("ignore", message="Overwriting .* in registry", module="timm")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.backbones import Backbone
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut
@@ -129,11 +129,16 @@ def make_loader(dataset: CachedViews | PictureViews, batch_size: int, seed: int 
     count = workers if isinstance(dataset, PictureViews) else 0
     batches: Any
     if seed is not None:
-        batches = EpochBatches(len(dataset), batch_size, seed, world.rank(), world.size())
+        batches = EpochBatches(len(dataset), batch_size, seed, distributed.rank(), distributed.world_size())
     else:
-        mine = world.share(range(len(dataset)))
+        mine = distributed.shard(range(len(dataset)))
         batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, num_workers=count, collate_fn=_as_is, persistent_workers=count > 0)
+
+
+def trains_on_features(cut: Cut, config: TrainConfig) -> bool:
+    """Whether something is frozen and its features can be kept: views are fixed, and there is a cache."""
+    return cut.trunk is not None and not config.fresh_views and config.cache
 
 
 def training_data(
@@ -141,7 +146,7 @@ def training_data(
 ) -> tuple[CachedViews | PictureViews, CachedViews | PictureViews]:
     """To train and to validate on: stored features where something is frozen and views are fixed, pictures otherwise."""
     preprocessing, labels = backbone.preprocessing, images.labels
-    if cut.trunk is None or config.fresh_views or not config.cache:
+    if not trains_on_features(cut, config):
         views = 0 if config.fresh_views else config.views
         train_data = PictureViews(images, split.train, preprocessing, views, config.seed, config.augment)
         return train_data, PictureViews(images, split.val, preprocessing, 1, config.seed, "standard")

@@ -45,9 +45,10 @@ class Batcher:
             worker.start()
 
     def answer(self, data: bytes, heatmaps: bool = True) -> Answered:
-        """The bytes of a picture file -> probabilities (C,), where the file has them strangeness () and heatmaps (C, h, w), and its
+        """Queue the bytes of an image file for an answer.
 
-        `size`, (width, height). heatmaps: whether they are wanted. The future raises ImageError with the reason for what cannot be decoded.
+        heatmaps: whether they are wanted. The future gives probabilities (C,), where the file has them strangeness () and heatmaps
+        (C, h, w), and `size`, (width, height); it raises ImageError with the reason for what cannot be decoded.
         """
         done: Answered = Future()
         with self._wake:

@@ -15,9 +15,14 @@ from filelock import FileLock, Timeout
 from seewhy.errors import OutputError
 
 
+def cache_path() -> Path:
+    """$SEEWHY_CACHE, else the user's cache folder; it may not exist."""
+    return Path(os.environ.get("SEEWHY_CACHE") or platformdirs.user_cache_dir("seewhy", appauthor=False))
+
+
 def cache_dir() -> Path:
-    """$SEEWHY_CACHE, else the user's cache folder; made when missing."""
-    folder = Path(os.environ.get("SEEWHY_CACHE") or platformdirs.user_cache_dir("seewhy", appauthor=False))
+    """The same, made when missing. Raises OutputError."""
+    folder = cache_path()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 
-from seewhy.metrics import Floats, Labels, by_rows, surprise
+from seewhy.metrics import Floats, Labels, map_rows, sample_nll
 
 Sure = npt.NDArray[np.float64]  # (N,) confidence, 0..1: the largest probability of each picture
 Right = npt.NDArray[np.bool_]  # (N,) whether the class that has it is the true one
@@ -52,7 +52,7 @@ def expected_calibration_error(sure: Sure, right: Right, bins: int = BINS) -> fl
 
 def brier_score(labels: Labels, probs: Floats) -> float:
     """Mean over the pictures of the squared distance between probabilities and the true class's one; 0..2, lower is better (Brier 1950)."""
-    return float(by_rows(lambda rows: squared_distances(labels[rows], probs[rows]), len(labels)).mean())
+    return float(map_rows(lambda rows: squared_distances(labels[rows], probs[rows]), len(labels)).mean())
 
 
 def squared_distances(labels: Labels, probs: Floats) -> npt.NDArray[np.float64]:
@@ -72,7 +72,7 @@ def fit_temperature(labels: Labels, logits: Floats) -> float:
         return 1.0
 
     def loss(log_t: float) -> float:
-        scaled = by_rows(lambda rows: surprise(labels[rows], np.asarray(logits[rows], dtype=np.float64) / math.exp(log_t)), len(labels))
+        scaled = map_rows(lambda rows: sample_nll(labels[rows], np.asarray(logits[rows], dtype=np.float64) / math.exp(log_t)), len(labels))
         return float(np.mean(scaled))
 
     found = minimize_scalar(
@@ -114,7 +114,7 @@ def risk_coverage(sure: Sure, right: Right) -> RiskCoverage:
     return RiskCoverage(sure[order][last], answered / len(order), wrong / answered)
 
 
-def risk_bound(wrong: int, answered: int, confidence: float = 0.9) -> float:
+def clopper_pearson_upper(wrong: int, answered: int, confidence: float = 0.9) -> float:
     """Upper limit of the true risk where `wrong` of `answered` were wrong: one-sided, Clopper and Pearson 1934."""
     return 1.0 if wrong >= answered else float(beta.ppf(confidence, wrong + 1, answered - wrong))
 
@@ -131,12 +131,12 @@ def threshold_for(sure: Sure, right: Right, precision: float, confidence: float 
     n, stricter = len(sure), 1 - (1 - confidence) / TRIED
     for place in np.unique(np.ceil(len(curve.threshold) * np.arange(1, TRIED + 1) / TRIED).astype(int) - 1)[::-1]:
         answered = round(curve.coverage[place] * n)
-        if risk_bound(round(curve.risk[place] * answered), answered, stricter) <= 1 - precision:
+        if clopper_pearson_upper(round(curve.risk[place] * answered), answered, stricter) <= 1 - precision:
             return float(curve.threshold[place])
     return None
 
 
-def answered_at(sure: Sure, right: Right, threshold: float) -> tuple[float, float]:
+def selective_accuracy(sure: Sure, right: Right, threshold: float) -> tuple[float, float]:
     """(share answered, share of these that is right) where only confidences of at least `threshold` are answered; right is nan for none."""
     kept = sure >= threshold
     return float(kept.mean()), float(right[kept].mean()) if kept.any() else math.nan

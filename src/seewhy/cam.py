@@ -1,6 +1,4 @@
-"""Activations and gradients -> class activation maps: METHODS, one pure function a method; ALL_CLASSES, their closed forms;
-ASKING, those that ask the network again.
-"""
+"""Activations and gradients -> class activation maps: METHODS, and PERTURBATION_METHODS; one pure function a method."""
 
 from __future__ import annotations
 
@@ -86,7 +84,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------- methods that ask the network again
+# ---------------------------------------------------------------- perturbation methods
 
 
 def ablationcam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], channels: int = 1) -> Tensor:
@@ -121,73 +119,32 @@ def scorecam_weights(activations: Tensor, score: Callable[[Tensor], Tensor], siz
     return torch.stack(scores, dim=1).softmax(dim=1)[:, :, None, None]
 
 
-ASKING = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
-PIXELWISE = ("integrated_gradients", "occlusion")  # no activations at all: pixels.py
-ALL_METHODS = (*METHODS, *ASKING, *PIXELWISE)
-SLOW = ("scorecam", *PIXELWISE)  # a forward pass of the network, or more, a channel, step or window
+PERTURBATION_METHODS = ("ablationcam", "scorecam")  # K forward passes a batch: of the head, and of the whole network
+PIXEL_METHODS = ("integrated_gradients", "occlusion")  # no activations at all: pixels.py
+ALL_METHODS = (*METHODS, *PERTURBATION_METHODS, *PIXEL_METHODS)
+SLOW = ("scorecam", *PIXEL_METHODS)  # a forward pass of the network, or more, a channel, step or window
 
 
 # ---------------------------------------------------------------- all classes in closed form
 
 
-def gradcam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
-    """`gradcam_weights` of every class where the gradient is weight / places. (C, K) and (N, K, places) -> (1, C, K).
+def gradcam_all_classes(weight: Tensor, features: Tensor) -> Tensor:
+    """Grad-CAM of every class for average pooling and one linear layer: relu(W A / places), which needs no backward pass.
 
-    The gradient is the same at every place, so `hirescam_weights` and, but for channels that sum to 0, `xgradcam_weights` agree.
+    weight: (C, K). features: (N, K, h, w). -> (N, C, h, w), at least 0. The gradient is W / places everywhere (Sec. 3.1, arXiv:1610.02391).
     """
-    return weight[None] / features.shape[2]
-
-
-def xgradcam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
-    """`xgradcam_weights` of every class. (C, K) and (N, K, places) -> (N, C, K)."""
-    return torch.where(features.sum(dim=2)[:, None] != 0, weight[None] / features.shape[2], 0.0)
-
-
-def layercam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
-    """`layercam_weights` of every class. (C, K) and (N, K, places) -> (1, C, K)."""
-    return weight[None].clamp(min=0) / features.shape[2]
-
-
-def eigencam_all_weights(weight: Tensor, features: Tensor) -> Tensor:
-    """`eigencam_weights`, the same for every class. (C, K) and (N, K, places) -> (N, C, K)."""
-    return eigencam_weights(features[..., None], features)[:, None, :, 0, 0].expand(-1, len(weight), -1)
-
-
-def gradcam_plus_plus_all_weights(weight: Tensor, features: Tensor) -> Tensor:
-    """`gradcam_plus_plus_weights` of every class where the gradient is weight / places everywhere.
-
-    weight: (C, K). features: (N, K, places). -> (N, C, K).
-    The sum over places of alpha relu(g) with g = W / places is relu(W) / (2 + sum(A) W / places).
-    Only positive W are left by the numerator; behind a ReLU the denominator is then at least 2.
-    """
-    sums, places = features.sum(dim=2), features.shape[2]
-    positive = weight.clamp(min=0)
-    denominator = torch.addcmul(torch.full((), 2.0, dtype=weight.dtype, device=weight.device), sums[:, None], positive[None] / places)
-    if bool((sums < 0).any()):  # activations without a ReLU: the denominator may vanish, and alpha is 0 there
-        return torch.where(denominator != 0, positive / torch.where(denominator != 0, denominator, 1.0), 0.0)
-    return torch.div(positive, denominator, out=denominator)
-
-
-# The same methods for all classes at once, for a head of average pooling and one linear layer.
-ALL_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gradcam": gradcam_all_weights,
-    "gradcam++": gradcam_plus_plus_all_weights,
-    "hirescam": gradcam_all_weights,
-    "xgradcam": xgradcam_all_weights,
-    "layercam": layercam_all_weights,
-    "eigencam": eigencam_all_weights,
-}
+    return torch.einsum("ck,nkhw->nchw", weight / (features.shape[2] * features.shape[3]), features).clamp(min=0)
 
 
 # ---------------------------------------------------------------- maps
 
 
-def combine(activations: Tensor, weights: Tensor) -> Tensor:
+def weighted_map(activations: Tensor, weights: Tensor) -> Tensor:
     """relu(sum over channels of weight * activation): (N, K, H, W) and (N, K, 1 or H, 1 or W) -> (N, H, W), at least 0."""
     return (weights * activations).sum(dim=1).clamp(min=0)
 
 
-def only_finite(maps: Tensor) -> Tensor:
+def zero_nonfinite(maps: Tensor) -> Tensor:
     """Zeros in place of each (H, W) map that holds a NaN or an infinity: a network that overflowed shows no evidence."""
     return torch.where(maps.isfinite().all(dim=(1, 2), keepdim=True), maps, torch.zeros_like(maps))
 

@@ -1,6 +1,4 @@
-"""Heatmaps x network -> how far they can be trusted: MASKED, REMOVING and OUTLINE, one pure function a score, beside a random map and a
-centre blob.
-"""
+"""Heatmaps x network -> how far they can be trusted: one pure function a score, beside a random map and a centre blob."""
 
 from __future__ import annotations
 
@@ -43,13 +41,13 @@ class Score:
 def average_drop(whole: Tensor, masked: Tensor) -> Tensor:
     """max(0, p - p') / p of the class probabilities p of the picture and p' of the picture times its map. 0..1, lower is better.
 
-    "Average drop %", Sec. 4.1, arXiv:1710.11063. A map of all ones has a drop of 0: read it beside `increase` and the baselines.
+    "Average drop %", Sec. 4.1, arXiv:1710.11063. A map of all ones has a drop of 0: read it beside `confidence_increase` and the baselines.
     """
     return (whole - masked).clamp(min=0) / whole
 
 
-def increase(whole: Tensor, masked: Tensor) -> Tensor:
-    """1 where the class is more probable in the picture times its map than in the picture. "Increase in confidence", as above."""
+def confidence_increase(whole: Tensor, masked: Tensor) -> Tensor:
+    """1 where the class is more probable in the picture times its map than in the picture (Sec. 4.1, arXiv:1710.11063)."""
     return (masked > whole).to(whole.dtype)
 
 
@@ -88,37 +86,37 @@ def road(answer: Answer, pictures: Tensor, targets: Tensor, maps: Tensor) -> Ten
 
 
 # of: (class probabilities of the pictures (N,), of the pictures times their maps (N,)) -> (N,).
-MASKED = {"average drop": Score(average_drop, "lower"), "increase": Score(increase, "higher")}
+MASKING_METRICS = {"average drop": Score(average_drop, "lower"), "confidence increase": Score(confidence_increase, "higher")}
 # of: (answer, pictures (N, 3, S, S), targets (N,), maps (N, S, S) 0..1) -> (N,).
-REMOVING = {
+DELETION_METRICS = {
     "deletion AUC": Score(deletion, "lower"),
     "insertion AUC": Score(insertion, "higher"),
     "ROAD": Score(road, "higher"),
 }
-QUALITY = MASKED | REMOVING
+QUALITY = MASKING_METRICS | DELETION_METRICS
 
 
 # ---------------------------------------------------------------- against the object's outline
 
 
-def pointing(maps: Tensor, masks: Tensor) -> Tensor:
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """1 where the map's maximum lies on the object or within 3% of the side of it, 0 elsewhere and for a map of zeros. -> (N,).
 
     maps: (N, S, S). masks: the same, bool. The pointing game, Sec. 4.2, arXiv:1608.00507, whose margin is 15 pixels of pictures of
     about 500. Equal maxima share the hit.
     """
     near = [distance_transform_edt(~mask.numpy()) <= MARGIN * mask.shape[-1] for mask in masks]
-    return peak_on_object(maps, torch.from_numpy(np.stack(near)) & masks.flatten(1).any(dim=1)[:, None, None])
+    return strict_pointing_game(maps, torch.from_numpy(np.stack(near)) & masks.flatten(1).any(dim=1)[:, None, None])
 
 
-def peak_on_object(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 where the map's maximum lies on the object itself: `pointing` without its margin. (N, S, S) and bool -> (N,)."""
+def strict_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """1 where the map's maximum lies on the object itself: `pointing_game` without its margin. (N, S, S) and bool -> (N,)."""
     peak = maps.amax(dim=(1, 2), keepdim=True)
     at_peak = (maps == peak) & (peak > 0)
     return (at_peak & masks).sum(dim=(1, 2)) / at_peak.sum(dim=(1, 2)).clamp(min=1)
 
 
-def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
+def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the map's sum that lies on the object; 0 for a map of zeros. (N, S, S) and bool -> (N,), 0..1.
 
     The energy-based pointing game, Eq. 9, arXiv:1910.01279.
@@ -127,10 +125,10 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(total > 0, (maps * masks).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0), 0.0)
 
 
-OUTLINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "pointing": pointing,
-    "peak on object": peak_on_object,
-    "energy inside": energy_inside,
+LOCALIZATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pointing game": pointing_game,
+    "strict pointing game": strict_pointing_game,
+    "energy-based pointing game": energy_pointing_game,
 }
 
 

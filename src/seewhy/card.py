@@ -8,17 +8,11 @@ from typing import Any
 
 import yaml
 
-from seewhy.run import Run
-
-HEADLINE = {
-    "accuracy": "accuracy",
-    "mean_per_class_accuracy": "mean per-class accuracy",
-    "top5_accuracy": "top-5 accuracy",
-    "macro_f1": "macro F1",
-}
+from seewhy.metrics import HEADLINE
+from seewhy.saved_run import SavedRun
 
 
-def model_card(run: Run, warnings: list[str]) -> str:
+def model_card(run: SavedRun, warnings: list[str]) -> str:
     """Markdown with a YAML head, as huggingface.co reads it; every number is of the test part."""
     manifest, test = run.manifest, run.metrics["test"]
     data = {"type": "image-folder", "name": manifest["data"]["name"]}
@@ -58,11 +52,12 @@ def model_card(run: Run, warnings: list[str]) -> str:
     more = ["..."] if len(run.classes) > 12 else []
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---",
-        f"# {literal(run.path.name)}",
-        f"Tells {len(run.classes)} classes of pictures apart: {', '.join([*map(literal, run.classes[:12]), *more])}.",
-        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} pictures of {literal(manifest['data']['name'])} "
-        f"({split['protocol']} split, seed {run.config.seed}; {split['val']:,} to validate, {split['test']:,} to test). "
-        f"Weights it started from: {literal(manifest['backbone']['weights'])}.",
+        f"# {escape_markdown(run.path.name)}",
+        f"Tells {len(run.classes)} classes of pictures apart: {', '.join([*map(escape_markdown, run.classes[:12]), *more])}.",
+        f"{manifest['backbone']['timm']} with {trained} trained on {split['train']:,} pictures of "
+        f"{escape_markdown(manifest['data']['name'])} ({split['protocol']} split, seed {run.config.seed}; "
+        f"{split['val']:,} to validate, {split['test']:,} to test). "
+        f"Weights it started from: {escape_markdown(manifest['backbone']['weights'])}.",
         "## Measured",
         f"On {test['n']:,} test pictures that nothing was chosen by:",
         "| | value | 95% interval |\n| --- | --- | --- |\n" + "\n".join(rows),
@@ -70,7 +65,7 @@ def model_card(run: Run, warnings: list[str]) -> str:
         f"error {test['expected_calibration_error']:.1%}.",
         *(["Thresholds below which to say nothing, chosen on the validation part:", "\n".join(abstain)] if abstain else []),
         "## Limits",
-        "\n".join(f"- {text}" for text in [*map(literal, warnings), _about_strangers(manifest)]),
+        "\n".join(f"- {text}" for text in [*map(escape_markdown, warnings), _ood_note(manifest)]),
         "## Use",
         f'```python\nimport seewhy\n\nrun = seewhy.load({json.dumps(run.path.name.replace("`", ""))})\nrun.predict(["a.jpg"]).table()\n'
         'run.explain(["a.jpg"]).overlay(0)\n```',
@@ -80,12 +75,12 @@ def model_card(run: Run, warnings: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def literal(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text as Markdown that shows just this: names of classes and files are anybody's."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", " ".join(text.split()))
 
 
-def _about_strangers(manifest: dict[str, Any]) -> str:
+def _ood_note(manifest: dict[str, Any]) -> str:
     text = "It knows its classes only: a picture of anything else is given one of them"
     if "unknowns" not in manifest:
         return f"{text}."

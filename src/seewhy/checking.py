@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from seewhy.cache import cache_dir
-from seewhy.columns import Column, Positions
 from seewhy.decoding import decode, read_bytes, upright_size
 from seewhy.errors import OutputError
 from seewhy.progress import LOG, progress
 from seewhy.shards import stamp
-from seewhy.spill import spilled, spilled_zeros
 
 RECORD = "checked-4.sqlite"  # the rules for what counts as usable are part of the name: new rules, new record
 RECORDED_AT_ONCE = 1024  # pictures; what is killed between has to look at so many again
-COLUMNS = "key TEXT PRIMARY KEY, sha256 TEXT, width INT, height INT, problem TEXT, phash TEXT, grey INT"  # of the record
 ASKED_AT_ONCE = 500  # pictures, of the record
 GREY_SPREAD = 8  # of 255, between the channels of a grey picture
 
@@ -47,57 +42,9 @@ class Checked:
     grey: bool = False
 
 
-class CheckedFiles(Column[Checked]):
-    """Checked of N files, as arrays.
-
-    digests: (N, 32) uint8 sha256, zeros where a file could not be read. sizes: (N, 2) int64. phashes: (N,) uint64. grey: (N,).
-    reasons: (N,) number of the problem, 0 where there is none. problems: reason -> its number.
-    """
-
-    def __init__(
-        self,
-        digests: npt.NDArray[np.uint8],
-        sizes: npt.NDArray[np.int64],
-        phashes: npt.NDArray[np.uint64],
-        grey: npt.NDArray[np.bool_],
-        reasons: npt.NDArray[np.int32],
-        problems: dict[str, int],
-    ) -> None:
-        self.digests, self.sizes, self.phashes, self.grey = digests, sizes, phashes, grey
-        self.reasons, self.problems = reasons, problems
-
-    @staticmethod
-    def unseen(count: int) -> CheckedFiles:
-        """To be filled."""
-        sizes, phashes = spilled_zeros((count, 2), np.int64), spilled_zeros((count,), np.uint64)
-        digests, grey = spilled_zeros((count, 32), np.uint8), np.zeros(count, dtype=bool)
-        return CheckedFiles(digests, sizes, phashes, grey, np.zeros(count, dtype=np.int32), {"": 0})
-
-    def put(self, i: int, checked: Checked) -> None:
-        self.digests[i] = np.frombuffer(bytes.fromhex(checked.sha256) or bytes(32), dtype=np.uint8)
-        self.sizes[i] = checked.width, checked.height
-        self.phashes[i] = int(checked.phash or "0", 16)
-        self.grey[i] = checked.grey
-        self.reasons[i] = self.problems.setdefault(checked.problem, len(self.problems))
-
-    def __len__(self) -> int:
-        return len(self.digests)
-
-    def at(self, i: int) -> Checked:
-        digest, problem = bytes(self.digests[i]), list(self.problems)[self.reasons[i]]
-        sha256 = digest.hex() if any(digest) else ""
-        width, height = self.sizes[i].tolist()
-        return Checked(sha256, width, height, problem, "" if problem else f"{int(self.phashes[i]):016x}", bool(self.grey[i]))
-
-    def take(self, positions: Positions) -> CheckedFiles:
-        return CheckedFiles(
-            spilled(self.digests[positions]),
-            spilled(self.sizes[positions]),
-            spilled(self.phashes[positions]),
-            self.grey[positions],
-            self.reasons[positions],
-            self.problems,
-        )
+FACTS: dict[str, type] = get_type_hints(Checked)  # name and type of each of its fields, in order
+_COLUMNS = ", ".join(["key TEXT PRIMARY KEY", *(f"{name} {'TEXT' if kind is str else 'INT'}" for name, kind in FACTS.items())])
+_INSERT = f"INSERT OR REPLACE INTO checked VALUES ({', '.join('?' * (1 + len(FACTS)))})"
 
 
 def check_file(path: Path) -> Checked:
@@ -129,7 +76,7 @@ def is_grey(image: Image.Image) -> bool:
     return bool(np.mean(np.ptp(values, axis=2) <= GREY_SPREAD) >= 0.99)
 
 
-def check_files(paths: Sequence[Path], workers: int = 2) -> CheckedFiles:
+def check_files(paths: Sequence[Path], workers: int = 2) -> list[Checked]:
     """Checked for each file, in order; files seen before (same path, size and time) are not read again."""
     file = cache_dir() / RECORD
     try:
@@ -151,23 +98,23 @@ def record_checked(paths: Sequence[Path], checked: Sequence[Checked]) -> None:
     rows = [(_stat_key(path), *astuple(each)) for path, each in zip(paths, checked, strict=True) if each.sha256]
     try:
         with closing(sqlite3.connect(file, timeout=60)) as record, record:
-            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
-            record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            record.execute(f"CREATE TABLE IF NOT EXISTS checked ({_COLUMNS})")
+            record.executemany(_INSERT, rows)
     except (sqlite3.Error, OSError) as error:
         raise OutputError(f"{file}: {error}; free some space, or set SEEWHY_CACHE to a writable folder") from error
 
 
-def _check_files(paths: Sequence[Path], workers: int, file: Path) -> CheckedFiles:
-    found = CheckedFiles.unseen(len(paths))
-    todo = array("q")
+def _check_files(paths: Sequence[Path], workers: int, file: Path) -> list[Checked]:
+    found: dict[int, Checked] = {}
+    todo = []
     with closing(sqlite3.connect(file, timeout=60)) as record:
-        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({COLUMNS})")
+        record.execute(f"CREATE TABLE IF NOT EXISTS checked ({_COLUMNS})")
         for start in range(0, len(paths), ASKED_AT_ONCE):
             keys = [_stat_key(path) for path in paths[start : start + ASKED_AT_ONCE]]
             known = {row[0]: Checked(*row[1:]) for row in _known_rows(record, keys)}
             for i, key in enumerate(keys, start):
                 if key in known:
-                    found.put(i, known[key])
+                    found[i] = known[key]
                 else:
                     todo.append(i)
         with ThreadPoolExecutor(max(1, workers)) as pool, progress("checking pictures", len(todo)) as advance:
@@ -176,13 +123,13 @@ def _check_files(paths: Sequence[Path], workers: int, file: Path) -> CheckedFile
                 chunk = todo[start : start + RECORDED_AT_ONCE]
                 keys = [_stat_key(paths[i]) for i in chunk]
                 for i, key, checked in zip(chunk, keys, pool.map(lambda i: check_file(paths[i]), chunk), strict=True):
-                    found.put(i, checked)
+                    found[i] = checked
                     advance(1)
                     if checked.sha256:  # an unreadable file may become readable without changing
                         rows.append((key, *astuple(checked)))
                 with record:
-                    record.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-    return found
+                    record.executemany(_INSERT, rows)
+    return [found[i] for i in range(len(paths))]
 
 
 def _stat_key(path: Path) -> str:

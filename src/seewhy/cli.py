@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
-import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from seewhy import __version__
 from seewhy.cli_out import export, pull, push, serve
-from seewhy.cli_plan import show_plan
 from seewhy.cli_shared import AddressOption, EngineOption, JsonOption, RayWorkersOption, print_json
 from seewhy.cli_trust import audit, compare, robustness
 from seewhy.cli_use import evaluate, explain, predict
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
 from seewhy.progress import show_log_lines
+from seewhy.signals import stop_on_signals
+from seewhy.version import __version__
 
 if TYPE_CHECKING:
-    from seewhy.run import Run
+    from seewhy.api import Run
 
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -48,6 +47,7 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     show_log_lines()
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be used is named, with the reason
 
 
 # ---------------------------------------------------------------- train: options derived from TrainConfig
@@ -64,43 +64,51 @@ def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     return make_config(**values)
 
 
-def _train(own: dict[str, Any], given: dict[str, Any]) -> Run | None:
+def _train(own: dict[str, Any], given: dict[str, Any]) -> Path | None:
+    """Train one run and return its folder; None for --repeats, which trains several."""
     config = _config_of(own, given)
     out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
+    from seewhy import distributed
+
     several = own["devices"] > 1 or own["nodes"] > 1
+    if own["dry_run"]:
+        if several or repeats > 1:
+            raise typer.BadParameter("--dry-run is of one run in one process; leave --devices, --nodes and --repeats out")
+        _dry_run(config, out, resume, as_json)
+        return None
     if repeats > 1:
-        if several:
-            raise typer.BadParameter("--repeats trains one run after another in one process; leave --devices and --nodes out")
+        if several or distributed.is_distributed():
+            raise typer.BadParameter("--repeats trains one run after another in one process; leave out --devices, --nodes and torchrun")
         _repeat(config, repeats, out, resume, as_json)
         return None
-    from seewhy import world
-
-    run: Run | None = None
-    if several and not world.started_together():  # without what trains: the processes that do are under way the sooner
+    if several and not distributed.is_distributed():  # does not import what trains: the child processes start the sooner
         from seewhy.launch import launch
-        from seewhy.manifest import read_manifest
 
         path = launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"])
-        manifest = read_manifest(path)
     else:
         from seewhy.workflow import train_run
 
         try:
-            run = train_run(config, out, resume)
+            path = train_run(config, out, resume).path
         except RuntimeError as error:
-            if not (world.started_together() and world.lost(error)):
+            if not (distributed.is_distributed() and distributed.is_peer_failure(error)):
                 raise
             line = "another process of this training has ended; its own line says why, and the same command with --resume goes on"
             raise RunError(line) from error
-        if not world.leading():
-            return run
-        path, manifest = run.path, run.manifest
+    if distributed.launched_as_main():
+        _print_run(path, as_json)
+    return path
+
+
+def _print_run(path: Path, as_json: bool) -> None:
     if as_json:
+        from seewhy.manifest import read_manifest
+
+        manifest = read_manifest(path)
         told = {"seconds": manifest["seconds"], "metrics": manifest["metrics"]}
         print_json({"run": str(path), "report": str(path / "report.html"), **told})
     else:
         typer.echo(f"run     {path}\nreport  {path / 'report.html'}")
-    return run
 
 
 def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, as_json: bool) -> None:
@@ -117,8 +125,15 @@ def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, a
         typer.echo(f"test {name.replace('_', ' '):24} {found['mean']:.2%} ± {found['sd']:.2%} (standard deviation over the splits)")
 
 
-def _plan(own: dict[str, Any], given: dict[str, Any]) -> None:
-    show_plan(_config_of(own, given), own["pictures"], own["machines"], own["budget"], own["json"])
+def _dry_run(config: TrainConfig, out: Path | None, resume: bool, as_json: bool) -> None:
+    from seewhy.dry_run import describe, dry_run
+
+    facts = dry_run(config, out, resume)
+    if as_json:
+        print_json(facts)
+        return
+    for line in describe(facts):
+        typer.echo(one_line(line))
 
 
 def _features(own: dict[str, Any], given: dict[str, Any]) -> None:
@@ -181,20 +196,16 @@ SetOption = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=
 TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
     ("data", DataArgument, None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
+    (
+        "dry_run",
+        Annotated[bool, typer.Option("--dry-run", help="say what would be trained and about how long it takes; write nothing")],
+        False,
+    ),
     ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
     ("devices", Annotated[int, typer.Option(min=1, help="processes on this machine that share the work: GPUs, or parts of the cores")], 1),
     ("nodes", Annotated[int, typer.Option(min=1, help="machines that share the work; the same command on each")], 1),
     ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines find each other: one of them")], None),
     ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
-    ("config", ConfigOption, None),
-    ("set", SetOption, None),
-    ("json", JsonOption, False),
-]
-PLAN_PARAMETERS: list[tuple[str, Any, Any]] = [
-    ("data", DataArgument, None),
-    ("pictures", Annotated[int | None, typer.Option(min=10, help="plan for so many pictures (default: as many as there are)")], None),
-    ("machines", Annotated[int, typer.Option(min=1, help="like this one, that share the work")], 1),
-    ("budget", Annotated[str | None, typer.Option(help="time there is, such as 15m or 2h: what fits, of the ways to train")], None),
     ("config", ConfigOption, None),
     ("set", SetOption, None),
     ("json", JsonOption, False),
@@ -213,10 +224,6 @@ FEATURES_PARAMETERS: list[tuple[str, Any, Any]] = [
 app.command("train", help="Train a classifier, measure it on pictures it has not seen, and write the run and its report.")(
     _with_train_options(TRAIN_PARAMETERS, _train)
 )
-app.command(
-    "plan", help="Say what `train` with the same options will take: time, disk and memory, from rates measured on this machine now."
-)(_with_train_options(PLAN_PARAMETERS, _plan))
-
 app.command("features", help="Compute what `train` with the same options will read from the cache, here or on Ray.")(
     _with_train_options(FEATURES_PARAMETERS, _features)
 )
@@ -231,11 +238,15 @@ def call(arguments: list[str] | None = None) -> Any:
 
 
 def train_from_arguments(arguments: list[str]) -> Run:
-    """What `seewhy train ARGUMENTS` does, for scripts; returns the run."""
-    run: Run | None = call(["train", *arguments])
-    if run is None:
+    """What `seewhy train ARGUMENTS` does, for scripts; returns the run, whichever processes trained it."""
+    if any(argument.split("=")[0] == "--repeats" for argument in arguments):
         raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
-    return run
+    path: Path | None = call(["train", *arguments])
+    if path is None:
+        raise ConfigError("--dry-run makes no run that this script could go on with; use `seewhy train --dry-run`")
+    from seewhy.api import load
+
+    return load(path)
 
 
 # ---------------------------------------------------------------- the other commands
@@ -312,18 +323,6 @@ def _how_to_go_on(command: Sequence[str]) -> str:
 def _complain(text: str, status: int = 2) -> int:
     typer.echo(f"seewhy: {text}", err=True)
     return status
-
-
-def stop_on_signals() -> None:
-    """Ctrl-C, or SIGTERM, once: KeyboardInterrupt, so that what is finished is kept; twice: the end, at once."""
-
-    def stop(number: int, frame: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
-        raise KeyboardInterrupt
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
 
 
 def main() -> None:

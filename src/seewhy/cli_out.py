@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +11,20 @@ from typing import Annotated
 import typer
 
 from seewhy.cli_shared import JsonOption, RunArgument, print_json
-from seewhy.errors import ConfigError
+from seewhy.errors import ConfigError, OutputError, RunError, require
 
 
 def export(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx, model-int8.onnx or model.pt2 in RUN)")] = None,
-    kind: Annotated[str, typer.Option("--format", metavar="onnx|int8|pt2", help="int8: smaller, less exact; pt2: for PyTorch")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="the file (default: model.onnx or model.pt2 in RUN)")] = None,
+    kind: Annotated[str, typer.Option("--format", metavar="onnx|pt2", help="pt2: for PyTorch")] = "onnx",
     web: Annotated[Path | None, typer.Option(help="write this folder too: a page that answers in the browser, for any web host")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="test pictures on which the file is compared with the run")] = 1000,
     as_json: JsonOption = False,
 ) -> None:
     """Write a run as one file that carries its preprocessing, probabilities and the heatmaps of all classes."""
+    from seewhy.api import load
     from seewhy.parity import export_file
-    from seewhy.run import load
     from seewhy.website import write_website
 
     if web is not None and kind == "pt2":
@@ -66,6 +67,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="pictures under way, of all requests; more get 503")] = 256,
 ) -> None:
     """Answer over HTTP: a page for people, JSON for programs. $SEEWHY_API_KEY, if set, is wanted of every caller."""
+    require("serve", "seewhy serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client")
     from seewhy.serving import serve_forever
     from seewhy.watch import Limits
 
@@ -73,7 +75,26 @@ def serve(
         raise ConfigError("limits have to be finite numbers")
     limits = Limits(max_files, round(1e6 * max_mb), round(1e6 * max_megapixels), upload_seconds, queue)
     with suppress(KeyboardInterrupt):  # how it ends, after it has answered what it had
-        serve_forever(run, host, port, cores, limits, precision)
+        serve_forever(exported(run), host, port, cores, limits, precision)
+
+
+def exported(run: Path) -> Path:
+    """The ONNX file of a run, made where there is none yet."""
+    if run.suffix == ".onnx":
+        return run
+    if not run.is_dir():
+        raise RunError(f"{run}: no run and no file of `seewhy export`; name one of them")
+    file = run / "model.onnx"
+    if not file.is_file():
+        from seewhy.parity import export_file
+        from seewhy.saved_run import load
+
+        print(f"exporting {file} first", file=sys.stderr)
+        try:
+            export_file(load(run), file, pictures=100)
+        except OutputError as error:
+            raise OutputError(f"{error} of `seewhy export {run}`, and serve the file") from error
+    return file
 
 
 PlaceArgument = Annotated[str, typer.Argument(metavar="PLACE", help="a folder, on a shared disk say, or hf://USER/NAME")]
@@ -86,7 +107,7 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a run to where others can have it, in Hugging Face's layout, with a config.json that timm reads."""
-    from seewhy.run import load
+    from seewhy.api import load
 
     pushed = load(run).push(place, public)
     if as_json:
@@ -102,7 +123,7 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a run that somebody has pushed, and check it."""
-    from seewhy.sharing import pull as fetch
+    from seewhy.api import pull as fetch
 
     run = fetch(place, out, report)
     if as_json:

@@ -1,19 +1,19 @@
-"""The commands on any number of pictures, here or on Ray: predict and explain shard by shard, features, and the features of audit."""
+"""The commands on any number of pictures, here or on Ray: predict and explain into tables, features, and the features of audit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from seewhy.cam import ASKING, PIXELWISE
 from seewhy.cli_shared import print_json
-from seewhy.errors import ConfigError, one_line
-from seewhy.explain import class_index, known_method
-from seewhy.jobs import Request, prepared
+from seewhy.errors import ConfigError, RunError, one_line
 from seewhy.on_ray import engine_named
-from seewhy.scale import answer_sources, bad_place, columns_of
+from seewhy.result_store import bad_place
+from seewhy.runtime import is_exported, load_onnx
+from seewhy.scale import Request, answer_sources, columns_of
 from seewhy.sources import find_sources
 from seewhy.storage import shown
 
@@ -22,65 +22,71 @@ if TYPE_CHECKING:
     from seewhy.filling import Filled
 
 
-def scaled_predict(
-    run: Path,
-    pictures: list[str],
-    out: str | None,
-    top_k: int,
-    least: float | None,
-    precision: float | None,
-    engine: str | None,
-    address: str,
-    workers: int,
-    as_json: bool,
-) -> None:
-    if out is None:
-        raise typer.BadParameter("--engine writes a table: add --out answers.parquet (.csv, .json, a folder/ or an address)")
-    asked = engine_named(engine, address, workers)
-    loaded = prepared("predict", run)
+@dataclass(frozen=True)
+class Batch:
+    """What the commands that write tables are given alike: see their options."""
+
+    pictures: list[str]
+    out: str | None
+    skip_bad: bool
+    engine: str | None
+    address: str
+    workers: int
+    as_json: bool
+
+
+def predict_batch(run: Path, top_k: int, least: float | None, precision: float | None, batch: Batch) -> None:
+    if batch.out is None:
+        raise typer.BadParameter(
+            "--engine and addresses want a table to write: add --out answers.parquet (.csv, .json, a folder/ or an address)"
+        )
+    engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
+    if is_exported(run):
+        loaded: Any = load_onnx(run)
+    else:
+        from seewhy.jobs import prepared
+
+        loaded = prepared("predict", run)
     least = loaded.threshold_for(precision) if precision is not None else least
     options = {"top_k": top_k, "least": least}
-    columns = columns_of("predict", options, len(loaded.classes))
+    types = columns_of("predict", options, len(loaded.classes))
     del loaded  # workers load their own
-    _tell(out, *answer_sources(Request("predict", str(run), options), columns, find_sources(pictures), out, asked), as_json)
+    _answer(Request("predict", str(run), options), types, batch.out, batch)
 
 
-def scaled_explain(
-    run: Path,
-    pictures: list[str],
-    out: str,
-    method: str,
-    target: str | None,
-    against: str | None,
-    engine: str | None,
-    address: str,
-    workers: int,
-    as_json: bool,
-) -> None:
-    known_method(method)
-    if method in (*ASKING, *PIXELWISE):
-        raise ConfigError(f"--engine does not ask the network again, which {method} needs; choose gradcam or another closed form")
-    out = "heatmaps.parquet" if out == "heatmaps" else out
+def explain_batch(run: Path, method: str, target: str | None, contrast: str | None, batch: Batch) -> None:
+    from seewhy.cam import PERTURBATION_METHODS, PIXEL_METHODS
+    from seewhy.explain import check_method, class_index
+    from seewhy.jobs import prepared
+
+    check_method(method)
+    if method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
+        raise ConfigError(
+            f"heatmaps for a table come from one pass of the network, and {method} wants more; choose gradcam or another closed form"
+        )
+    out = "heatmaps.parquet" if batch.out in (None, "heatmaps") else str(batch.out)
     if Path(out).suffix in (".csv", ".json"):
         raise ConfigError(f"{out}: heatmaps are pictures, which go into .parquet, a folder/ or an address")
-    asked = engine_named(engine, address, workers)
-    loaded = prepared("explain", run)
-    for name in (target, against):
+    if is_exported(run):
+        raise RunError(f"{run}: an exported file answers, it does not explain pictures in numbers; pass its run")
+    engine_named(batch.engine, batch.address, batch.workers)  # refused before any work
+    classes = prepared("explain", run).classes
+    for name in (target, contrast):
         if name is not None:
-            class_index(name, loaded.classes)
-    del loaded  # workers load their own
-    options = {"method": method, "target": target, "against": against}
-    request = Request("explain", str(run), options)
-    _tell(out, *answer_sources(request, columns_of("explain", options, 0), find_sources(pictures), out, asked), as_json)
+            class_index(name, classes)
+    options = {"method": method, "target": target, "contrast": contrast}
+    _answer(Request("explain", str(run), options), columns_of("explain", options, 0), out, batch)
 
 
-def _tell(out: str, rows: int, bad: int, as_json: bool) -> None:
-    place = bad_place(out)
-    if as_json:
-        print_json({"out": shown(out), "pictures": rows, "left_out": bad, "bad": shown(place) if bad else None})
+def _answer(request: Request, types: dict[str, type], out: str, batch: Batch) -> None:
+    engine = engine_named(batch.engine, batch.address, batch.workers)
+    rows, bad = answer_sources(request, types, find_sources(batch.pictures), out, engine, batch.skip_bad)
+    place = shown(bad_place(out))
+    if batch.as_json:
+        print_json({"out": shown(out), "pictures": rows, "left_out": bad, "bad": place if bad else None})
         return
     if bad:
-        typer.echo(one_line(f"left out: {bad:,} pictures that cannot be used, with reasons in {shown(place)}"), err=True)
+        typer.echo(one_line(f"left out: {bad:,} pictures that cannot be used, with reasons in {place}"), err=True)
     typer.echo(one_line(f"{rows} pictures -> {shown(out)}"))
 
 

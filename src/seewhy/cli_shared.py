@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from seewhy.jsonable import finite
+from seewhy.writing import finite
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run")]
 PicturesArgument = Annotated[list[str], typer.Argument(metavar="PICTURES...", help="files, folders or patterns")]
@@ -21,11 +21,11 @@ AddressOption = Annotated[str, typer.Option(help="a Ray cluster that runs alread
 RayWorkersOption = Annotated[int, typer.Option(min=0, help="processes on Ray, each with a network (default: one a core, or one a GPU)")]
 
 
-def is_scaled(engine: str | None, pictures: list[str], out: str | None) -> bool:
-    """Whether to go shard by shard: asked for, or the only way, since an address is read or written, or a folder of parts."""
+def is_batch(engine: str | None, address: str, workers: int, pictures: list[str]) -> bool:
+    """Whether to go source by source into a table: asked for, or the only way, since an address is read."""
     from seewhy.storage import is_address
 
-    return engine is not None or any(map(is_address, pictures)) or (out is not None and (is_address(out) or out.endswith("/")))
+    return engine is not None or bool(address or workers) or any(map(is_address, pictures))
 
 
 def print_json(content: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from seewhy.cli_shared import AddressOption, JsonOption, RayWorkersOption, RunArgument, SkipBadOption, print_json
+from seewhy.errors import require
 
 
 def audit(
@@ -21,7 +22,8 @@ def audit(
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Look for near-duplicates, leaks, doubtful labels and odd pictures before training."""
+    """Look for near-duplicates, leaks, label issues and image issues before training."""
+    require("audit", "seewhy audit", "cleanvision")  # before any image is read
     from seewhy.audit import audit_images
     from seewhy.audit_page import save_audit
     from seewhy.images import open_images
@@ -47,8 +49,8 @@ def audit(
             f"{100 * (leak['plain'] - leak['grouped']):+.2f} points: {leak['plain']:.2%} against {leak['grouped']:.2%} with "
             f"near-duplicates kept together ({leak['seeds']} splits)"
         )
-    typer.echo(f"doubtful labels  {counts['doubtful_labels']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
-    typer.echo("odd looks        " + (", ".join(f"{number:,} {look}" for look, number in counts["looks"].items()) or "none"))
+    typer.echo(f"label issues     {counts['label_issues']:,} (out-of-fold accuracy {counts['out_of_fold_accuracy'] or 0:.2%})")
+    typer.echo("image issues     " + (", ".join(f"{number:,} {issue}" for issue, number in counts["image_issues"].items()) or "none"))
     typer.echo("  ".join(map(str, written)))
 
 
@@ -63,8 +65,8 @@ def robustness(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy on blurred, noisy, badly compressed, lit or turned pictures, and on slices of the plain ones."""
+    from seewhy.api import load
     from seewhy.robustness import run_robustness, save_robustness
-    from seewhy.run import load
 
     table, parts = run_robustness(load(run), pictures, corruption)
     written = save_robustness(table, parts, out or run)
@@ -88,8 +90,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Say which of two runs is better on the same pictures, and whether that may be chance."""
+    from seewhy.api import load
     from seewhy.compare import compare_runs, differences
-    from seewhy.run import load
 
     a, b = load(run_a), load(run_b)
     found = compare_runs(a, b, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +16,13 @@ from seewhy.cli_shared import (
     RayWorkersOption,
     RunArgument,
     SkipBadOption,
-    is_scaled,
+    is_batch,
     print_json,
 )
 from seewhy.errors import one_line
 
 if TYPE_CHECKING:
-    from seewhy.parts import Bad
-    from seewhy.predictions import Columns, Predictions
+    from seewhy.predictions import Predictions
 
 
 def evaluate(
@@ -33,7 +32,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a run: accuracy, top-5, per-class numbers."""
-    from seewhy.run import load
+    from seewhy.api import load
+    from seewhy.metrics import HEADLINE
 
     evaluation = load(run).evaluate(part, data)
     numbers = evaluation.metrics
@@ -41,12 +41,9 @@ def evaluate(
         print_json({evaluation.part: numbers})
         return
     typer.echo(f"{evaluation.part}: {numbers['n']} pictures in {numbers['groups']} groups; 95% intervals by bootstrap over groups")
-    names = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "mean_per_class_accuracy": "mean per-class accuracy"}
-    for name, shown in names.items():
-        low, high = numbers[f"{name}_ci95"]
-        typer.echo(f"{shown:24} {numbers[name]:.2%}   ({low:.2%} to {high:.2%})")
-    low, high = numbers["macro_f1_ci95"]
-    typer.echo(f"macro F1                 {numbers['macro_f1']:.4f}   ({low:.4f} to {high:.4f})")
+    for name, shown in HEADLINE.items():
+        value, low, high = (f"{number:{'.4f' if name == 'macro_f1' else '.2%'}}" for number in (numbers[name], *numbers[f"{name}_ci95"]))
+        typer.echo(f"{shown:24} {value}   ({low} to {high})")
     typer.echo(
         f"calibration error        {numbers['expected_calibration_error']:.2%}   "
         f"({numbers['expected_calibration_error_uncalibrated']:.2%} before temperature {evaluation.temperature:.2f})"
@@ -76,66 +73,45 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say what pictures show, with calibrated probabilities."""
-    from seewhy.predictions import find_pictures, records_of
-
     if abstain_below is not None and precision is not None:
         raise typer.BadParameter("--abstain-below is a probability, --precision chooses one; give one of them")
-    if is_scaled(engine, pictures, out):
-        from seewhy.cli_scale import scaled_predict
+    if out is not None or is_batch(engine, address, ray_workers, pictures):
+        from seewhy.cli_scale import Batch, predict_batch
 
-        scaled_predict(run, pictures, out, top_k, abstain_below, precision, engine, address, ray_workers, as_json)
+        batch = Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json)
+        predict_batch(run, top_k, abstain_below, precision, batch)
         return
-    ask, least = _answering(run, skip_bad, precision)
-    paths = find_pictures(pictures)
+    blocks, least = _answers(run, pictures, skip_bad, precision)
     least = abstain_below if least is None else least
-    count = None
-    if out is None:
-        blocks: Iterable[tuple[Columns, Bad]] = ((block.columns(top_k, least), block.bad) for block in ask(paths, 0, 0))
-    else:
-        from seewhy.parts import open_parts, request_of
-
-        with open_parts(Path(out), request_of(run, paths, top_k=top_k, least=least, skip_bad=skip_bad)) as parts:
-            for block in ask(paths, parts.done, parts.rows):
-                parts.add(block.columns(top_k, least), block.bad)
-            blocks = list(parts.blocks()) if as_json else [({}, bad) for _, bad in parts.blocks()]
-            count = parts.join()
     records: list[dict[str, Any]] = []
-    for columns, bad in blocks:
-        for path, reason in bad:
+    for block in blocks:
+        for path, reason in block.bad:
             typer.echo(one_line(f"left out: {path} ({reason})"), err=True)
-        if as_json or out is None:
-            records += records_of(columns)
+        records += block.records(top_k, least)
     if as_json:
         print_json(records)
-    elif out is not None:
-        typer.echo(f"{count} pictures -> {out}")
-    else:
-        for record in records:
-            answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
-            strange = "looks like nothing known: " if record["unknown"] else ""
-            unsure = "unsure: " if least is not None and record["answer"] is None else ""
-            typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
+        return
+    for record in records:
+        answers = "  ".join(f"{answer['class']} {answer['prob']:.1%}" for answer in record["top"])
+        strange = "looks like nothing known: " if record["unknown"] else ""
+        unsure = "unsure: " if least is not None and record["answer"] is None else ""
+        typer.echo(one_line(f"{record['path']}:  {strange}{unsure}{answers}"))
 
 
-def _answering(
-    run: Path, skip_bad: bool, precision: float | None
-) -> tuple[Callable[[Sequence[Path], int, int], Iterator[Predictions]], float | None]:
-    """What answers about files from the given one on (with so many answered before), by a run or by an exported file, without torch;
+def _answers(run: Path, pictures: list[str], skip_bad: bool, precision: float | None) -> tuple[Iterator[Predictions], float | None]:
+    """Answers by a run, or by an exported file without torch, and the threshold for a precision."""
+    from seewhy import runtime
 
-    and the threshold for a precision.
-    """
-    if run.suffix == ".onnx":
-        from seewhy import runtime
-
+    if runtime.is_exported(run):
         model = runtime.load_onnx(run)
         least = model.threshold_for(precision) if precision is not None else None
-        return lambda paths, begin, kept: runtime.answer_files(model, paths, skip_bad, begin, kept), least
-    from seewhy.predict import answer_files
-    from seewhy.run import load
+        return runtime.predict_onnx(model, pictures, skip_bad), least
+    from seewhy.api import load
+    from seewhy.predict import predict_blocks
 
     loaded = load(run)
     least = loaded.threshold_for(precision) if precision is not None else None
-    return lambda paths, begin, kept: answer_files(loaded, paths, skip_bad, begin=begin, kept=kept), least
+    return predict_blocks(loaded, pictures, skip_bad), least
 
 
 def explain(
@@ -145,45 +121,55 @@ def explain(
         list[str] | None,
         typer.Option(
             help="gradcam, gradcam++, hirescam, xgradcam, layercam, eigencam, ablationcam, scorecam, integrated_gradients or occlusion; "
-            "more than once for several (default: gradcam, and with --compare all but the three slow last)"
+            "more than once for several (default: gradcam, and with --compare-methods all but the three slow last)"
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="explain this class (default: the predicted one)")] = None,
-    against: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
+    contrast: Annotated[str | None, typer.Option(help="take this class's evidence away: why the one and not the other")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="explain this layer instead of the last one; more than once: fused")] = None,
-    shifts: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
-    score: Annotated[
-        bool, typer.Option("--score", help="measure how far this method's maps can be trusted, instead of drawing them")
+    smooth: Annotated[int, typer.Option(min=1, max=8, help="mean map of N x N moved copies: finer, N x N times the cost")] = 1,
+    evaluate_maps: Annotated[
+        bool, typer.Option("--evaluate", help="measure how far this method's maps can be trusted, instead of drawing them")
     ] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="the same for all methods: a table and a figure")] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="the same for all methods: a table and a figure")] = False,
     out: Annotated[
         str,
         typer.Option(help="folder for the overlays, or for table and figure of scores; with --engine a .parquet, folder/ or address"),
     ] = "heatmaps",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="with --engine: leave unusable pictures out instead of stopping")] = False,
     engine: EngineOption = None,
     address: AddressOption = "",
     ray_workers: RayWorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show where in a picture the evidence for a class lies, or measure how far such maps can be trusted."""
-    from seewhy.run import load
+    from seewhy.api import load
+    from seewhy.predictions import WRITERS
+    from seewhy.storage import is_address
 
     methods = method or ["gradcam"]
-    if is_scaled(engine, pictures, out):
-        from seewhy.cli_scale import scaled_explain
+    if is_batch(engine, address, ray_workers, pictures) or is_address(out):
+        from seewhy.cli_scale import Batch, explain_batch
 
-        if score or compare or layer or shifts > 1 or len(methods) > 1:
-            raise typer.BadParameter("--engine takes one method and the last layer; leave --score, --compare, --layer and --shifts out")
-        scaled_explain(run, pictures, out, methods[0], target, against, engine, address, ray_workers, as_json)
+        if evaluate_maps or compare_methods or layer or smooth > 1 or len(methods) > 1:
+            raise typer.BadParameter(
+                "a table of heatmaps (--engine, addresses) is of one method and the last layer; "
+                "leave --evaluate, --compare-methods, --layer and --smooth out"
+            )
+        explain_batch(run, methods[0], target, contrast, Batch(pictures, out, skip_bad, engine, address, ray_workers, as_json))
         return
-    if score or compare:
-        if target is not None or against is not None:
-            raise typer.BadParameter("scores are of the predicted class; leave --target and --against out")
+    if skip_bad:
+        raise typer.BadParameter("--skip-bad is for tables of heatmaps (--engine); name pictures that can be used")
+    if Path(out).suffix in WRITERS:
+        raise typer.BadParameter(f"{out}: overlays and scores go into a folder; add --engine local for a table of heatmaps")
+    if evaluate_maps or compare_methods:
+        if target is not None or contrast is not None:
+            raise typer.BadParameter("scores are of the predicted class; leave --target and --contrast out")
         from seewhy.scoring import COMPARED, save_scores, wide, wide_sanity
 
         loaded = load(run)
-        methods = method or list(COMPARED) if compare else methods
-        table = loaded.score_methods(pictures, methods, layer or (), shifts)
+        methods = method or list(COMPARED) if compare_methods else methods
+        table = loaded.score_methods(pictures, methods, layer or (), smooth)
         sanity = loaded.sanity_check(pictures, methods, layer or ())
         written = save_scores(table, sanity, Path(out))
         if as_json:
@@ -200,7 +186,7 @@ def explain(
     records: list[dict[str, Any]] = []
     loaded = load(run)
     for name in methods:
-        explanation = loaded.explain(pictures, name, target, against, layer or (), shifts)
+        explanation = loaded.explain(pictures, name, target, contrast, layer or (), smooth)
         records += [{**record, "overlay": str(file)} for record, file in zip(explanation.records(), explanation.save(out), strict=True)]
     if as_json:
         print_json(records)

@@ -14,13 +14,13 @@ import pandas as pd
 
 from seewhy.config import TrainConfig
 from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import HEADLINE, Evaluation
+from seewhy.evaluate import Evaluation, evaluate_part, evaluate_run
 from seewhy.images import open_images
-from seewhy.metrics import Comparison, compare_paired
+from seewhy.metrics import HEADLINE, Comparison, compare_paired
 from seewhy.progress import LOG
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.split import read_split
-from seewhy.workflow import evaluate_part, train_run
+from seewhy.workflow import train_run
 from seewhy.writing import csv_text, write_json
 
 
@@ -33,7 +33,7 @@ class RunComparison:
     paired: Comparison
 
 
-def compare_runs(a: Run, b: Run, data: str | None = None) -> RunComparison:
+def compare_runs(a: SavedRun, b: SavedRun, data: str | None = None) -> RunComparison:
     """Two runs on the pictures that are in the test part of both, or on all pictures of another labelled folder.
 
     Raises RunError where the runs do not know the same classes, or share no test picture.
@@ -42,7 +42,7 @@ def compare_runs(a: Run, b: Run, data: str | None = None) -> RunComparison:
         only = sorted(set(a.classes) ^ set(b.classes))
         raise RunError(f"{a.path} and {b.path} know different classes ({only[0]!r} is in one alone); compare runs of the same classes")
     if data is not None:
-        found = [run.evaluate(data=data) for run in (a, b)]
+        found = [evaluate_run(run, data=data) for run in (a, b)]
         groups = found[0].groups
     else:
         images = open_images(a.config.data, a.config.data_root, a.config.skip_bad, a.config.workers)
@@ -56,7 +56,7 @@ def compare_runs(a: Run, b: Run, data: str | None = None) -> RunComparison:
     return RunComparison(found[0], found[1], compare_paired(right[0], right[1], groups))
 
 
-def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
+def differences(a: SavedRun, b: SavedRun) -> dict[str, tuple[Any, Any]]:
     """What their records say differently that can change a number: options, data, split, versions, hardware. Name -> value in a, in b.
 
     Empty for runs that have to have the same weights, bit for bit.
@@ -71,7 +71,7 @@ def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _on(run: Run, images: Any, indices: Any, groups: Any) -> Evaluation:
+def _on(run: SavedRun, images: Any, indices: Any, groups: Any) -> Evaluation:
     if images.classes != run.classes:
         raise DataError(
             f"{images.root}: holds other classes than {run.path} was trained on; pass --data with labelled pictures of its classes"

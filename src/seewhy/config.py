@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
     search: int = _main(0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000)
     skip_bad: bool = _main(False, "leave unusable pictures out instead of stopping; they are listed in run.json")
     tracker: Literal["tensorboard", "mlflow", "none"] = _main(
-        "tensorboard", "who is told of each epoch: files for TensorBoard in the run, MLflow at $MLFLOW_TRACKING_URI, or nobody"
+        "none", "who is told of each epoch: files for TensorBoard in the run, MLflow at $MLFLOW_TRACKING_URI, or nobody"
     )
     cache: bool = _main(True, "keep frozen features on disk (the same weights either way)")
 

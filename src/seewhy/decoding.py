@@ -7,14 +7,13 @@ import io
 import os
 import stat
 import threading
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from seewhy.errors import ImageError
+from seewhy.errors import ImageError, reason_of
 from seewhy.shard_names import MAX_BYTES
 from seewhy.shards import read_member, shard_of
 
@@ -28,10 +27,6 @@ MIN_SIDE = 8  # smaller than this there is nothing to see
 STRIP = 1_000_000  # pixels that are brought to RGB at a time
 
 _ONE_LARGE = threading.Lock()
-
-# Our own pixel limit and reasons replace Pillow's warnings, which would be printed in between progress bars.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def decode(data: bytes, enough: int | None = None, most: int | None = None) -> Image.Image:
@@ -83,7 +78,7 @@ def decode(data: bytes, enough: int | None = None, most: int | None = None) -> I
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error, 1000)
     return "truncated" if "truncated" in text or "Truncated" in text else f"damaged ({text[:80]})"
 
 
@@ -122,15 +117,21 @@ def read_bytes(path: Path | str) -> bytes:
     return Path(path).read_bytes()
 
 
+def read_or_reason(path: Path | str) -> bytes | str:
+    """`read_bytes`, or in words why the file cannot be read."""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+
+
 def read_image(path: Path | str, enough: int | None = None) -> Image.Image:
     """File -> upright RGB picture; ImageError with path and reason if that cannot be. enough: see `decode`."""
-    try:
-        data = read_bytes(path)
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file", bad=((str(path), "no such file"),)) from error
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise ImageError(f"{path}: {reason}", bad=((str(path), reason),)) from error
+    data = read_or_reason(path)
+    if isinstance(data, str):
+        raise ImageError(f"{path}: {data}", bad=((str(path), data),))
     try:
         return decode(data, enough)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from seewhy.columns import Hashes
 from seewhy.images import ImageSet
 
 # How near is a near-duplicate? `seewhy audit` shows pairs at each limit.
@@ -46,7 +45,12 @@ class NearPairs:
 
 def exact_pairs(images: ImageSet) -> Pairs:
     """(P, 2) neighbours in each set of files with equal bytes; a chain joins all of them."""
-    return np.sort(chain(Hashes.of(images.hashes).keys), axis=1)
+    return np.sort(chain(digests(images.hashes)), axis=1)
+
+
+def digests(hashes: Sequence[str]) -> npt.NDArray[np.bytes_]:
+    """(N,) of 32 bytes: to compare and to sort, which gives the order of the texts."""
+    return np.frombuffer(bytes.fromhex("".join(hashes)), dtype="S32")
 
 
 def hash_pairs(phashes: npt.NDArray[np.uint64], most: int = HASH_ALONE) -> Pairs:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.errors import OutputError
 from seewhy.progress import LOG
-from seewhy.transforms import Preprocessing
+from seewhy.transforms import Normalize, Preprocessing
 from seewhy.writing import whole_file
 
 ONNX_WORTH_IT = 400  # pictures below which exporting a network costs more than it saves; an export is kept for the next time
@@ -53,19 +52,13 @@ class Engine:
 class FromSquares(nn.Module):
     """(N, H, W, 3) uint8 RGB -> network((x / 255 - mean) / std): normalisation as the network's first step."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+        self.normalize = Normalize(preprocessing)
 
     def forward(self, squares: Tensor) -> Tensor:
-        pictures = squares.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        features: Tensor = self.network(pictures)
+        features: Tensor = self.network(self.normalize(squares.permute(0, 3, 1, 2)))
         return features
 
 
@@ -197,7 +190,7 @@ def _exported(network: nn.Module, size: int) -> bytes:
         return place.read_bytes()
     LOG.info("preparing the network for ONNX Runtime; done once, then kept in the cache")
     example = torch.zeros(2, size, size, 3, dtype=torch.float32 if isinstance(network, FromPictures) else torch.uint8)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+    with torch.no_grad():
         program = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")

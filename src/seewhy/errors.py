@@ -14,12 +14,21 @@ SeewhyError
 The command line prints the message alone and exits with status 2.
 """
 
+from __future__ import annotations
+
 import re
+from collections import abc
+from importlib.util import find_spec
 
 
 def one_line(text: str) -> str:
     """Text without line ends and other control characters, which names of files may hold and a terminal would obey."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
+
+
+def reason_of(error: BaseException | str, most: int = 160) -> str:
+    """The first `most` characters of what an error of another library says, in one line; its type where it says nothing."""
+    return one_line(" ".join(str(error).split()))[:most] or type(error).__name__
 
 
 class SeewhyError(Exception):
@@ -33,6 +42,20 @@ class ConfigError(SeewhyError):
     """An option or a config file is wrong."""
 
 
+def require(extra: str, what: str, *packages: str) -> None:
+    """Raise ConfigError naming the extra of seewhy that brings `packages` where one of these top-level modules is not installed."""
+    missing = next((name for name in packages if not _is_installed(name)), None)
+    if missing is not None:
+        raise ConfigError(f'{what} needs {missing}, which is not installed; pip install "seewhy[{extra}]"')
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False
+
+
 class DataError(SeewhyError):
     """A dataset, folder or class is missing or unusable."""
 
@@ -43,6 +66,17 @@ class ImageError(DataError):
     def __init__(self, message: str, bad: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.bad = bad
+
+    @staticmethod
+    def of(bad: abc.Sequence[tuple[str, str]], total: int, advice: str, count: int | None = None) -> ImageError:
+        """Name the first five of `bad`, (path, reason) each, of `total` images, and the next step.
+
+        count: of all unusable images, where `bad` holds only the first of them.
+        """
+        count = len(bad) if count is None else count
+        shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
+        more = f", and {count - 5} more" if count > 5 else ""
+        return ImageError(f"{count} of {total} pictures cannot be used: {shown}{more}; {advice}", tuple(bad))
 
 
 class ReachError(SeewhyError):

@@ -12,27 +12,28 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from seewhy import calibration, metrics, world
+from seewhy import calibration, distributed, metrics
 from seewhy.backbones import Backbone
-from seewhy.columns import Paths
+from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, with_vector
+from seewhy.errors import DataError
 from seewhy.features import Features, extract_features
-from seewhy.images import ImageSet
+from seewhy.images import ImageSet, open_images
 from seewhy.progress import progress
-from seewhy.spill import spilled_zeros
+from seewhy.saved_run import SavedRun
+from seewhy.split import read_split
 from seewhy.store import StoredRows, take_rows
 
 TOP = 5
 BATCH = 128  # pictures that the tail answers at a time
 BLOCK = 8  # batches of vectors that are held at a time
-HEADLINE = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")  # each with a 95% interval
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a network says of N labelled pictures.
 
-    part: 'train', 'val', 'test' or 'all'. paths: N texts, made when asked for. logits: (N, C), unnormalised. labels: (N,) true classes.
+    part: 'train', 'val', 'test' or 'all'. paths: N texts. logits: (N, C), unnormalised. labels: (N,) true classes.
     groups: (N,) a number a group of pictures that show the same. temperature: what divides the logits before the softmax.
     """
 
@@ -59,12 +60,12 @@ class Evaluation:
         return best
 
     @cached_property
-    def sure(self) -> npt.NDArray[np.float64]:
+    def confidence(self) -> npt.NDArray[np.float64]:
         """(N,) probability of the predicted class."""
-        return metrics.by_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
+        return metrics.map_rows(lambda rows: self._probs_of(rows).max(axis=1), len(self.labels))
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted class is the true one."""
         same: npt.NDArray[np.bool_] = self.predicted == self.labels
         return same
@@ -97,7 +98,7 @@ class Evaluation:
         if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
         numbers: dict[str, Any] = {"n": n, "groups": count}
-        for name, value, interval in zip(HEADLINE, values, intervals, strict=True):
+        for name, value, interval in zip(metrics.HEADLINE, values, intervals, strict=True):
             numbers |= {name: value, f"{name}_ci95": list(interval)}
         return {
             **numbers,
@@ -117,15 +118,15 @@ class Evaluation:
     def _calibration(self) -> dict[str, Any]:
         """How far the probabilities can be believed, and what answering only the surest pictures brings."""
         labels, n = self.labels, len(self.labels)
-        plain = metrics.by_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
-        nats = metrics.by_rows(lambda rows: metrics.surprise(labels[rows], self.logits[rows] / self.temperature), n)
-        distances = metrics.by_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
+        plain = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
+        nats = metrics.map_rows(lambda rows: metrics.sample_nll(labels[rows], self.logits[rows] / self.temperature), n)
+        distances = metrics.map_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
         return {
             "negative_log_likelihood": float(nats.mean()),
             "brier_score": float(distances.mean()),
-            "expected_calibration_error": calibration.expected_calibration_error(self.sure, self.right),
-            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.right),
-            "area_under_risk_coverage": calibration.risk_coverage(self.sure, self.right).area,
+            "expected_calibration_error": calibration.expected_calibration_error(self.confidence, self.correct),
+            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.correct),
+            "area_under_risk_coverage": calibration.risk_coverage(self.confidence, self.correct).area,
         }
 
 
@@ -153,7 +154,7 @@ def evaluate_network(
     trained_whole = cut.trunk is None
     halves = Cut(backbone.model, nn.Identity(), "logits") if trained_whole else cut
     views = 2 if flip else 1  # view 1 is the mirrored one
-    mine = world.share(indices)
+    mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]  # of few pictures some processes have none
     features = extract_features(images, asked, views, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
     logits = tail_logits(halves.tail, features.store, features.rows[:, 0])
@@ -162,9 +163,9 @@ def evaluate_network(
         logits /= views
     return Evaluation(
         part=part,
-        paths=Paths.of(images.paths).texts.take(indices),
+        paths=[str(images.paths[i]) for i in indices],
         labels=images.labels[indices],
-        logits=world.gathered(logits[: len(mine)], len(indices)),
+        logits=distributed.all_gather(logits[: len(mine)], len(indices)),
         classes=images.classes,
         groups=np.arange(len(indices)) if groups is None else groups,
         temperature=temperature,
@@ -190,7 +191,7 @@ def classifier_vectors(
     if tail is None:
         return None
     halves = Cut(tail, nn.Identity(), "vectors") if trained_whole else Cut(cut.trunk, tail, cut.place)
-    mine = world.share(indices)
+    mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]
     features = extract_features(images, asked, 1, halves, backbone.preprocessing, engine, workers, keep and not trained_whole, kept)
     return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
@@ -199,11 +200,11 @@ def classifier_vectors(
 def _vector_blocks(tail: nn.Module, features: Features, n: int, mine: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
     """n: pictures of all processes. mine: those of this one, whose features they are; of few pictures some processes have none."""
     each = BLOCK * BATCH  # rows of a process
-    for start in range(0, n, each * world.size()):
-        begin = start // world.size()
+    for start in range(0, n, each * distributed.world_size()):
+        begin = start // distributed.world_size()
         rows = features.rows[begin : begin + each, 0] if begin < mine else features.rows[:1, 0]
         vectors = tail_logits(tail, features.store, rows)[: max(mine - begin, 0), classes:]
-        yield world.gathered(vectors, min(n - start, each * world.size()))
+        yield distributed.all_gather(vectors, min(n - start, each * distributed.world_size()))
 
 
 @torch.inference_mode()
@@ -218,7 +219,46 @@ def tail_logits(
             features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
             logits = tail(features).float().numpy()
             if not start:
-                found = spilled_zeros((len(rows), logits.shape[1]), np.float32)
+                found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
             found[start : start + batch] = logits
             advance(len(features))
     return found
+
+
+def evaluate_part(
+    images: ImageSet,
+    indices: Any,
+    part: str,
+    backbone: Backbone,
+    cut: Cut,
+    config: TrainConfig,
+    groups: Any = None,
+    temperature: float = 1.0,
+) -> Evaluation:
+    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
+    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
+    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
+    return evaluate_network(backbone, cut, images, indices, part, *how)
+
+
+def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> Evaluation:
+    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
+
+    Raises SplitError if the data has changed since, DataError for classes the run does not know.
+    """
+    config = run.config
+    images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
+    if data is not None:
+        indices, part, groups = np.arange(len(images)), "all", None
+    else:
+        split = read_split(run.path, images)
+        indices, groups = split.part(part), split.groups
+    unknown = sorted(set(images.classes) - set(run.classes))
+    if unknown:
+        raise DataError(
+            f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
+        )
+    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
+        place = np.array([run.classes.index(name) for name in images.classes])
+        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
+    return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, shifted_maps
-from seewhy.cam import ALL_METHODS, ASKING, PIXELWISE, scale_to_one
+from seewhy.attribution import FeatureMaps, default_layers, maps_of_features, named_layer, smoothed_maps
+from seewhy.cam import ALL_METHODS, PERTURBATION_METHODS, PIXEL_METHODS, scale_to_one
 from seewhy.decoding import read_image
 from seewhy.engines import Engine, FromSquares, kept_engine
 from seewhy.errors import ConfigError, OutputError
 from seewhy.features import square_of
-from seewhy.figures import overlay_heatmap
+from seewhy.heat import overlay_heatmap
 from seewhy.metrics import softmax
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.streams import BATCH, in_batches, in_order
-from seewhy.transforms import Preprocessing, eval_view, render
+from seewhy.transforms import Preprocessing, directions, eval_view, render
 
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the picture stays sharp
 
@@ -49,7 +49,7 @@ class Explanation:
 
     def overlay(self, n: int) -> Image.Image:
         """What the network saw of the n-th picture, in its own proportions, with the heatmap over it; RGB."""
-        return Image.fromarray(overlay_heatmap(view_for_people(self.paths[n], self.preprocessing), self.maps[n]))
+        return Image.fromarray(overlay_heatmap(display_view(self.paths[n], self.preprocessing), self.maps[n]))
 
     def records(self) -> list[dict[str, Any]]:
         """JSON-ready: path, explained class, its probability, predicted class."""
@@ -83,7 +83,7 @@ class Explanation:
         return written
 
 
-def view_for_people(path: Path | str, preprocessing: Preprocessing, long_side: int = OVERLAY_SIZE) -> npt.NDArray[np.uint8]:
+def display_view(path: Path | str, preprocessing: Preprocessing, long_side: int = OVERLAY_SIZE) -> npt.NDArray[np.uint8]:
     """The evaluation view in the picture's own proportions: (h, w, 3) uint8 RGB, the longer side `long_side`."""
     picture = read_image(path, 2 * long_side)
     view = eval_view(picture.width, picture.height, preprocessing)
@@ -113,57 +113,54 @@ def classes_of(names: str | Sequence[str] | None, classes: Sequence[str], n: int
     return torch.tensor([class_index(name, classes) for name in each])
 
 
-def known_method(method: str) -> None:
+def check_method(method: str) -> None:
     """ConfigError for a method that is not in ALL_METHODS."""
     if method not in ALL_METHODS:
         raise ConfigError(f"unknown method {method!r}; use one of {', '.join(ALL_METHODS)}")
 
 
 def explain(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     method: str = "gradcam",
     target: str | Sequence[str] | None = None,
-    against: str | Sequence[str] | None = None,
+    contrast: str | Sequence[str] | None = None,
     layers: Sequence[str] = (),
-    shifts: int = 1,
-    engine: str = "auto",
+    smooth: int = 1,
     workers: int = 2,
 ) -> Explanation:
     """Heatmaps of the predicted class, or of class `target`, of files, folders and patterns.
 
-    target: one class, or one a picture. against: likewise, whose score is taken away: why the one and not the other.
+    target: one class, or one a picture. contrast: likewise, whose score is taken away: why the one and not the other.
     layers: dotted names of layers, fused where there are several; none: the last feature maps, which the engine of `predict`
-    computes, since nothing of a map needs the gradients below the head. shifts: the mean over shifts x shifts moved copies
-    (`attribution.shifted_maps`), finer at that many times the cost.
+    computes, since nothing of a map needs the gradients below the head. smooth: the mean over smooth x smooth moved copies
+    (`attribution.smoothed_maps`), finer at that many times the cost.
 
     Raises ConfigError for an unknown method, class or layer, ImageError for an unusable picture.
     """
-    known_method(method)
+    check_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     for name in layers:
         named_layer(model, name)  # refused before any work
-    layers = layers if method in PIXELWISE else layers or default_layers(model)
+    layers = layers if method in PIXEL_METHODS else layers or default_layers(model)
     paths = find_pictures(inputs)
-    wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, against))
+    wanted, others = (classes_of(names, run.classes, len(paths)) for names in (target, contrast))
     below = FromSquares(nn.Identity(), preprocessing)
-    if from_pictures := bool(layers) or shifts > 1 or method in (*ASKING, *PIXELWISE):
+    if from_pictures := bool(layers) or smooth > 1 or method in (*PERTURBATION_METHODS, *PIXEL_METHODS):
         forward = Engine(lambda squares: below(torch.from_numpy(squares)).numpy())
     else:
-        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths), engine)
+        forward = kept_engine(run.engines["maps"], FeatureMaps(model), preprocessing, len(paths))
     maps, targets, logits = [], [], []
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
         """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
-        squares = np.stack(batch)
-        ways = [squares, np.ascontiguousarray(squares[:, :, ::-1])] if run.config.test_flip else [squares]
-        return [torch.from_numpy(forward(way)) for way in ways]
+        return [torch.from_numpy(forward(way)) for way in directions(np.stack(batch), run.config.test_flip)]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        held = others[done : done + len(way)] if others is not None else None
+        contrasts = others[done : done + len(way)] if others is not None else None
         if from_pictures:
-            return shifted_maps(model, way, method, given, held, layers, shifts)
-        return maps_of_features(model, way, method, given, held)
+            return smoothed_maps(model, way, method, given, contrasts, layers, smooth)
+        return maps_of_features(model, way, method, given, contrasts)
 
     done = 0
     with progress("explaining", len(paths)) as advance:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from seewhy.errors import OutputError
-from seewhy.run import Run
+from seewhy.errors import OutputError, reason_of
+from seewhy.saved_run import SavedRun
 from seewhy.writing import whole_file
 
 
-def export_state_dict(run: Run, path: Path | str) -> Path:
+def export_state_dict(run: SavedRun, path: Path | str) -> Path:
     """Writes {"state_dict": ..., "classes": [...]} as `torch.load(weights_only=True)` reads it.
 
     The names are timm's; those of `resnet18` are torchvision's too, so that
@@ -22,5 +22,5 @@ def export_state_dict(run: Run, path: Path | str) -> Path:
         try:
             torch.save({"state_dict": run.backbone.model.state_dict(), "classes": list(run.classes)}, work)
         except RuntimeError as error:  # so torch reports a full disk
-            raise OutputError(f"{path}: cannot be written ({' '.join(str(error).split())}); choose another place") from error
+            raise OutputError(f"{path}: cannot be written ({reason_of(error)}); choose another place") from error
     return path

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.backbones import weights_hash
 from seewhy.cache import cache_dir
 from seewhy.cutting import Cut
@@ -27,7 +27,6 @@ from seewhy.engines import make_engine, runtime_of, settled_engine, steady
 from seewhy.errors import OutputError
 from seewhy.images import ImageSet
 from seewhy.progress import progress
-from seewhy.spill import spilled
 from seewhy.store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.transforms import Preprocessing, render, view_of
@@ -97,7 +96,7 @@ def extract_features(
 
     def compute(todo: npt.NDArray[np.int64], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
         assert cut.trunk is not None
-        mine = todo if every else todo[np.isin(todo // views, world.share(np.unique(todo // views)))]
+        mine = todo if every else todo[np.isin(todo // views, distributed.shard(np.unique(todo // views)))]
         return _compute(images, _jobs(indices, mine, views), len(mine), cut.trunk, preprocessing, engine, workers, kept)
 
     if not keep:
@@ -107,24 +106,25 @@ def extract_features(
             store[np.searchsorted(unique, as_keys(names))] = features
         return Features(store, place.reshape(-1, views), len(unique))
     folder = cache_dir() / "features" / store_name(cut, preprocessing, engine, kept)
-    alone = not together or world.size() == 1
+    alone = not together or distributed.world_size() == 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
         feature_store = FeatureStore(folder, shape, kept)
         rows = feature_store.find(wanted)
-        if world.total(float((rows < 0).any())) == 0 if together else (rows >= 0).all():  # without the lock, which may be held for long
-            return Features(feature_store.open_rows(), spilled(rows.reshape(-1, views)), 0)
-        with feature_store.lock() if alone or world.leads() else nullcontext():
+        missing = bool((rows < 0).any())
+        if not (distributed.all_reduce_scalar(missing) if together else missing):  # without the lock, which may be held for long
+            return Features(feature_store.open_rows(), rows.reshape(-1, views), 0)
+        with feature_store.lock() if alone or distributed.is_main_process() else nullcontext():
             if not alone:
-                world.wait()  # the leader holds the lock for all
+                distributed.barrier()  # the main process holds the lock for all
             todo = _firsts(wanted, feature_store.find(wanted) < 0)  # another training may have written some meanwhile
             if not alone:
-                world.wait()  # all have looked before anybody writes
+                distributed.barrier()  # all have looked before anybody writes
             if len(todo):
-                number, writers = (0, 1) if alone else (world.rank(), world.size())
+                number, writers = (0, 1) if alone else (distributed.rank(), distributed.world_size())
                 feature_store.append(compute(todo, alone), number, writers)
             if not alone:
-                world.wait()
+                distributed.barrier()
         rows = feature_store.find(wanted)
         waited = 0 if alone else SHOWN_LATE
         while waited and (rows < 0).any():
@@ -134,7 +134,7 @@ def extract_features(
             raise OutputError(
                 f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"
             )
-        return Features(feature_store.open_rows(), spilled(rows.reshape(-1, views)), len(todo))
+        return Features(feature_store.open_rows(), rows.reshape(-1, views), len(todo))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(
@@ -217,9 +217,14 @@ def render_view(picture: Any, view: int, picture_hash: str, preprocessing: Prepr
     return render(picture, chosen, (size, size), preprocessing.interpolation)
 
 
+def square_in(picture: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """An RGB picture as the network sees it when it answers: (size, size, 3) uint8."""
+    return render_view(picture, EVAL_VIEW, "", preprocessing)
+
+
 def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """A picture file as the network sees it when it answers: (size, size, 3) uint8."""
-    return render_view(read_image(path, preprocessing.enough), EVAL_VIEW, "", preprocessing)
+    """`square_in` of a picture file."""
+    return square_in(read_image(path, preprocessing.enough), preprocessing)
 
 
 def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:

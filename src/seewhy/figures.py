@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only; a window system may be missing
-
-import matplotlib.pyplot as plt  # the backend must be chosen first
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.figure import Figure  # never pyplot, whose backend and open figures are the caller's
+from matplotlib.ticker import MaxNLocator
 
+from seewhy.heat import overlay_heatmap
 from seewhy.metrics import wilson_interval
 
 THEMES: dict[str, dict[str, Any]] = {
     "light": {"background": "#ffffff", "ink": "#1f2430", "faint": "#d9dde5", "train": "#8a94a6", "val": "#c2410c", "map": "Blues"},
     "dark": {"background": "#171a21", "ink": "#e6e9ef", "faint": "#363c49", "train": "#8a94a6", "val": "#fb923c", "map": "magma"},
 }
-HEAT = matplotlib.colormaps["inferno"]
 LABELLED_CLASSES = 40  # up to so many classes the confusion matrix carries their names
 
 
@@ -46,10 +42,9 @@ def _style(theme: str) -> Any:
 
 
 def png_of(figure: Figure) -> bytes:
-    """PNG bytes of a figure, which is closed."""
+    """PNG bytes of a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight")
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -57,8 +52,9 @@ def training_curves(history: Sequence[dict[str, float]], best_epoch: int, theme:
     """Loss and accuracy of training and validation by epoch, the best epoch marked; PNG."""
     colours = THEMES[theme]
     epochs = [row["epoch"] for row in history]
-    with plt.rc_context(_style(theme)):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        axes = figure.subplots(1, 2)
         for axis, name, label in zip(axes, ("loss", "accuracy"), ("cross-entropy loss (nats)", "accuracy (%)"), strict=True):
             factor = 100 if name == "accuracy" else 1
             marker = "o" if len(epochs) < 15 else None
@@ -69,7 +65,7 @@ def training_curves(history: Sequence[dict[str, float]], best_epoch: int, theme:
             axis.axvline(best_epoch, color=colours["ink"], linewidth=0.8, linestyle=":", label=f"best epoch ({best_epoch})")
             axis.set_xlabel("epoch")
             axis.set_ylabel(label)
-            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.grid(axis="y", linewidth=0.6)
         axes[0].legend(frameon=False)
     return png_of(figure)
@@ -82,8 +78,9 @@ def confusion_figure(confusion: npt.NDArray[np.int64], classes: Sequence[str], t
     shares = 100 * np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
     count = len(classes)
     side = float(np.clip(0.42 * count + 2.2, 4.2, 9.5))
-    with plt.rc_context(_style(theme)):
-        figure, axis = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+        axis = figure.subplots()
         image = axis.imshow(shares, cmap=colours["map"], vmin=0, vmax=100, interpolation="nearest")
         axis.set_xlabel("predicted class" if count <= LABELLED_CLASSES else "predicted class (number in alphabetical order)")
         axis.set_ylabel("true class" if count <= LABELLED_CLASSES else "true class (number in alphabetical order)")
@@ -109,9 +106,10 @@ def method_scores(table: Sequence[dict[Any, Any]], baselines: Sequence[str], the
     scores = list(dict.fromkeys(str(row["score"]) for row in table))
     methods = list(dict.fromkeys(str(row["method"]) for row in table if row["method"] not in baselines))
     places = {name: len(methods) - 1 - n for n, name in enumerate(methods)}
-    with plt.rc_context(_style(theme)):
+    with matplotlib.rc_context(_style(theme)):
         size = (2.3 * len(scores) + 1.2, 0.34 * len(methods) + 1.5)
-        figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, layout="constrained", squeeze=False)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)
         for axis, score in zip(axes[0], scores, strict=True):
             rows = [row for row in table if row["score"] == score]
             for row in (row for row in rows if row["method"] in places):
@@ -132,8 +130,9 @@ def method_scores(table: Sequence[dict[Any, Any]], baselines: Sequence[str], the
 def leak_figure(plain: Sequence[float], grouped: Sequence[float], theme: str = "light") -> bytes:
     """Test accuracy of each split, at random and with near-duplicates kept together, the two of a seed joined; PNG."""
     colours = THEMES[theme]
-    with plt.rc_context(_style(theme)):
-        figure, axis = plt.subplots(figsize=(5.2, 3.0), layout="constrained")
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axis = figure.subplots()
         for one, other in zip(plain, grouped, strict=True):
             axis.plot([0, 1], [100 * one, 100 * other], color=colours["faint"], linewidth=1.2, zorder=1)
         for place, values in ((0, plain), (1, grouped)):
@@ -152,8 +151,9 @@ def reliability_figure(confidence: Sequence[float], accuracy: Sequence[float], c
     Each point has its 95% Wilson interval, and is the larger the more pictures it stands for.
     """
     colours = THEMES[theme]
-    with plt.rc_context(_style(theme)):
-        figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 4.8), height_ratios=(3, 1), sharex=True, layout="constrained")
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(4.6, 4.8), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
         top.plot([0, 100], [0, 100], color=colours["train"], linestyle="--", linewidth=1.2, label="perfectly calibrated")
         limits = np.array([wilson_interval(round(a * n), n) for a, n in zip(accuracy, count, strict=True)])
         top.vlines([100 * c for c in confidence], 100 * limits[:, 0], 100 * limits[:, 1], color=colours["val"], linewidth=1.2, alpha=0.5)
@@ -182,8 +182,9 @@ def risk_coverage_figure(
 ) -> bytes:
     """Share of wrong answers against the share of pictures answered, the surest first; marks: (coverage, risk, text). PNG."""
     colours = THEMES[theme]
-    with plt.rc_context(_style(theme)):
-        figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axis = figure.subplots()
         axis.step([100 * c for c in coverage], [100 * r for r in risk], where="post", color=colours["val"], linewidth=1.8)
         for share, wrong, text in marks:
             axis.plot(100 * share, 100 * wrong, "o", color=colours["ink"], markersize=5)
@@ -201,8 +202,9 @@ def robustness_figure(table: Sequence[dict[Any, Any]], theme: str = "light") -> 
     colours = THEMES[theme]
     names = list(dict.fromkeys(str(row["corruption"]) for row in table if row["strength"]))
     plain = [row for row in table if not row["strength"]]
-    with plt.rc_context(_style(theme)):
-        figure, axes = plt.subplots(1, len(names), figsize=(1.9 * len(names) + 1, 2.8), sharey=True, layout="constrained", squeeze=False)
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(1.9 * len(names) + 1, 2.8), layout="constrained")
+        axes = figure.subplots(1, len(names), sharey=True, squeeze=False)
         for axis, name in zip(axes[0], names, strict=True):
             rows = plain + [row for row in table if row["corruption"] == name]
             strengths = [row["strength"] for row in rows]
@@ -219,27 +221,13 @@ def robustness_figure(table: Sequence[dict[Any, Any]], theme: str = "light") -> 
     return png_of(figure)
 
 
-def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
-
-    The map is enlarged bicubically and clipped to 0..1.
-    """
-    height, width = picture.shape[:2]
-    large = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    glow = HEAT(0.25 + 0.75 * large)[..., :3] * 255
-    opacity = (0.7 * large**0.8)[..., None]
-    grey = picture.mean(axis=2, keepdims=True)
-    base = 0.55 * picture + 0.25 * grey + 0.2 * picture * large[..., None]
-    mixed: npt.NDArray[np.uint8] = np.clip(base * (1 - opacity) + glow * opacity, 0, 255).round().astype(np.uint8)
-    return mixed
-
-
 def heatmap_gallery(items: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], str]], theme: str = "light") -> bytes:
     """Pairs of picture and overlay with a caption each, up to 4 pairs a row; PNG."""
     pairs = min(4, max(1, len(items)))
     rows = -(-len(items) // pairs)
-    with plt.rc_context(_style(theme)):
-        figure, axes = plt.subplots(rows, 2 * pairs, figsize=(3.1 * pairs, 1.95 * rows), layout="constrained", squeeze=False)
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(3.1 * pairs, 1.95 * rows), layout="constrained")
+        axes = figure.subplots(rows, 2 * pairs, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for n, (square, heatmap, caption) in enumerate(items):

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from seewhy import __version__
 from seewhy.cache import cache_dir
-from seewhy.checking import Checked, record_checked
+from seewhy.checking import FACTS, Checked, record_checked
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.embedding import EMBEDDER
 from seewhy.engines import settled_engine
@@ -21,14 +20,16 @@ from seewhy.errors import ConfigError, OutputError
 from seewhy.features import feature_shape, row_key, store_name
 from seewhy.grouping import MANY
 from seewhy.images import list_data
-from seewhy.jobs import Piece, Request, frozen_part
-from seewhy.progress import LOG, progress
-from seewhy.scale import Engine, Outcome, Store
+from seewhy.jobs import frozen_part
+from seewhy.progress import LOG
+from seewhy.result_store import Outcome, Piece, Store
+from seewhy.scale import Engine, Request
 from seewhy.sources import Source, find_sources, sources_of
 from seewhy.storage import is_address
 from seewhy.store import FeatureStore, KnownKeys, as_keys
+from seewhy.version import __version__
 
-FACTS = ["path", "sha256", "width", "height", "problem", "phash", "grey"]  # what is kept of a picture beside its features
+KEPT: dict[str, type] = {"path": str, **FACTS}  # of a picture, beside its features
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         with store.lock():
-            journal = Store(str(place), record, FACTS)
+            journal = Store(str(place), record, KEPT)
             journal.open(own=True)
             keys, known = [source.key for source in sources], store.known()
             journal.finished = {key: count for key, count in journal.finished.items() if _stored(journal, key, known, views)}
@@ -94,27 +95,25 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], pictures: 
             if len(left) < len(sources):
                 LOG.info(f"going on: {len(sources) - len(left):,} of {len(sources):,} shards and blocks of files are in the cache")
             computed = 0
-            with progress("features, shards and blocks", len(left)) as advance:
-                request = Request("features", "", options)
-                for outcome in engine(request, [sources[number] for number in left]) if left else ():
-                    source = sources[left[outcome.source]]
-                    computed += _keep(outcome, source, store, known)
-                    journal.add(source.key, _facts(outcome))
-                    advance(int(outcome.last))
-            tables = [(len(table), sum(map(bool, table.column("problem").to_pylist())) + len(bad)) for table, bad in journal.parts(keys)]
+            request = Request("features", "", options)
+            for outcome in engine(request, [sources[number] for number in left]) if left else ():
+                source = sources[left[outcome.source]]
+                computed += _keep(outcome, source, store, known)
+                journal.add(source.key, _facts(outcome))
+            counts = [(piece.rows, sum(map(bool, piece.columns["problem"])) + len(piece.bad)) for piece in journal.pieces(keys)]
     except OSError as error:
         raise OutputError(
             f"{store.folder}: features cannot be kept ({error.strerror}); free some space, or set SEEWHY_CACHE to another folder"
         ) from error
-    return Filled(sum(rows for rows, _ in tables), sum(bad for _, bad in tables), computed)
+    return Filled(sum(rows for rows, _ in counts), sum(bad for _, bad in counts), computed)
 
 
 def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
     """Whether the rows of all pictures of a source are in the store, which may have been cleared since."""
     names = [
         row_key(sha256, view)
-        for table, _ in journal.parts([key])
-        for sha256, problem in zip(table.column("sha256").to_pylist(), table.column("problem").to_pylist(), strict=True)
+        for piece in journal.pieces([key])
+        for sha256, problem in zip(piece.columns["sha256"], piece.columns["problem"], strict=True)
         if not problem
         for view in range(views)
     ]
@@ -137,12 +136,12 @@ def _keep(outcome: Outcome, source: Source, store: FeatureStore, known: KnownKey
             store.append(iter([(missing, rows)]))
             known.add(as_keys(missing))
     if not is_address(source.places[0]):
-        checked = [Checked(*values) for values in zip(*(columns[name] for name in FACTS[1:]), strict=True)]
+        checked = [Checked(*values) for values in zip(*(columns[name] for name in FACTS), strict=True)]
         record_checked([Path(name) for name in columns["path"]], checked)
     return len(missing) if new else 0
 
 
 def _facts(outcome: Outcome) -> Outcome:
     """A piece without its features."""
-    columns: dict[str, list[Any]] = {name: values for name, values in outcome.piece.columns.items() if name in FACTS}
+    columns: dict[str, list[Any]] = {name: values for name, values in outcome.piece.columns.items() if name in KEPT}
     return Outcome(outcome.source, outcome.number, outcome.last, Piece(columns, outcome.piece.bad))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import math
 import os
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,30 +19,25 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.backbones import Backbone
 from seewhy.batches import Batch, CachedViews, PictureViews, make_loader
 from seewhy.callbacks import Diverged, HistoryKeeper, LastCheckpoint, ProgressCallback, WholeCheckpoints
 from seewhy.config import TrainConfig
 from seewhy.cutting import Cut, parameter_stages
+from seewhy.data_parallel import check_shards, sync_batch_norm
 from seewhy.engines import FromSquares, make_engine, settled_engine, steady
 from seewhy.errors import ConfigError
 from seewhy.features import round_like_stored
-from seewhy.norms import whole_batch_norm
+from seewhy.process_state import quiet
 from seewhy.progress import progress
 from seewhy.tracking import make_loggers
-
-# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="lightning")
 
 
 @dataclass(frozen=True)
@@ -60,15 +51,6 @@ class Fit:
     history: tuple[dict[str, float], ...]
     best_epoch: int
     seconds: float
-
-
-class SharedGradients(DDPStrategy):
-    """Lightning's DDP with means of gradients over shared memory, where there is some; its own option for that is for GPUs."""
-
-    def configure_ddp(self) -> None:
-        super().configure_ddp()
-        if (mean := world.mean_hook()) is not None:
-            cast(DistributedDataParallel, self.model).register_comm_hook(None, mean)
 
 
 class FitInterrupted(KeyboardInterrupt):
@@ -94,7 +76,7 @@ class FitModule(LightningModule):
         engine: str = "torch",
     ) -> None:
         super().__init__()
-        self.tail = StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail
+        self.tail = sync_batch_norm(StandardisedLinear(cut.tail) if isinstance(cut.tail, nn.Linear) else cut.tail)
         self.memory_format = best_memory_format(self.tail)
         self.tail.to(memory_format=self.memory_format)
         self.below_tail = below_tail(backbone, cut, engine, config.feature_dtype)
@@ -104,7 +86,7 @@ class FitModule(LightningModule):
         self.steps_an_epoch = steps_an_epoch
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.mixer = _make_mixer(config.mix, classes)
-        several = world.size() > 1  # torchmetrics asks PyTorch, which does not know of one that works apart
+        several = distributed.world_size() > 1  # torchmetrics asks PyTorch, which does not know of main_process_only()
         self.metrics: dict[str, Metric] = {}
         for part in ("train", "val"):
             self.metrics |= {
@@ -119,7 +101,7 @@ class FitModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Dropout and mixing, also after a resume; each process has its own.
-        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch + world.rank() * 1_000_000_007)
+        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch + distributed.rank() * 1_000_000_007)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, or (N, size, size, 3) uint8 squares, -> (N, C) logits and the targets, mixed if they are."""
@@ -134,17 +116,15 @@ class FitModule(LightningModule):
         return logits, targets
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # What is compiled keeps to statistics of its share: a compiled graph is not interrupted for others.
-        with nullcontext() if self.config.compile else whole_batch_norm():
-            logits, targets = self(batch[0], batch[1])
+        logits, targets = self(batch[0], batch[1])
         loss = self._loss(logits, targets)
         self._count("train", loss, logits, targets, batch[1])
-        return loss if world.size() == 1 else loss * self._share_of_batch(targets)
+        return loss if distributed.world_size() == 1 else loss * self._shard_weight(targets)
 
-    def _share_of_batch(self, targets: Tensor) -> float:
-        """What makes the mean of all processes' gradients that of the whole batch, though their shares of it may differ by a picture."""
+    def _shard_weight(self, targets: Tensor) -> float:
+        """Factor that makes DDP's mean of gradients that of the whole batch, whose shards may differ by one image."""
         mine = self._weight(targets)
-        return mine * world.size() / world.total(mine)
+        return mine * distributed.world_size() / distributed.all_reduce_scalar(mine)
 
     def _weight(self, targets: Tensor) -> float:
         """What the mean loss of these targets counts for in that of more: their number, or the sum of their classes' weights."""
@@ -302,22 +282,23 @@ def fit(
 
     config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
     there is resumed from. The caller's random state is left as it was.
-    Of several processes all train, each on its share of every batch; but a classifier on stored vectors is trained by the leader for all
-    of them, since its steps take less time than telling each other of them would.
+    Several processes train by data parallelism, each on its shard of every batch; but the main process alone trains a classifier on
+    stored vectors, since its steps take less time than an all-reduce would.
     Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
     """
     arguments = (backbone, cut, train_data, val_data, train_labels, classes, config, folder)
-    if world.size() == 1 or not (isinstance(train_data, CachedViews) and isinstance(cut.tail, nn.Linear)):
+    if distributed.world_size() == 1 or not (isinstance(train_data, CachedViews) and isinstance(cut.tail, nn.Linear)):
         return _fit(*arguments)
-    told = ""
-    if world.leads():
-        with world.apart():
-            told = json.dumps(asdict(_fit(*arguments)))
-    found = json.loads(world.text_of_leader(told))
-    world.share_weights(list(cut.tail.eval().state_dict().values()))
-    return Fit(**{**found, "history": tuple(found["history"])})
+    fitted = None
+    if distributed.is_main_process():
+        with distributed.main_process_only():
+            fitted = _fit(*arguments)
+    distributed.broadcast_tensors(list(cut.tail.eval().state_dict().values()))
+    return cast(Fit, distributed.broadcast(fitted))
 
 
+# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
+@quiet("lightning.pytorch", warnings_of="lightning")
 def _fit(
     backbone: Backbone,
     cut: Cut,
@@ -332,7 +313,7 @@ def _fit(
         raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
-    _check_shares(batch_size, len(val_data))
+    check_shards(batch_size, len(val_data))
     train_loader = make_loader(train_data, batch_size, config.seed, config.workers)
     val_loader = make_loader(val_data, 256, None, config.workers)
     weights = inverse_size_weights(train_labels, classes) if config.class_weights else None
@@ -349,11 +330,10 @@ def _fit(
         trainer = Trainer(
             max_epochs=epochs,
             accelerator="auto",
-            devices=world.local_size(),
-            num_nodes=world.size() // world.local_size(),
-            # Buffers are the same everywhere, but for statistics of shares.
-            strategy="auto" if world.size() == 1 else SharedGradients(broadcast_buffers=config.compile, gradient_as_bucket_view=True),
-            use_distributed_sampler=False,  # EpochBatches deals out
+            devices=distributed.local_world_size(),
+            num_nodes=distributed.world_size() // distributed.local_world_size(),
+            strategy="auto",  # DDP where there are several processes
+            use_distributed_sampler=False,  # EpochBatches shards
             precision=config.precision,
             plugins=[WholeCheckpoints()],
             callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
@@ -374,25 +354,19 @@ def _fit(
     history = tuple(keeper.rows)
     if not history or not math.isfinite(history[-1]["train_loss"]):
         raise Diverged(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
-    if world.leads():
+    if distributed.is_main_process():
         best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
         best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
         module.cpu().load_state_dict(best)
-    world.share_weights(list(module.cpu().state_dict().values()))
+    distributed.broadcast_tensors(list(module.cpu().state_dict().values()))
     if isinstance(module.tail, StandardisedLinear):
         module.tail.fold()
+    elif module.tail is not cut.tail:  # the copy of sync_batch_norm: parameters are shared, running statistics are not
+        cut.tail.load_state_dict(module.tail.state_dict())
     backbone.model.to(memory_format=torch.contiguous_format).eval()
     cut.tail.eval()
     best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
     return Fit(history, best_epoch, time.perf_counter() - began)
-
-
-def _check_shares(batch_size: int, val_pictures: int) -> None:
-    """ConfigError where some process would have nothing to do."""
-    if world.size() > 1 and batch_size < 2 * world.size():
-        raise ConfigError(f"--batch-size {batch_size} is too small for {world.size()} processes; give each at least 2 pictures")
-    if val_pictures < world.size():
-        raise ConfigError(f"{val_pictures} validation pictures are too few for {world.size()} processes; use fewer --devices")
 
 
 def _stopped_early(last: Path, keeper: HistoryKeeper) -> bool:

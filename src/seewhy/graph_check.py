@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx
 from google.protobuf.message import DecodeError  # comes with onnx
 
-from seewhy.errors import RunError
+from seewhy.errors import RunError, reason_of
 
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})  # operators of ONNX and ONNX Runtime; none of them reads files or talks to others
 ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
@@ -15,17 +15,16 @@ INPUT = "pictures"
 
 
 def check_graph(data: bytes, name: str, outputs: dict[str, int]) -> bytes:
-    """The graph as it was read here, for ONNX Runtime; RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`,
+    """Return the graph as it was read here, for ONNX Runtime: raw bytes may say two things, so what it gets is what was checked.
 
-    of this rank each, in one pass and from within itself. What ONNX Runtime gets is what was checked: raw bytes may say two things.
-
+    Raises RunError unless it takes `pictures` (N, H, W, 3) uint8 and gives some of `outputs`, of this rank each, in one pass.
     Refused are weights in other files, operators from elsewhere, and loops, which could run for ever.
     How much memory and time the allowed operators take is not bounded by this.
     """
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
+        raise RunError(f"{name}: not a readable ONNX file ({reason_of(error, 80)}); export the run again") from error
     for problem in _problems(model, outputs):
         raise RunError(f"{name}: {problem}, which no file of `seewhy export` does; use a file you know")
     checked: bytes = model.SerializeToString()

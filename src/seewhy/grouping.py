@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.duplicates import group_numbers, near_pairs
 from seewhy.embedding import embed
-from seewhy.errors import ConfigError
+from seewhy.errors import ConfigError, reason_of
 from seewhy.images import ImageSet
 
 MANY = 50_000  # pictures up to which features are computed to find near-duplicates
@@ -32,18 +32,20 @@ def group_pictures(images: ImageSet, how: str = "duplicates", workers: int = 2, 
         return None
     if how == "duplicates":
         vectors = embed(images, workers=workers, keep=keep) if len(images) <= MANY else None
-        return world.of_leader(lambda: group_numbers(len(images), near_pairs(images, vectors).pairs))
+        numbers = group_numbers(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
+        shared: Groups = distributed.broadcast(numbers)
+        return shared
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
     found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
-    numbers: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
-    return numbers
+    groups: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
+    return groups
 
 
 def _from_table(file: Path, names: list[str]) -> list[str]:
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
         raise ConfigError(f"{file}: cannot be read ({reason}); --group-by takes a .csv with the columns path and group") from error
     if not {"path", "group"} <= set(table.columns):
         raise ConfigError(f"{file}: has the columns {', '.join(map(str, table.columns))}; --group-by needs path and group")

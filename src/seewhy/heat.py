@@ -1,4 +1,4 @@
-"""Heatmap -> a transparent picture to lay over the one it explains, without matplotlib; web/heat.js draws the same in the browser."""
+"""Heatmaps in colour, over an image or as a transparent layer; without matplotlib. web/heat.js has the same colours for the browser."""
 
 from __future__ import annotations
 
@@ -14,6 +14,26 @@ COLOURS = np.array([[70, 20, 90, 0], [150, 35, 90, 90], [225, 80, 45, 160], [250
 LARGEST = 1024  # pixels a side
 
 
+def colour_map(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """(...) values from 0 to 1 -> (..., 4) red, green, blue, alpha from 0 to 255."""
+    return np.stack([np.interp(values, STOPS, COLOURS[:, channel]) for channel in range(4)], axis=-1)
+
+
+def overlay_heatmap(picture: npt.NDArray[np.uint8], heatmap: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB and (h, w) 0..1 -> (H, W, 3): greyed where cold, glowing where hot.
+
+    The map is enlarged bicubically and clipped to 0..1.
+    """
+    height, width = picture.shape[:2]
+    large = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    glow, opacity = np.split(colour_map(large), [3], axis=-1)
+    opacity = opacity / 255
+    grey = picture.mean(axis=2, keepdims=True)
+    base = 0.55 * picture + 0.25 * grey + 0.2 * picture * large[..., None]
+    mixed: npt.NDArray[np.uint8] = np.clip(base * (1 - opacity) + glow * opacity, 0, 255).round().astype(np.uint8)
+    return mixed
+
+
 def heat_png(heatmap: npt.NDArray[np.floating], size: tuple[int, ...], box_share: float | None = None) -> bytes:
     """(h, w) values from 0 to 1 -> a PNG with transparency of the proportions of `size` (width, height), at most LARGEST a side.
 
@@ -26,7 +46,6 @@ def heat_png(heatmap: npt.NDArray[np.floating], size: tuple[int, ...], box_share
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
     enlarged = Image.fromarray(heatmap.astype(np.float32)).resize(inner, Image.Resampling.BILINEAR)
     large[top : top + inner[1], left : left + inner[0]] = np.asarray(enlarged).clip(0, 1)
-    colours = np.stack([np.interp(large, STOPS, COLOURS[:, channel]) for channel in range(4)], axis=-1).round().astype(np.uint8)
     data = io.BytesIO()
-    Image.fromarray(colours, "RGBA").save(data, "PNG")
+    Image.fromarray(colour_map(large).round().astype(np.uint8), "RGBA").save(data, "PNG")
     return data.getvalue()

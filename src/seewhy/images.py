@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seewhy import world
+from seewhy import distributed
 from seewhy.cache import cache_dir
 from seewhy.checking import check_files
-from seewhy.columns import Choices, ChoicesBuilder, Hashes, Paths, Texts, TextsBuilder, below
-from seewhy.errors import DataError, ImageError
+from seewhy.columns import Hashes, Paths
+from seewhy.errors import DataError, ImageError, reason_of
 from seewhy.shard_names import PART_NAMES, PICTURES
 from seewhy.shards import SOUGHT, find_shards, is_shard, members
-from seewhy.spill import spilled
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ImageSet:
     masks: N files with the object's mask (white on black), or None where there is none.
     bad: (path, reason) of pictures left out.
 
-    paths, hashes, parts and masks are sequences that make their values when asked (`columns.py`), or any others, tuples for one.
+    paths and hashes of a million pictures are columns (`columns.py`), which make their values when asked.
     """
 
     name: str
@@ -55,11 +54,7 @@ class ImageSet:
     @property
     def content_hash(self) -> str:
         """sha256 over the sorted (picture, class) pairs: equal for equal data, wherever it lies."""
-        names = np.unique(np.array(self.classes), return_inverse=True)[1][self.labels]  # numbers in the order of the names
-        order = np.argsort(names, kind="stable")
-        hashes = Hashes.of(self.hashes)
-        order = order[np.argsort(hashes.keys[order], kind="stable")]
-        return digest_of_lines(f"{hashes[i]} {self.classes[self.labels[i]]}" for i in order)
+        return digest_of_lines(sorted(f"{sha256} {self.classes[label]}" for sha256, label in zip(self.hashes, self.labels, strict=True)))
 
 
 def digest_of_lines(lines: Iterable[str]) -> str:
@@ -73,14 +68,14 @@ def digest_of_lines(lines: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of a dataset before they are looked at."""
+    """N files of a dataset before they are looked at; class_names, parts ('' where not divided) and masks: one a path."""
 
     name: str
     root: Path
     paths: Paths
-    class_names: Choices[str]  # one a path
-    parts: Choices[str]  # one a path, '' where not divided
-    masks: Choices[Path | None]  # one a path
+    class_names: Sequence[str]
+    parts: Sequence[str]
+    masks: Sequence[Path | None]
 
 
 def open_images(data: str, data_root: str | None = None, skip_bad: bool = False, workers: int = 2) -> ImageSet:
@@ -90,49 +85,39 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
     pictures unless `skip_bad`.
     """
     listing = list_data(data, data_root)
-    if world.size() > 1:  # each process looks at its share, and finds in the record what the others saw
-        check_files(world.share(listing.paths), workers)
-        world.wait()
+    if distributed.world_size() > 1:  # each process checks its shard, and finds in the record what the others have checked
+        check_files(distributed.shard(listing.paths), workers)
+        distributed.barrier()
     checked = check_files(listing.paths, workers)
-    bad = tuple((str(listing.paths[i]), checked[i].problem) for i in np.flatnonzero(checked.reasons).tolist())
+    bad = tuple((str(listing.paths[i]), found.problem) for i, found in enumerate(checked) if found.problem)
     if bad and not skip_bad:
-        raise ImageError(_bad_message(bad, len(listing.paths)), bad=bad)
-    paths, class_names, parts, masks = listing.paths, listing.class_names, listing.parts, listing.masks
-    if bad:
-        keep = np.flatnonzero(checked.reasons == 0)
-        paths, class_names, parts, masks = paths.take(keep), class_names.take(keep), parts.take(keep), masks.take(keep)
-        checked = checked.take(keep)
-    classes = tuple(sorted(class_names.used))
-    emptied = sorted(set(listing.class_names.used) - set(classes))
+        raise ImageError.of(bad, len(checked), "replace or remove them, or pass --skip-bad")
+    keep = [i for i, found in enumerate(checked) if not found.problem]
+    good = [checked[i] for i in keep]
+    classes = tuple(sorted({listing.class_names[i] for i in keep}))
+    emptied = sorted(set(listing.class_names) - set(classes))
     if emptied:
         raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable picture; add some or remove its folder")
     index = {name: number for number, name in enumerate(classes)}
     return ImageSet(
         name=listing.name,
         root=listing.root,
-        paths=paths,
-        labels=spilled(np.array([index.get(name, -1) for name in class_names.table], dtype=np.int64)[class_names.codes]),
+        paths=listing.paths.take(np.array(keep)),
+        labels=np.array([index[listing.class_names[i]] for i in keep], dtype=np.int64),
         classes=classes,
-        hashes=Hashes(checked.digests),
-        phashes=checked.phashes,
-        sizes=checked.sizes,
-        grey=checked.grey,
-        parts=parts,
-        masks=masks,
+        hashes=Hashes.of(found.sha256 for found in good),
+        phashes=np.array([int(found.phash, 16) for found in good], dtype=np.uint64),
+        sizes=np.array([(found.width, found.height) for found in good], dtype=np.int64),
+        grey=np.array([found.grey for found in good], dtype=bool),
+        parts=tuple(listing.parts[i] for i in keep),
+        masks=tuple(listing.masks[i] for i in keep),
         bad=bad,
     )
 
 
-def _bad_message(bad: Sequence[tuple[str, str]], total: int) -> str:
-    shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
-    more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-    noun = "picture" if len(bad) == 1 else "pictures"
-    return f"{len(bad)} of {total} {noun} cannot be used: {shown}{more}; replace or remove them, or pass --skip-bad"
-
-
-def list_pictures(folder: Path) -> Paths:
+def list_pictures(folder: Path) -> list[Path]:
     """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
-    return Paths(Texts.of(_pictures_in(folder), below(folder)))
+    return list(map(Path, _pictures_in(folder)))
 
 
 def _pictures_in(folder: Path) -> list[str]:
@@ -172,16 +157,18 @@ def list_folder(root: Path) -> Listing:
         raise DataError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
     divided = "train" in {f.name for f in folders} and all(f.name in PART_NAMES for f in folders)
     part_folders = {folder: PART_NAMES[folder.name] for folder in folders} if divided else {root: ""}
-    paths, class_names, parts = TextsBuilder(below(root)), ChoicesBuilder[str](), ChoicesBuilder[str]()
+    paths: list[str] = []
+    class_names: list[str] = []
+    parts: list[str] = []
     for part_folder, part in part_folders.items():
         for class_folder in _subfolders(part_folder):
             pictures = _pictures_in(class_folder)
             if not pictures:
                 raise DataError(f"{class_folder}: no pictures in this class folder; add some or remove it")
-            for picture in pictures:
-                paths.add(picture)
-            class_names.add(class_folder.name, len(pictures))
-            parts.add(part, len(pictures))
+            start = len(str(class_folder)) - len(str(class_folder.relative_to(root)))
+            paths += (picture[start:] for picture in pictures)
+            class_names += [class_folder.name] * len(pictures)
+            parts += [part] * len(pictures)
     return _listing(root, paths, class_names, parts)
 
 
@@ -189,24 +176,27 @@ def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
     """The pictures of shards, each with the part that it belongs to ('' where not divided); every picture needs a label."""
     if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_pictures(path)), None)):
         raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of pictures ({mixed.name}); keep them apart")
-    paths, class_names, parts = TextsBuilder(below(root)), ChoicesBuilder[str](), ChoicesBuilder[str]()
+    paths: list[str] = []
+    class_names: list[str] = []
+    parts: list[str] = []
     for shard, part in shards:
+        check_name(str(shard))
+        place = shard.relative_to(root)
         for member in members(shard):
             if member.label is None:
                 raise DataError(f"{shard}: {member.name} has no label; looked for {SOUGHT[shard.suffix.lower()]}")
-            paths.add(str(shard / member.name))
-            class_names.add(member.label)
-            parts.add(part)
-    if not paths.ends:
+            paths.append(str(place / member.name))
+            class_names.append(member.label)
+            parts.append(part)
+    if not paths:
         raise DataError(f"{root}: no pictures in {'it' if is_shard(root) else 'its shards'}")
     return _listing(root, paths, class_names, parts)
 
 
-def _listing(root: Path, paths: TextsBuilder, class_names: ChoicesBuilder[str], parts: ChoicesBuilder[str]) -> Listing:
-    _check_classes(root, sorted(class_names.table))
-    return Listing(
-        root.resolve().name, root, Paths(paths.done()), class_names.done(), parts.done(), Choices[Path | None].same(None, len(paths.ends))
-    )
+def _listing(root: Path, paths: Sequence[str], class_names: Sequence[str], parts: Sequence[str]) -> Listing:
+    """paths: below root."""
+    _check_classes(root, sorted(set(class_names)))
+    return Listing(root.resolve().name, root, Paths.of(paths, root), class_names, parts, [None] * len(paths))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -226,14 +216,19 @@ def _check_classes(root: Path, names: Sequence[str]) -> None:
         lower[name.lower()] = name
 
 
+def find_caltech101(data_root: str | None) -> tuple[Path, bool]:
+    """The folder that holds caltech101, or the one that it is to be downloaded into, and whether it is there."""
+    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
+    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
+    return root or places[0], root is not None
+
+
 def list_caltech101(data_root: str | None) -> Listing:
     """Caltech-101 through torchvision: used in place, else downloaded; BACKGROUND_Google is no class."""
     from torchvision.datasets import Caltech101  # slow to import, needed here alone
 
-    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
-    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
-    if root is None:
-        root = places[0]
+    root, found = find_caltech101(data_root)
+    if not found:
         download_caltech101(root)
     try:
         dataset = Caltech101(root=str(root))
@@ -243,10 +238,9 @@ def list_caltech101(data_root: str | None) -> Listing:
             "BACKGROUND_Google too, and nothing else"
         ) from error
     pictures = Path(dataset.root) / "101_ObjectCategories"
-    paths = [pictures / dataset.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(dataset.y, dataset.index, strict=True)]
-    class_names = Choices.of([dataset.categories[y] for y in dataset.y])
-    nothing = Choices[Path | None].same(None, len(paths))
-    return Listing("caltech101", pictures, Paths.of(paths, pictures), class_names, Choices.same("", len(paths)), nothing)
+    class_names = [dataset.categories[y] for y in dataset.y]
+    paths = Paths.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), pictures)
+    return Listing("caltech101", pictures, paths, class_names, [""] * len(paths), [None] * len(paths))
 
 
 def download_caltech101(root: Path) -> None:
@@ -262,7 +256,7 @@ def download_caltech101(root: Path) -> None:
             shutil.rmtree(pictures, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError)):
             raise
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         # torchvision makes the folder before it knows that it can fill it.
         for left_over in (root / "caltech101", root):
             if left_over.is_dir() and not any(left_over.iterdir()):
@@ -280,7 +274,7 @@ def list_scenes(data_root: str | None) -> Listing:
     root = draw_scenes(cache_dir() / "scenes")
     listing = list_folder(root / "pictures")
     masks = [(root / "masks" / path.relative_to(root / "pictures")).with_suffix(".png") for path in listing.paths]
-    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, Choices[Path | None].of(masks))
+    return Listing("scenes", root / "pictures", listing.paths, listing.class_names, listing.parts, masks)
 
 
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
@@ -306,12 +300,9 @@ def list_data(data: str, data_root: str | None = None) -> Listing:
 
 def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:
     """(hash, paths) of pictures that occur with the same content under different classes."""
-    keys = Hashes.of(images.hashes).keys
-    order = np.argsort(keys)
-    twins = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
     members: dict[str, list[int]] = {}
-    for i in np.union1d(order[twins], order[twins + 1]).tolist():
-        members.setdefault(images.hashes[i], []).append(i)
+    for i, sha256 in enumerate(images.hashes):
+        members.setdefault(sha256, []).append(i)
     return [
         (sha256, tuple(str(images.paths[i]) for i in indices))
         for sha256, indices in members.items()

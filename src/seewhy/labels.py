@@ -13,14 +13,14 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedGroupKFold
 
 FOLDS = 5
-DOUBTFUL = -math.log(20)  # log-odds from which a label is called doubtful: another class is 20 times as probable
+ISSUE_LOG_ODDS = -math.log(20)  # log-odds from which a label is an issue: another class is 20 times as probable
 LEAST = -1e3  # log-probability that stands for none
 
 Labels = npt.NDArray[np.int64]
 LogProbs = npt.NDArray[np.float64]
 
 
-def discriminant(vectors: npt.NDArray[np.float32], labels: Labels) -> LinearDiscriminantAnalysis:
+def fit_lda(vectors: npt.NDArray[np.float32], labels: Labels) -> LinearDiscriminantAnalysis:
     """Linear discriminant analysis with Ledoit and Wolf's shrunken covariance, fitted: a classifier in closed form."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Only one sample available")  # of a class
@@ -52,13 +52,13 @@ def out_of_fold(vectors: npt.NDArray[np.float32], labels: Labels, groups: Labels
         for train, rest in splitter.split(vectors, labels, groups):
             if not 1 < len(np.unique(labels[train])) < len(train):  # too few pictures for a covariance
                 continue
-            model = discriminant(vectors[train], labels[train])
+            model = fit_lda(vectors[train], labels[train])
             log_probs[np.ix_(rest, model.classes_)] = log_probabilities(model, vectors[rest])
     return log_probs
 
 
 @dataclass(frozen=True)
-class Doubts:
+class LabelIssues:
     """The labels of N pictures, the least believable first.
 
     order: (N,) pictures. log_odds: (N,) of the label against the likeliest other class, in nats and in this order; negative where the
@@ -70,7 +70,7 @@ class Doubts:
     suggested: Labels
 
 
-def doubt_labels(labels: Labels, log_probs: LogProbs) -> Doubts:
+def rank_label_issues(labels: Labels, log_probs: LogProbs) -> LabelIssues:
     """Ranks by the log-odds of the label; log_probs must be out of fold.
 
     Confident learning ranks by the margin of probabilities (Northcutt 2021, arXiv:1911.00068), which saturates: a classifier that is
@@ -83,10 +83,10 @@ def doubt_labels(labels: Labels, log_probs: LogProbs) -> Doubts:
     # Where no classifier that was asked knew the class, there is no doubt to speak of: last.
     log_odds = np.where(np.isfinite(own), own - np.maximum(others.max(axis=1), LEAST), np.inf)
     order = np.argsort(log_odds, kind="stable").astype(np.int64)
-    return Doubts(order, log_odds[order], others.argmax(axis=1)[order].astype(np.int64))
+    return LabelIssues(order, log_odds[order], others.argmax(axis=1)[order].astype(np.int64))
 
 
-def flipped(labels: Labels, share: float, seed: int = 0) -> tuple[Labels, npt.NDArray[np.bool_]]:
+def with_label_noise(labels: Labels, share: float, seed: int = 0) -> tuple[Labels, npt.NDArray[np.bool_]]:
     """Labels of which a share was given another class at random, and which ones: what a measurement of the ranking starts from."""
     rng = np.random.default_rng(seed)
     classes = int(labels.max()) + 1

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from seewhy.config import TrainConfig, dump_config
+from seewhy.distributed import is_peer_failure
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
-from seewhy.world import lost
+from seewhy.signals import stop_on_signals
 
-LOST = 75  # exit status of a process that found the others gone
-LINE = "seewhy"  # the key of an error file under which the line for the user stands
+EXIT_PEER_LOST = 75  # exit status of a process whose peers no longer answer
+MESSAGE_KEY = "seewhy"  # of an error file: the line for the user
 
 
 def launch(
@@ -39,7 +40,7 @@ def launch(
     if nodes > 1 and (rendezvous is None or out is None):
         raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")
     target = choose_places(config.resolved(), out, resume).target
-    with tempfile.TemporaryDirectory() as folder, _quiet(), _threads(max(1, len(_cores()) // devices)):
+    with tempfile.TemporaryDirectory() as folder, _silence_launcher_log(), _omp_threads(max(1, len(_usable_cores()) // devices)):
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(dump_config(config)), encoding="utf-8")
         command = ["-m", "seewhy.launch", str(file), str(target), *(["--resume"] if resume else [])]
@@ -56,16 +57,16 @@ def launch(
         try:
             elastic_launch(settings, sys.executable)(*command)
         except ChildFailedError as error:
-            rank, failure = min(error.failures.items(), key=lambda item: _guilt(item[1]))
-            raise _error_of(rank, devices * nodes, failure, target) from error
+            rank, failure = min(error.failures.items(), key=lambda item: _failure_priority(item[1]))
+            raise _to_error(rank, devices * nodes, failure, target) from error
         except SignalException as error:
             raise KeyboardInterrupt from error
     return target
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The launcher's own log lines are left out: what happened is said in one line at the end."""
+def _silence_launcher_log() -> Iterator[None]:
+    """Silence the launcher's own log: one line at the end says what happened."""
     log = logging.getLogger("torch.distributed.elastic")
     before = log.level
     log.setLevel(logging.CRITICAL)
@@ -76,8 +77,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes that are started meanwhile compute in so many threads, unless the user has said another number."""
+def _omp_threads(count: int) -> Iterator[None]:
+    """Set OMP_NUM_THREADS for child processes, unless the user has set it."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
@@ -88,31 +89,31 @@ def _threads(count: int) -> Iterator[None]:
         del os.environ["OMP_NUM_THREADS"]
 
 
-def _cores() -> set[int]:
-    """Those that this process may use."""
+def _usable_cores() -> set[int]:
+    """CPU cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def _guilt(failure: Any) -> tuple[bool, bool, int]:
-    """Orders failures: who said why, then who was killed, then who merely missed the others; the earlier first."""
-    return LINE not in failure.error_file_data, failure.exitcode in (LOST, -signal.SIGTERM), failure.timestamp
+def _failure_priority(failure: Any) -> tuple[bool, bool, int]:
+    """Sort key: failures with a message, then killed processes, then those that only lost their peers; the earlier first."""
+    return MESSAGE_KEY not in failure.error_file_data, failure.exitcode in (EXIT_PEER_LOST, -signal.SIGTERM), failure.timestamp
 
 
-def _error_of(rank: int, size: int, failure: Any, target: Path) -> SeewhyError:
-    """What to raise for a process that failed: its own line, or how it was ended."""
-    said = failure.error_file_data.get(LINE)
-    if said:
-        return RunError(f"{said} (process {rank} of {size}; the others were ended)")
+def _to_error(rank: int, size: int, failure: Any, target: Path) -> SeewhyError:
+    """The exception for a failed process: its own message, or how it ended."""
+    message = failure.error_file_data.get(MESSAGE_KEY)
+    if message:
+        return RunError(f"{message} (process {rank} of {size}; the others were ended)")
     how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
-    more = ", for want of memory perhaps" if failure.exitcode == -9 else ""
+    more = " (out of memory?)" if failure.exitcode == -9 else ""
     return RunError(f"{target}: process {rank} of {size} {how}{more}; the others were ended, and the same command with --resume goes on")
 
 
-def _tell(text: str) -> None:
-    """Leaves a line for the process that started this one, where PyTorch's launcher looks for what a process failed of."""
-    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        found = {LINE: one_line(text), "message": {"message": one_line(text), "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(place).write_text(json.dumps(found), encoding="utf-8")
+def _write_error_file(text: str) -> None:
+    """Leave a message for the parent process in the error file of PyTorch's launcher."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {MESSAGE_KEY: one_line(text), "message": {"message": one_line(text), "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -126,20 +127,18 @@ def main(arguments: list[str]) -> int:
     try:
         train_run(make_config(**read_config(Path(file))), Path(target), "--resume" in options)
     except SeewhyError as error:
-        _tell(str(error))
+        _write_error_file(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if not lost(error):
+        if not is_peer_failure(error):
             raise
-        return LOST
+        return EXIT_PEER_LOST
     return 0
 
 
 if __name__ == "__main__":
-    from seewhy.cli import stop_on_signals
-
     stop_on_signals()
     status = main(sys.argv[1:])
     for each in (signal.SIGINT, signal.SIGTERM):  # what comes now ends this process without a word

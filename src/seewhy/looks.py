@@ -1,11 +1,10 @@
-"""Picture files -> those that look odd: dark, light, blurry, empty, grey, oddly sized or shaped, by cleanvision."""
+"""Image files -> image issues: dark, light, blurry, nearly empty, grey, of odd size or aspect ratio, by cleanvision."""
 
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from seewhy.decoding import read_bytes
+from seewhy.process_state import quiet
 from seewhy.shards import shard_of
 
 # cleanvision's name -> ours
@@ -23,7 +23,7 @@ KINDS = {
     "low_information": "nearly empty",
     "grayscale": "grey",
     "odd_size": "odd size",
-    "odd_aspect_ratio": "odd ratio",
+    "odd_aspect_ratio": "odd aspect ratio",
 }
 
 
@@ -35,18 +35,18 @@ class Pictures:
         return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
-def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
+@quiet("cleanvision")
+def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
     """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
 
     Grey pictures with transparency are passed over: cleanvision 0.3 cannot take them.
-    'odd size' is far from the median of the set; 'odd ratio' a side more than about three times the other.
+    'odd size' is far from the median of the set; 'odd aspect ratio' a side more than about three times the other.
     """
     from cleanvision import Imagelab  # slow to import
 
     paths = [path for path in paths if not _has_two_bands(path)]
 
-    logging.getLogger("cleanvision").setLevel(logging.ERROR)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it shows a bar of its own
+    with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
         lab = Imagelab(filepaths=[str(path) for path in paths])
         lab._dataset.fs = Pictures()  # type: ignore[attr-defined]  # what its list of files is opened with
         # With more jobs it forks, in a process with threads, and waits for ever where the caller handles SIGTERM without ending.
@@ -54,9 +54,9 @@ def odd_looks(paths: Sequence[Path]) -> pd.DataFrame:
     rows = []
     for theirs, ours in KINDS.items():
         found = lab.issues[lab.issues[f"is_{theirs}_issue"]]
-        rows += [{"path": str(path), "look": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
-    table = pd.DataFrame(rows, columns=["path", "look", "score"])
-    return table.sort_values(["look", "score", "path"], ignore_index=True)
+        rows += [{"path": str(path), "issue": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
+    table = pd.DataFrame(rows, columns=["path", "issue", "score"])
+    return table.sort_values(["issue", "score", "path"], ignore_index=True)
 
 
 def _has_two_bands(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from seewhy.errors import RunError
+from seewhy.errors import RunError, reason_of
 from seewhy.transforms import RESAMPLING
 
 FORMAT = 1  # raised when a reader of the old one would misread the new one
@@ -61,8 +61,8 @@ class _AbstainRecord(_Record):
 
 
 class _CalibrationRecord(_Record):
-    temperature: Positive = 1.0
-    abstain: list[_AbstainRecord] = []
+    temperature: Positive
+    abstain: list[_AbstainRecord]
 
 
 class _UnknownsRecord(_Record):
@@ -93,7 +93,7 @@ class _Manifest(_Record):
     versions: _Versions
     data: _Hashed
     split: _Hashed
-    calibration: _CalibrationRecord | None = None
+    calibration: _CalibrationRecord
     unknowns: _UnknownsRecord | None = None
 
     @field_validator("classes")
@@ -141,7 +141,7 @@ def check_manifest(data: bytes, name: str) -> dict[str, Any]:
         manifest = json.loads(data)
         number = manifest["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{name}: damaged ({' '.join(repr(error).split())[:80]}); {AGAIN}") from error
+        raise RunError(f"{name}: damaged ({reason_of(repr(error), 80)}); {AGAIN}") from error
     if number != FORMAT:
         raise RunError(f"{name}: run format {number!r:.20}, this seewhy reads {FORMAT}; use the version that wrote it or train again")
     try:

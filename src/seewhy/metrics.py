@@ -14,11 +14,17 @@ from scipy.stats import binomtest, bootstrap, rankdata
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
-
+# Headline numbers, each with a 95% interval: key in metrics.json -> name for readers.
+HEADLINE = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "mean_per_class_accuracy": "mean per-class accuracy",
+    "macro_f1": "macro F1",
+}
 ROWS = 4096  # pictures whose (C,) numbers are held in float64 at a time
 
 
-def by_rows(work: Callable[[slice], npt.NDArray[Any]], n: int) -> npt.NDArray[Any]:
+def map_rows(work: Callable[[slice], npt.NDArray[Any]], n: int) -> npt.NDArray[Any]:
     """(N,) values of N pictures, from what `work` gives of a slice of them: what it needs meanwhile is held of ROWS pictures alone."""
     return np.concatenate([work(slice(start, start + ROWS)) for start in range(0, max(n, 1), ROWS)])
 
@@ -34,10 +40,10 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 def negative_log_likelihood(labels: Labels, logits: Floats) -> float:
     """Mean of -log softmax(logits)[label], in nats; at least 0 (scikit-learn's `log_loss`)."""
-    return float(np.mean(by_rows(lambda rows: surprise(labels[rows], logits[rows]), len(labels))))
+    return float(np.mean(map_rows(lambda rows: sample_nll(labels[rows], logits[rows]), len(labels))))
 
 
-def surprise(labels: Labels, logits: Floats) -> npt.NDArray[np.float64]:
+def sample_nll(labels: Labels, logits: Floats) -> npt.NDArray[np.float64]:
     """(N,) -log softmax(logits)[label] of each picture, in nats."""
     scores = np.asarray(logits, dtype=np.float64)
     nats: npt.NDArray[np.float64] = logsumexp(scores, axis=1) - scores[np.arange(len(labels)), labels]
@@ -57,7 +63,7 @@ def in_top_k(labels: Labels, probs: Floats, k: int) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = (best == labels[rows, None]).any(axis=1)
         return found
 
-    return by_rows(among, len(labels))
+    return map_rows(among, len(labels))
 
 
 def top_k_accuracy(labels: Labels, probs: Floats, k: int) -> float:
@@ -194,7 +200,7 @@ def auroc(known: Floats, unknown: Floats) -> float:
     return float(above / (len(known) * len(unknown)))
 
 
-def false_passes_at(known: Floats, unknown: Floats, passed: float = 0.95) -> float:
+def fpr_at_tpr(known: Floats, unknown: Floats, passed: float = 0.95) -> float:
     """FPR@95: share of `unknown` scores below the threshold that lets `passed` of the `known` through. 0..1, lower is better.
 
     The convention of the field (Hendrycks 2017, arXiv:1610.02136): known pictures are the positives.

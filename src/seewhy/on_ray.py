@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from seewhy import errors
-from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
-from seewhy.jobs import Piece, Request, Work, asked_files, make_work
-from seewhy.progress import LOG
-from seewhy.scale import Engine, Outcome, outcomes_here, outcomes_of
-from seewhy.sources import Source
+from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, require
+from seewhy.process_state import environment, quiet
+from seewhy.progress import LOG, progress
+from seewhy.result_store import Outcome, Piece
+from seewhy.scale import Engine, Request, Work, asked_files, make_work, outcomes_here, outcomes_of
+from seewhy.sources import Source, Tries
 from seewhy.storage import shown
-from seewhy.tries import Tries
 
-INSTALL = "pip install -c constraints.txt -e '.[ray]' in seewhy's folder"
 OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
 BLOCKS = 10_000  # pieces of work that Ray is told of, at most
 DEATHS = 3  # of workers at one source, after which it is taken to be the cause: Ray Data would go on for ever
@@ -133,87 +129,38 @@ def _outcome(row: dict[str, Any]) -> Outcome:
 
 @contextmanager
 def _joined(cluster: Cluster) -> Iterator[Any]:
-    """The package ray, connected; what it does to logs and signals is taken back."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of its own future default
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # or glibc keeps memory for each thread that ever was: a tenth more in each worker
-    try:
+    """The package ray, connected to a cluster; its environment variables, log levels and SIGTERM handler last as long."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it warns of its own future default
+        "MALLOC_ARENA_MAX": "2",  # or glibc keeps memory for each thread that ever was: a tenth more in each worker
+    }
+    with environment(**variables):
         import ray
         import ray.data
-    except ImportError as error:
-        raise ConfigError(f"--engine ray needs {error.name or 'ray'}, which is not installed: {INSTALL}") from error
-    own = not ray.is_initialized()
-    with _native_silence() if own else nullcontext():
-        yield from _connected(ray, cluster, own)  # with the `finally` that ends the cluster
 
-
-@contextmanager
-def _native_silence() -> Iterator[None]:
-    """Ray's C++ writes warnings straight to descriptor 2: for a while that leads nowhere, and Python's stderr keeps the way out."""
-    kept = sys.stderr
-    try:
-        direct = kept.fileno() == 2
-    except (OSError, ValueError, AttributeError):  # somebody's own object, as notebooks have
-        direct = False
-    if not direct:
-        yield
-        return
-    kept.flush()
-    out = os.dup(2)
-    with open(os.devnull, "w") as nowhere, open(os.dup(out), "w", buffering=1, encoding=kept.encoding, errors=kept.errors) as ours:
-        os.dup2(nowhere.fileno(), 2)
-        sys.stderr = ours
-        try:
-            yield
-        finally:
-            ours.flush()
-            sys.stderr = kept
-            os.dup2(out, 2)
-            os.close(out)
-
-
-def _connected(ray: Any, cluster: Cluster, own: bool) -> Iterator[Any]:
-    handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        if own:
-            options: dict[str, Any] = {"address": cluster.address} if cluster.address else {"address": "local", "include_dashboard": False}
-            if not cluster.address:
-                options["object_store_memory"] = OBJECT_STORE
+        own = not ray.is_initialized()
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        with quiet("ray", "ray.data", level=logging.CRITICAL):
             try:
-                ray.init(log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **options)
-            except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
-                where = cluster.address or "this machine"
-                raise ConfigError(
-                    f"--address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`"
-                ) from error
-            if threading.current_thread() is threading.main_thread():
-                for each, handler in handlers:
-                    signal.signal(each, handler)
-        with _quiet(ray):
-            yield ray
-    finally:
-        if own:
-            ray.shutdown()
+                if own:
+                    _connect(ray, cluster)
+                    if threading.current_thread() is threading.main_thread():
+                        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
+                yield ray
+            finally:
+                if own:
+                    ray.shutdown()
 
 
-@contextmanager
-def _quiet(ray: Any) -> Iterator[None]:
-    """No bars and lines of Ray Data's own."""
-    context = ray.data.DataContext.get_current()
-    wanted = {"enable_progress_bars": False, "print_on_execution_start": False, "enable_rich_progress_bars": False}
-    before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
-    loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in ("ray", "ray.data")]
-    for name in before:
-        setattr(context, name, wanted[name])
-    for logger, _ in loggers:
-        logger.setLevel(logging.CRITICAL)
+def _connect(ray: Any, cluster: Cluster) -> None:
+    """ConfigError where no cluster answers at the address."""
+    here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        for logger, level in loggers:
-            logger.setLevel(level)
+        ray.init(log_to_driver=False, configure_logging=False, **({"address": cluster.address} if cluster.address else here))
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        where = cluster.address or "this machine"
+        raise ConfigError(f"--address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`") from error
 
 
 def _short(error: BaseException) -> str:
@@ -279,11 +226,16 @@ def outcomes_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
+        data.context.enable_progress_bars = data.context.print_on_execution_start = False
         try:
-            for row in data.iter_rows():
-                if row["error"]:
-                    raise getattr(errors, row["error"])(row["text"])
-                yield _outcome(row)
+            with progress(f"{request.job}, shards and blocks", len(sources)) as advance:
+                for row in data.iter_rows():
+                    if row["error"]:
+                        raise getattr(errors, row["error"])(row["text"])
+                    outcome = _outcome(row)
+                    yield outcome
+                    if outcome.last:
+                        advance(1)
         except ray.exceptions.RayError as error:
             cause = next((each for each in _causes(error) if isinstance(each, SeewhyError)), None)
             raise cause or RunError(f"the Ray cluster gave up ({_short(error)}); the same command goes on after what is done") from error
@@ -298,8 +250,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def engine_named(name: str | None, address: str = "", workers: int = 0) -> Engine:
     """An engine of `scale.answer_sources`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
-        if find_spec("ray") is None:
-            raise ConfigError(f"--engine ray needs ray, which is not installed: {INSTALL}")
+        require("ray", "--engine ray", "ray")
         return partial(outcomes_on_ray, Cluster(address, workers))
     if name not in (None, "local"):
         raise ConfigError(f"--engine {name!r}: no such engine; use local or ray")

@@ -16,18 +16,18 @@ import torch
 
 from seewhy.decoding import read_image
 from seewhy.errors import ConfigError, OutputError, SeewhyError
-from seewhy.features import square_of
+from seewhy.explain import explain
 from seewhy.images import ImageSet, open_images
-from seewhy.portable import AnswerNetwork, build_int8, build_onnx, build_pt2
+from seewhy.portable import AnswerNetwork, build_onnx, build_pt2
+from seewhy.predict import predict
 from seewhy.progress import LOG, progress
-from seewhy.run import Run
 from seewhy.runtime import load_onnx
+from seewhy.saved_run import SavedRun
 from seewhy.split import Split, read_split
 from seewhy.writing import whole_file
 
-# What a file of 32 bits must keep to, against the run, on real pictures.
+# What a file must keep to, against the run, on real pictures.
 MAX_DIFFERENCE, LEAST_CORRELATION = 1e-4, 0.999
-CALIBRATION = 300  # training pictures that 8 bits are calibrated on
 Ask = Callable[[Path], dict[str, npt.NDArray[Any]]]
 
 
@@ -54,10 +54,10 @@ class Parity:
         return self.difference <= MAX_DIFFERENCE and (self.correlation_least is None or self.correlation_least >= LEAST_CORRELATION)
 
 
-def measure_parity(run: Run, ask: Ask, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
+def measure_parity(run: SavedRun, ask: Ask, paths: Sequence[Path], labels: npt.NDArray[np.int64]) -> Parity:
     """Asks both about the files; heatmaps are compared where the file has them."""
-    theirs = run.predict(list(paths)).probs
-    expected = run.explain(list(paths), "gradcam") if "heatmaps" in ask(paths[0]) else None
+    theirs = predict(run, list(paths)).probs
+    expected = explain(run, list(paths), "gradcam") if "heatmaps" in ask(paths[0]) else None
     probs, correlations, seconds = [], [], []
     with progress("comparing", len(paths)) as advance:
         for n, path in enumerate(paths):
@@ -91,25 +91,13 @@ def _correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
 # ---------------------------------------------------------------- kinds of files
 
 
-def _onnx(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
-    return _asked(build_onnx(run).SerializeToString())
-
-
-def _int8(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
-    if data is None:
-        raise ConfigError(f"{run.path}: 8 bits are calibrated on training pictures, and they are not where they were; export --format onnx")
-    images, split = data
-    drawn = np.random.default_rng(0).permutation(split.train)[:CALIBRATION]
-    squares = np.stack([square_of(images.paths[i], run.backbone.preprocessing) for i in drawn])
-    return _asked(build_int8(run, squares).SerializeToString())
-
-
-def _asked(model: bytes) -> tuple[bytes, Ask]:
+def _onnx(run: SavedRun) -> tuple[bytes, Ask]:
+    model = build_onnx(run).SerializeToString()
     loaded = load_onnx(model)
     return model, lambda path: loaded.ask(loaded.read(path)[None])
 
 
-def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
+def _pt2(run: SavedRun) -> tuple[bytes, Ask]:
     program = build_pt2(run)
     module: Any = torch.export.load(io.BytesIO(program)).module()
     names = AnswerNetwork(run).names
@@ -123,29 +111,24 @@ def _pt2(run: Run, data: tuple[ImageSet, Split] | None) -> tuple[bytes, Ask]:
     return program, ask
 
 
-# kind -> (suffix, how it is made, whether it must say what the run says)
-KINDS: dict[str, tuple[str, Callable[[Run, tuple[ImageSet, Split] | None], tuple[bytes, Ask]], bool]] = {
-    "onnx": (".onnx", _onnx, True),
-    "int8": ("-int8.onnx", _int8, False),
-    "pt2": (".pt2", _pt2, True),
-}
+# kind, which is also the suffix -> how it is made
+KINDS: dict[str, Callable[[SavedRun], tuple[bytes, Ask]]] = {"onnx": _onnx, "pt2": _pt2}
 
 
-def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
+def export_file(run: SavedRun, path: Path | str | None = None, kind: str = "onnx", pictures: int = 1000) -> tuple[Path, Parity | None]:
     """Writes the run as a file of one of KINDS, after comparing it with the run on at most `pictures` of its own test pictures.
 
     path: None for `model` and the kind's suffix in the run's folder. The second result is None where the run's data is no longer
-    there to compare on. Raises OutputError where file and run do not say the same (8 bits may differ), or the place cannot be written.
+    there to compare on. Raises OutputError where file and run do not say the same, or the place cannot be written.
     """
     if kind not in KINDS:
         raise ConfigError(f"format {kind!r} is none of {', '.join(KINDS)}")
-    suffix, make, must_agree = KINDS[kind]
-    path = run.path / f"model{suffix}" if path is None else Path(path)
+    path = run.path / f"model.{kind}" if path is None else Path(path)
     data = _data_of(run)
     LOG.info(f"building {path.name}")
-    content, ask = make(run, data)
+    content, ask = KINDS[kind](run)
     parity = _compare(run, ask, data, pictures) if data is not None else None
-    if parity is not None and must_agree and not parity.holds:
+    if parity is not None and not parity.holds:
         maps = "" if parity.correlation_least is None else f", heatmaps correlate at least {parity.correlation_least:.4f}"
         raise OutputError(
             f"{path}: not written, since it would not say what the run says (probabilities differ by up to {parity.difference:.1e}"
@@ -156,7 +139,7 @@ def export_file(run: Run, path: Path | str | None = None, kind: str = "onnx", pi
     return path, parity
 
 
-def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
+def _data_of(run: SavedRun) -> tuple[ImageSet, Split] | None:
     """The pictures of a run and their split; None where they cannot be opened any more."""
     config = run.config
     try:
@@ -166,7 +149,7 @@ def _data_of(run: Run) -> tuple[ImageSet, Split] | None:
         return None
 
 
-def _compare(run: Run, ask: Ask, data: tuple[ImageSet, Split], most: int) -> Parity:
+def _compare(run: SavedRun, ask: Ask, data: tuple[ImageSet, Split], most: int) -> Parity:
     images, split = data
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:most])
     return measure_parity(run, ask, [images.paths[i] for i in drawn], images.labels[drawn])

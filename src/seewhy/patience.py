@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from seewhy.errors import ReachError, SeewhyError, one_line
+from seewhy.errors import ReachError, SeewhyError, reason_of
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def patiently(work: Callable[[], T], shown: str, own: Callable[[Exception], str]
                     raise
                 raise PermissionError(errno.EACCES, DENIED) from error
             if wait is None:
-                reason = one_line(" ".join(str(error).split()) or type(error).__name__)[:160]
+                reason = reason_of(error)
                 raise ReachError(
                     f"{shown}: cannot be read now ({reason}); once disk, network and credentials are well again, the same command goes on"
                 ) from error

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seewhy.errors import ConfigError
+from seewhy.errors import require
 
 STEPS = 32  # of the path from the mean colour to the picture
 AT_ONCE = 32  # pictures in one pass of the network
@@ -19,14 +19,14 @@ def chosen_classes(logits: Tensor, targets: Tensor | None) -> Tensor:
     return logits.argmax(dim=1) if targets is None else targets.to(logits.device).clone()  # may be an inference tensor
 
 
-def class_scores(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
+def class_scores(logits: Tensor, targets: Tensor, contrast: Tensor | None) -> Tensor:
     """(N,) logit of each picture's class, less that of the class it is held against."""
     scores = logits.gather(1, targets[:, None])[:, 0]
-    return scores if against is None else scores - logits.gather(1, against.to(logits.device)[:, None])[:, 0]
+    return scores if contrast is None else scores - logits.gather(1, contrast.to(logits.device)[:, None])[:, 0]
 
 
 def pixel_maps(
-    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, against: Tensor | None
+    model: nn.Module, pictures: Tensor, method: str, targets: Tensor | None, contrast: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (N, S, S) >= 0 of one class a picture, with logits (N, C) and target classes (N,).
 
@@ -35,10 +35,9 @@ def pixel_maps(
     Both are summed over the colours, and what speaks against the class is cut off, as in the maps of cam.py.
     pictures: (N, 3, S, S) normalised, so that the mean colour is 0. Raises ConfigError where captum is not installed.
     """
-    try:
-        from captum.attr import IntegratedGradients, Occlusion
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{method} is computed by captum, which is not installed; `pip install captum`") from error
+    require("captum", method, "captum")
+    from captum.attr import IntegratedGradients, Occlusion
+
     with torch.inference_mode(False), torch.enable_grad():
         pictures = pictures.clone()  # may be an inference tensor
         with torch.no_grad():
@@ -48,7 +47,7 @@ def pixel_maps(
         def score(inputs: Tensor, classes: Tensor, others: Tensor | None) -> Tensor:
             return class_scores(model(inputs), classes, others)
 
-        common: dict[str, Any] = {"inputs": pictures, "additional_forward_args": (chosen, against)}
+        common: dict[str, Any] = {"inputs": pictures, "additional_forward_args": (chosen, contrast)}
         if method == "integrated_gradients":
             found = IntegratedGradients(score).attribute(**common, n_steps=STEPS, internal_batch_size=max(AT_ONCE, len(pictures)))
         else:

@@ -58,15 +58,13 @@ def open_work(places: Places, config: TrainConfig, resume: bool, named_by_us: bo
     """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
     while True:
         try:
-            let_go = claim(places.target)
+            let_go = claim(places.target, "choose another place with --out")
             if not _taken(places.target):
                 break
             let_go()
             reason: SeewhyError = OutputError(f"{places.target}: exists already; choose another --out or remove it")
         except Timeout:
             reason = RunError(f"{places.target}: another training writes it right now; choose another --out")
-        except OSError as error:
-            raise OutputError(f"{places.target}: cannot be written ({error.strerror}); choose another place with --out") from error
         if not named_by_us or resume:
             raise reason
         places = choose_places(config, None, False, places.target)  # started in the same moment: the next free name

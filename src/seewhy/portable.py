@@ -1,17 +1,12 @@
-"""Run -> one graph, in ONNX, in 8 bits or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
+"""Run -> one graph, in ONNX or for PyTorch: any RGB pictures in; probabilities, strangeness and all-class heatmaps out."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import tempfile
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import compose, helper
@@ -19,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seewhy.attribution import feature_maps, linear_head
+from seewhy.cam import gradcam_all_classes
 from seewhy.errors import ConfigError
-from seewhy.run import Run
 from seewhy.runtime import FORMAT
+from seewhy.saved_run import SavedRun
 from seewhy.square_graph import IR, OPSET, square_graph
-from seewhy.transforms import Preprocessing
-from seewhy.unknowns import NEIGHBOURS, References
+from seewhy.transforms import Normalize, Preprocessing
+from seewhy.unknowns import NEIGHBOURS, KNNReference
 
 
 class AnswerNetwork(nn.Module):
@@ -34,18 +30,16 @@ class AnswerNetwork(nn.Module):
     heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: SavedRun) -> None:
         super().__init__()
         preprocessing, self.model = run.backbone.preprocessing, run.backbone.model
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+        self.normalize = Normalize(preprocessing)
         self.temperature, self.flip = run.temperature, bool(run.config.test_flip)
         self.vectors = run.references is not None
         if self.vectors:
-            references = cast(References, run.references)
+            references = cast(KNNReference, run.references)
             self.register_buffer("centre", torch.from_numpy(references.centre))
-            self.register_buffer("directions", torch.from_numpy(references.directions))  # half precision, widened when run
+            self.register_buffer("unit_features", torch.from_numpy(references.unit_features))  # half precision, widened when run
         self.weight = _map_weight(run)
         self.names = (
             "logits",
@@ -62,23 +56,19 @@ class AnswerNetwork(nn.Module):
         vector = model.forward_head(features, pre_logits=True)
         return model.get_classifier()(vector), features, vector
 
-    def _maps(self, features: Tensor) -> Tensor:
-        """Grad-CAM of every class in closed form: relu(W A), to a factor. (N, K, h, w) -> (N, C, h, w)."""
-        return torch.einsum("ck,nkhw->nchw", cast(Tensor, self.weight), features).clamp(min=0)
-
     def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
-        pictures = squares.float() * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        pictures = self.normalize(squares)
         logits, features, vector = self._way(pictures)
-        maps = self._maps(features) if self.weight is not None else None
+        maps = gradcam_all_classes(self.weight, features) if self.weight is not None else None
         if self.flip:  # the mean over both directions, as `predict` and `explain` have it
             other, mirrored, _ = self._way(pictures.flip(3))
             logits = (logits + other) / 2
             if maps is not None:
-                maps = (maps + self._maps(mirrored).flip(3)) / 2
+                maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), mirrored).flip(3)) / 2
         found = [logits, (logits / self.temperature).softmax(dim=1)]
         if self.vectors:
             away = vector - cast(Tensor, self.centre)
-            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.directions).float().T
+            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.unit_features).float().T
             nearest = min(NEIGHBOURS, alike.shape[1])
             found.append(1 - alike.topk(nearest, dim=1).values[:, -1])
         if maps is not None:
@@ -87,7 +77,7 @@ class AnswerNetwork(nn.Module):
         return tuple(found)
 
 
-def _map_weight(run: Run) -> Tensor | None:
+def _map_weight(run: SavedRun) -> Tensor | None:
     """(C, K) of a head of average pooling and one linear layer; None where maps need a backward pass."""
     size = run.backbone.preprocessing.size
     model = run.backbone.model.eval()
@@ -100,57 +90,30 @@ def _map_weight(run: Run) -> Tensor | None:
 # ---------------------------------------------------------------- ONNX
 
 
-def build_onnx(run: Run) -> onnx.ModelProto:
+def build_onnx(run: SavedRun) -> onnx.ModelProto:
     """pictures (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then squares (N, 3, S, S) uint8, what the network saw.
 
     Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
-    return _with_squares(run, _network(run))
+    network, front = _network(run), square_graph(run.backbone.preprocessing)
+    squares = front.graph.output[0]
+    network.ir_version = front.ir_version = IR
+    del front.opset_import[:], network.opset_import[1:]
+    front.opset_import.append(helper.make_opsetid("", OPSET))
+    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
+    whole.graph.output.append(squares)
+    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
+    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
+    whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
+    onnx.checker.check_model(whole, full_check=True)
+    return whole
 
 
-def build_int8(run: Run, squares: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """The same with convolutions and linear layers in 8 bits, calibrated on squares (N, S, S, 3) of training pictures."""
-    return _with_squares(run, eight_bits(_network(run), squares.transpose(0, 3, 1, 2)))
-
-
-def eight_bits(network: onnx.ModelProto, pictures: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """A network with one input -> the same in 8 bits: static, a scale a channel, calibrated on (N, ...) of what the network takes.
-
-    Weights keep to 7 bits: on processors without VNNI two products of 8 bits would overflow their sum.
-    """
-    from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    batches = iter([{network.graph.input[0].name: np.ascontiguousarray(pictures[n : n + 8])} for n in range(0, len(pictures), 8)])
-
-    class Reader:
-        """What onnxruntime calls a CalibrationDataReader."""
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(batches, None)
-
-    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
-        full, ready, small = (str(Path(place, f"{name}.onnx")) for name in ("full", "ready", "small"))
-        onnx.save(network, full)
-        # Without its optimisation, which would widen what is kept in half precision; BatchNorm is folded by the exporter already.
-        quant_pre_process(full, ready, skip_symbolic_shape=True, skip_optimization=True)
-        quantize_static(
-            ready,
-            small,
-            Reader(),
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Gemm"],
-        )
-        return onnx.load(small)
-
-
-def _network(run: Run) -> onnx.ModelProto:
+def _network(run: SavedRun) -> onnx.ModelProto:
     """squares_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
     answers = AnswerNetwork(run).eval()
     size = run.backbone.preprocessing.size
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():  # the exporter narrates
+    with torch.no_grad():
         program = torch.onnx.export(
             answers,
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
@@ -166,22 +129,7 @@ def _network(run: Run) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _with_squares(run: Run, network: onnx.ModelProto) -> onnx.ModelProto:
-    front = square_graph(run.backbone.preprocessing)
-    squares = front.graph.output[0]
-    network.ir_version = front.ir_version = IR
-    del front.opset_import[:], network.opset_import[1:]
-    front.opset_import.append(helper.make_opsetid("", OPSET))
-    whole = compose.merge_models(front, network, io_map=[(squares.name, "squares_in")])
-    whole.graph.output.append(squares)
-    facts = metadata(run) | {"square_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
-    helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
-    whole.producer_name, whole.doc_string = "seewhy", "RGB pictures of any size, (batch, height, width, 3) uint8"
-    onnx.checker.check_model(whole, full_check=True)
-    return whole
-
-
-def metadata(run: Run) -> dict[str, Any]:
+def metadata(run: SavedRun) -> dict[str, Any]:
     """What an exported file says about itself."""
     manifest = run.manifest
     return {
@@ -193,7 +141,7 @@ def metadata(run: Run) -> dict[str, Any]:
         "enough": run.backbone.preprocessing.enough,
         "temperature": run.temperature,
         "unknown_above": run.manifest.get("unknowns", {}).get("threshold"),
-        "abstain": manifest.get("calibration", {}).get("abstain", []),
+        "abstain": manifest["calibration"]["abstain"],
         "backbone": manifest["backbone"],
         "data_sha256": manifest["data"]["hash"],
         "split_sha256": manifest["split"]["hash"],
@@ -209,7 +157,7 @@ def metadata(run: Run) -> dict[str, Any]:
 class _FromPictures(nn.Module):
     """(N, H, W, 3) uint8 -> the outputs of `AnswerNetwork`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: SavedRun) -> None:
         super().__init__()
         self.answers = AnswerNetwork(run)
         self.preprocessing: Preprocessing = run.backbone.preprocessing
@@ -221,7 +169,7 @@ class _FromPictures(nn.Module):
         return cast(tuple[Tensor, ...], squares)
 
 
-def build_pt2(run: Run) -> bytes:
+def build_pt2(run: SavedRun) -> bytes:
     """The same as a program of torch.export: `torch.export.load(FILE).module()(pictures)`, without seewhy.
 
     ConfigError for runs on centred squares, whose cut depends on the picture's size.

@@ -1,8 +1,7 @@
-"""A run x files -> Predictions, a block at a time: decoded, answered and calibrated."""
+"""A run x files -> Predictions, a batch at a time: decoded, answered and calibrated."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,24 +9,24 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.cutting import WithVector
+from seewhy.decoding import decode
 from seewhy.engines import Engine, kept_engine
-from seewhy.errors import ImageError
-from seewhy.features import square_of
+from seewhy.features import square_in
 from seewhy.metrics import softmax
-from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
-from seewhy.progress import progress
-from seewhy.run import Run
-from seewhy.streams import BATCH, in_batches, in_order
+from seewhy.predictions import Predictions, answer_files, find_pictures
+from seewhy.saved_run import SavedRun
+from seewhy.streams import Worker
+from seewhy.transforms import directions
 
 
 def both_ways(forward: Engine, squares: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.float32]:
     """Mean logits, the first `classes` columns, of (N, size, size, 3) squares and their mirror images; the rest is the squares' own."""
-    found, mirrored = forward(squares), forward(np.ascontiguousarray(squares[:, :, ::-1]))
+    found, mirrored = map(forward, directions(squares, True))
     mean = (found[:, :classes] + mirrored[:, :classes]) / 2
     return np.concatenate([mean, found[:, classes:]], axis=1)
 
 
-def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
+def predict(run: SavedRun, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2) -> Predictions:
     """Class probabilities of files, folders and patterns.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
@@ -42,26 +41,26 @@ def predict(run: Run, inputs: Sequence[str | Path], skip_bad: bool = False, engi
     )
 
 
-def answers_engine(run: Run, pictures: int, engine: str = "auto") -> Engine:
+def answers_engine(run: SavedRun, pictures: int, engine: str = "auto") -> Engine:
     """What gives logits (N, C) of squares and, where the run can tell what it does not know, the vectors behind them (N, C + K)."""
     network = run.backbone.model
     kind, model = ("network", network) if run.references is None else ("answers", WithVector(network, network))
     return kept_engine(run.engines[kind], model, run.backbone.preprocessing, pictures, engine)
 
 
-def logits_of(run: Run, forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def logits_of(run: SavedRun, forward: Engine, squares: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """What `forward` of `answers_engine` says of (N, size, size, 3) squares, over both directions where the run answers so."""
     return both_ways(forward, squares, len(run.classes)) if run.config.test_flip else forward(squares)
 
 
-def as_predictions(run: Run, paths: Sequence[str], scores: npt.NDArray[np.float32], bad: Sequence[tuple[str, str]]) -> Predictions:
+def as_predictions(run: SavedRun, paths: Sequence[str], scores: npt.NDArray[np.float32]) -> Predictions:
     """`logits_of` N pictures -> their Predictions."""
     classes = len(run.classes)
     probs = softmax(scores[:, :classes] / run.temperature)
-    return Predictions(tuple(paths), probs, run.classes, _unknown(run, scores[:, classes:]), tuple(bad))
+    return Predictions(tuple(paths), probs, run.classes, _unknown(run, scores[:, classes:]))
 
 
-def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _unknown(run: SavedRun, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """(N, K) -> (N,) which look like nothing known; none where the run cannot tell (K = 0)."""
     if run.references is None or not vectors.size:
         return np.zeros(len(vectors), dtype=bool)
@@ -69,66 +68,19 @@ def _unknown(run: Run, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_
     return strange
 
 
-def predict_blocks(
-    run: Run,
-    inputs: Sequence[str | Path],
-    skip_bad: bool = False,
-    engine: str = "auto",
-    workers: int = 2,
-    block: int = BLOCK,
-) -> Iterator[Predictions]:
-    """The same, at most `block` pictures at a time, so that memory does not grow with their number."""
-    return answer_files(run, find_pictures(inputs), skip_bad, engine, workers, block)
-
-
-def answer_files(
-    run: Run,
-    paths: Sequence[Path],
-    skip_bad: bool = False,
-    engine: str = "auto",
-    workers: int = 2,
-    block: int = BLOCK,
-    begin: int = 0,
-    kept: int = 0,
-) -> Iterator[Predictions]:
-    """The same of these very files, from the one at `begin` on; `kept` of those before could be used."""
+def worker_of(run: SavedRun, forward: Engine) -> Worker[Predictions]:
+    """What answers by a run. forward: of `answers_engine`."""
     preprocessing = run.backbone.preprocessing
-    classes = len(run.classes)
-    forward = answers_engine(run, len(paths), engine)
 
-    def square_or_reason(path: Path) -> npt.NDArray[np.uint8] | str:
-        try:
-            return square_of(path, preprocessing)
-        except ImageError as error:
-            return error.bad[0][1]
+    def answer(names: list[str], squares: list[npt.NDArray[np.uint8]]) -> Predictions:
+        return as_predictions(run, names, logits_of(run, forward, np.stack(squares)))
 
-    bad: list[tuple[str, str]] = []
+    return Worker(lambda data: square_in(decode(data, preprocessing.enough), preprocessing), answer, forward.lanes)
 
-    def answer(batch: list[tuple[Path, npt.NDArray[np.uint8] | str]]) -> tuple[list[tuple[Path, str | None]], npt.NDArray[np.float32]]:
-        """What is wrong with each picture, None for nothing; logits of the others, and the vectors behind them where they are asked for."""
-        good = [square for _, square in batch if not isinstance(square, str)]
-        reasons = [(path, square if isinstance(square, str) else None) for path, square in batch]
-        if not good or (bad and not skip_bad):  # then the list is all that will be said
-            return reasons, np.empty((0, classes), dtype=np.float32)
-        return reasons, logits_of(run, forward, np.stack(good))
 
-    with progress("predicting", len(paths) - begin) as advance:
-        left = paths[begin:]
-        squares = zip(left, in_order(square_or_reason, left, workers), strict=True)
-        for start in range(begin, len(paths), block):
-            part = in_batches(itertools.islice(squares, min(block, len(paths) - start)), BATCH)
-            names: list[str] = []
-            answers: list[npt.NDArray[np.float32]] = []
-            before = len(bad)
-            for reasons, found in in_order(answer, part, forward.lanes, ahead=forward.lanes):
-                bad += [(str(path), reason) for path, reason in reasons if reason is not None]
-                names += [str(path) for path, reason in reasons if reason is None]
-                if len(found):
-                    answers.append(found)
-                advance(len(reasons))
-            kept += len(names)
-            if skip_bad or not bad:
-                scores = np.concatenate(answers) if answers else np.empty((0, classes), dtype=np.float32)
-                yield as_predictions(run, names, scores, bad[before:])
-    if bad and (not skip_bad or not kept):
-        raise refuse_bad(bad, len(paths), kept)
+def predict_blocks(
+    run: SavedRun, inputs: Sequence[str | Path], skip_bad: bool = False, engine: str = "auto", workers: int = 2
+) -> Iterator[Predictions]:
+    """The same, a batch at a time, so that memory does not grow with the number of pictures."""
+    paths = find_pictures(inputs)
+    return answer_files(worker_of(run, answers_engine(run, len(paths), engine)), run.classes, paths, skip_bad, workers)

@@ -8,23 +8,24 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.columns import Paths, Texts
+from seewhy.decoding import read_or_reason
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.images import check_name, list_pictures
+from seewhy.progress import progress
 from seewhy.shards import is_shard, members, shard_of, shards_in
+from seewhy.streams import Worker, answered
 from seewhy.writing import harmless, harmless_path, whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BLOCK = 1024  # pictures that are answered and kept at a time
 Columns = dict[str, list[Any]]  # name -> a value a row
 
 
@@ -155,7 +156,7 @@ def _json_writer(path: Path) -> Iterator[Callable[[Columns], None]]:
         file.write(next(between, "") + "\n]\n")
 
 
-WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], None]]]] = {
+WRITERS: dict[str, Callable[[Any], AbstractContextManager[Callable[[Columns], None]]]] = {
     ".csv": _csv_writer,
     ".parquet": _parquet_writer,
     ".json": _json_writer,
@@ -165,13 +166,12 @@ WRITERS: dict[str, Callable[[Path], AbstractContextManager[Callable[[Columns], N
 # ---------------------------------------------------------------- pictures to predict
 
 
-def find_pictures(inputs: Sequence[str | Path]) -> Paths:
+def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
     """Files, shards, paths into shards, folders (with all below) and glob patterns -> pictures, each once, in the order given.
 
-    A folder without pictures gives those of the shards in it.
+    A folder gives the pictures in and below it, or those of the shards in it; DataError where it holds both.
     """
-    texts: Iterable[str] = (check_name(str(path)) for item in inputs for path in _pictures_of(item))
-    found = Paths(Texts.of(dict.fromkeys(texts) if len(inputs) > 1 else texts))  # one alone names nothing twice
+    found = list(dict.fromkeys(path for item in inputs for path in _pictures_of(item)))
     if not found:
         raise DataError("no pictures given; name files, folders or patterns")
     return found
@@ -180,10 +180,10 @@ def find_pictures(inputs: Sequence[str | Path]) -> Paths:
 def _pictures_of(item: str | Path) -> Iterable[Path]:
     path = Path(item)
     if path.is_dir():
-        if pictures := list_pictures(path):
+        shards, pictures = shards_or_pictures(path)
+        if pictures:
             return pictures
-        shards = [shard for shard in shards_in(path) if len(members(shard))]
-        if not shards:
+        if not any(len(members(shard)) for shard in shards):
             raise DataError(f"{path}: no pictures in this folder")
         return itertools.chain(*map(_members_of, shards))
     if path.exists() or shard_of(path):
@@ -194,13 +194,66 @@ def _pictures_of(item: str | Path) -> Iterable[Path]:
     return itertools.chain(*map(_members_of, matches))
 
 
+def shards_or_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The shards in a folder, or the pictures in and below it; DataError where it holds both."""
+    shards, pictures = shards_in(folder), list_pictures(folder)
+    if shards and pictures:
+        raise mixed(str(folder), shards[0].name, str(pictures[0].relative_to(folder)))
+    return shards, pictures
+
+
+def mixed(folder: str, shard: str, picture: str) -> DataError:
+    """What to raise for a folder of which only a part would be looked at."""
+    return DataError(f"{folder}: holds shards ({shard}) and pictures ({picture}); keep them apart, or name those you mean")
+
+
 def _members_of(path: Path) -> Iterable[Path]:
+    check_name(str(path))
     return (path / member.name for member in members(path)) if is_shard(path) else [path]
 
 
-def refuse_bad(bad: Sequence[tuple[str, str]], total: int, kept: int) -> ImageError:
-    """What to raise for pictures that could not be used, (path, reason) each."""
-    shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
-    more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-    advice = "pass --skip-bad to leave them out" if kept else "none is left to predict"
-    return ImageError(f"{len(bad)} of {total} pictures cannot be used: {shown}{more}; {advice}", bad=tuple(bad))
+def unreadable_error(bad: Sequence[tuple[str, str]], total: int, kept: int, count: int | None = None, listed: str = "") -> ImageError:
+    """What to raise for pictures that could not be used, (path, reason) each.
+
+    total, kept: pictures, and those of them that can be used. count: of all bad ones, if `bad` are only the first. listed: where all stand.
+    """
+    advice = ("pass --skip-bad to leave them out" + (", answers are kept" if listed else "")) if kept else "none is left to predict"
+    return ImageError.of(bad, total, (f"all are listed in {listed}; " if listed else "") + advice, count)
+
+
+# ---------------------------------------------------------------- answers about files
+
+
+def answer_files(
+    worker: Worker[Predictions], classes: tuple[str, ...], paths: Sequence[Path], skip_bad: bool = False, threads: int = 2
+) -> Iterator[Predictions]:
+    """Predictions of image files, a batch at a time, so that memory does not grow with their number.
+
+    Raises ImageError with the list of unusable images unless `skip_bad`, or where none can be used.
+    """
+    bad: list[tuple[str, str]] = []
+    kept = 0
+
+    def answer(names: list[str], inputs: list[Any]) -> Predictions | None:
+        return None if bad and not skip_bad else worker.answer(names, inputs)  # the list is all that will be said
+
+    nothing = Predictions((), np.empty((0, len(classes))), classes, np.zeros(0, dtype=bool))
+    asked = Worker(worker.prepare, answer, worker.lanes, worker.batch)
+    with progress("predicting", len(paths)) as advance:
+        for names, found, left_out in answered(asked, paths, lambda path: (str(path), read_or_reason(path)), threads):
+            kept += len(names)
+            bad += left_out
+            if skip_bad or not bad:
+                yield replace(found or nothing, bad=tuple(left_out))
+            advance(len(names) + len(left_out))
+    if bad and (not skip_bad or not kept):
+        raise unreadable_error(bad, len(paths), kept)
+
+
+def as_columns(worker: Worker[Predictions], options: dict[str, Any]) -> Worker[Columns]:
+    """The same, answering with a table's columns. options: top_k and least, as `Predictions.columns` takes them."""
+
+    def answer(names: list[str], inputs: list[Any]) -> Columns:
+        return worker.answer(names, inputs).columns(options["top_k"], options["least"])
+
+    return Worker(worker.prepare, answer, worker.lanes, worker.batch)

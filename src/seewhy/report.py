@@ -13,36 +13,36 @@ from seewhy.calibration import reliability, risk_coverage
 from seewhy.cam import METHODS
 from seewhy.errors import BackboneError
 from seewhy.evaluate import Evaluation
-from seewhy.explain import Explanation, explain, view_for_people
+from seewhy.explain import Explanation, display_view, explain
 from seewhy.figures import (
     heatmap_gallery,
-    overlay_heatmap,
     reliability_figure,
     risk_coverage_figure,
     save_png,
     training_curves,
 )
-from seewhy.labels import DOUBTFUL, doubt_labels
+from seewhy.heat import overlay_heatmap
+from seewhy.labels import ISSUE_LOG_ODDS, rank_label_issues
 from seewhy.metrics import softmax
 from seewhy.pages import data_url, jpeg_url, render_page, thumbnail_url
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.scoring import sanity_check, score_methods, wide
 
 GALLERY = 8  # pictures a gallery
 METHOD = "gradcam"
 SCORED = 32  # test pictures whose heatmaps are scored
-SCORES = ("average drop", "increase")  # which cost a forward pass a map; `seewhy explain --compare` has the others
+SCORES = ("average drop", "confidence increase")  # which cost a forward pass a map; `seewhy explain --compare-methods` has the others
 
 
-def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation, folder: Path) -> None:
+def write_report(run: SavedRun, history: Sequence[dict[str, float]], test: Evaluation, folder: Path) -> None:
     """report.html and figures/heatmaps.png in `folder`."""
     examples = pick_examples(test)
     chosen = [n for numbers in examples.values() for n in numbers]
     explained = _explain_examples(run, test, chosen)
     if explained is not None:
         items = [
-            (view_for_people(test.paths[n], run.backbone.preprocessing, 224), explained[0].maps[chosen.index(n)], _caption(test, n))
-            for title in ("Right and sure", "Wrong and sure")
+            (display_view(test.paths[n], run.backbone.preprocessing, 224), explained[0].maps[chosen.index(n)], _caption(test, n))
+            for title in ("Confident and correct", "Confident and wrong")
             for n in examples[title][:4]
         ]
         save_png(heatmap_gallery(items), folder / "figures" / "heatmaps.png")
@@ -53,16 +53,15 @@ def write_report(run: Run, history: Sequence[dict[str, float]], test: Evaluation
 
 def pick_examples(test: Evaluation) -> dict[str, list[int]]:
     """Test pictures worth a look, by kind: right and surest (one a class), wrong and surest, and least sure of the others."""
-    sure = test.sure
-    right = test.labels == test.predicted
-    surest = [int(n) for n in np.argsort(-sure, kind="stable")]
+    correct = test.correct
+    surest = [int(n) for n in np.argsort(-test.confidence, kind="stable")]
     best: list[int] = []
     for n in surest:
-        if right[n] and len(best) < GALLERY and not any(test.labels[n] == test.labels[b] for b in best):
+        if correct[n] and len(best) < GALLERY and not any(test.labels[n] == test.labels[b] for b in best):
             best.append(n)
-    worst = [n for n in surest if not right[n]][:GALLERY]
-    unsure = [n for n in reversed(surest) if n not in best and n not in worst][:GALLERY]
-    return {"Right and sure": best, "Wrong and sure": worst, "Unsure": unsure}
+    worst = [n for n in surest if not correct[n]][:GALLERY]
+    least = [n for n in reversed(surest) if n not in best and n not in worst][:GALLERY]
+    return {"Confident and correct": best, "Confident and wrong": worst, "Least confident": least}
 
 
 def other_class(test: Evaluation, n: int) -> int:
@@ -70,7 +69,7 @@ def other_class(test: Evaluation, n: int) -> int:
     return int(test.labels[n]) if test.labels[n] != test.predicted[n] else int(np.argsort(-test.logits[n], kind="stable")[1])
 
 
-def _explain_examples(run: Run, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
+def _explain_examples(run: SavedRun, test: Evaluation, chosen: list[int]) -> tuple[Explanation, Explanation] | None:
     """Heatmaps of the chosen pictures' predicted and other classes; None where the network has no maps."""
     paths = [test.paths[n] for n in chosen]
     try:
@@ -80,7 +79,7 @@ def _explain_examples(run: Run, test: Evaluation, chosen: list[int]) -> tuple[Ex
         return None
 
 
-def _trust(run: Run, test: Evaluation) -> dict[str, Any]:
+def _trust(run: SavedRun, test: Evaluation) -> dict[str, Any]:
     """How far the heatmaps can be trusted, on some test pictures: methods x scores, and their likeness to maps of a random classifier."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:SCORED])
     paths = [test.paths[n] for n in drawn]
@@ -94,12 +93,12 @@ def _trust(run: Run, test: Evaluation) -> dict[str, Any]:
 
 def _caption(test: Evaluation, n: int) -> str:
     true, predicted = test.classes[test.labels[n]], test.classes[test.predicted[n]]
-    said = f"{predicted} {test.sure[n]:.0%}"
+    said = f"{predicted} {test.confidence[n]:.0%}"
     return said if true == predicted else f"{said} (is {true})"
 
 
 def _facts(
-    run: Run,
+    run: SavedRun,
     history: Sequence[dict[str, float]],
     test: Evaluation,
     explained: tuple[Explanation, Explanation] | None,
@@ -116,11 +115,11 @@ def _facts(
         "reliability": {theme: data_url(_reliability(test, theme), "png") for theme in ("light", "dark")},
         "coverage": {theme: data_url(_coverage(run, test, theme), "png") for theme in ("light", "dark")},
         "warnings": warnings_of(run),
-        "doubts": _doubts(test)[:12],
+        "label_issues": _label_issues(test)[:12],
         "pairs": [pair | {"images": [thumbnail_url(path, 96) for path in pair["paths"][:3]]} for pair in confused_pairs(test)[:12]],
         "numbered": len(run.classes) > 40,
         "galleries": [
-            (title, [_card(run, test, n, explained, next(places), title != "Right and sure") for n in numbers])
+            (title, [_card(run, test, n, explained, next(places), title != "Confident and correct") for n in numbers])
             for title, numbers in examples.items()
         ],
         "method": METHOD,
@@ -128,12 +127,12 @@ def _facts(
     }
 
 
-def _doubts(test: Evaluation) -> list[dict[str, Any]]:
+def _label_issues(test: Evaluation) -> list[dict[str, Any]]:
     """Test labels that the network, not trained on them, believes 20 times less than another class; the least believable first."""
-    wrong = np.flatnonzero(~test.right)
+    wrong = np.flatnonzero(~test.correct)
     logits = test.logits[wrong].astype(np.float64) / test.temperature
-    found = doubt_labels(test.labels[wrong], logits)  # log-odds are differences of logits
-    kept = np.flatnonzero(found.log_odds < DOUBTFUL)
+    found = rank_label_issues(test.labels[wrong], logits)  # log-odds are differences of logits
+    kept = np.flatnonzero(found.log_odds < ISSUE_LOG_ODDS)
     return [
         {
             "file": "/".join(Path(test.paths[n]).parts[-2:]),
@@ -156,22 +155,22 @@ def _matrix(test: Evaluation) -> dict[str, Any]:
 
 
 def _reliability(test: Evaluation, theme: str) -> bytes:
-    found = reliability(test.sure, test.right)
+    found = reliability(test.confidence, test.correct)
     return reliability_figure(found.confidence.tolist(), found.accuracy.tolist(), found.count.tolist(), theme)
 
 
-def _coverage(run: Run, test: Evaluation, theme: str) -> bytes:
+def _coverage(run: SavedRun, test: Evaluation, theme: str) -> bytes:
     """The risk-coverage curve, marked where the thresholds chosen on val lie."""
-    curve = risk_coverage(test.sure, test.right)
+    curve = risk_coverage(test.confidence, test.correct)
     marks = [
         (row["test_answered"], 1 - row["test_right"], f"{row['precision']:.0%} wanted")
-        for row in run.manifest.get("calibration", {}).get("abstain", [])
+        for row in run.manifest["calibration"]["abstain"]
         if row["threshold"] is not None and row.get("test_right") is not None
     ]
     return risk_coverage_figure(curve.coverage.tolist(), curve.risk.tolist(), marks, theme)
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: SavedRun) -> list[str]:
     """What a reader should know before believing the numbers, in sentences."""
     test, data, split = run.metrics["test"], run.manifest["data"], run.manifest["split"]
     found = []
@@ -211,9 +210,11 @@ def confused_pairs(test: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
-def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool) -> dict[str, Any]:
+def _card(
+    run: SavedRun, test: Evaluation, n: int, explained: tuple[Explanation, Explanation] | None, place: int, both: bool
+) -> dict[str, Any]:
     """What a gallery shows of one picture; images of 288 pixels as data URLs. both: the other class's heatmap too."""
-    picture = view_for_people(test.paths[n], run.backbone.preprocessing, 288)
+    picture = display_view(test.paths[n], run.backbone.preprocessing, 288)
     shown = [(int(test.predicted[n]), 0), *([(other_class(test, n), 1)] if both else [])] if explained is not None else []
     return {
         "picture": jpeg_url(picture),
@@ -224,7 +225,7 @@ def _card(run: Run, test: Evaluation, n: int, explained: tuple[Explanation, Expl
         ],
         "true": test.classes[test.labels[n]],
         "predicted": test.classes[test.predicted[n]],
-        "prob": float(test.sure[n]),
+        "prob": float(test.confidence[n]),
         "other": test.classes[other_class(test, n)],
         "other_prob": float(softmax(test.logits[[n]] / test.temperature)[0, other_class(test, n)]),
         "file": "/".join(Path(test.paths[n]).parts[-2:]),

@@ -13,13 +13,14 @@ import pandas as pd
 from seewhy.corruptions import CORRUPTIONS, corrupt
 from seewhy.engines import kept_engine
 from seewhy.errors import ConfigError, DataError, OutputError
+from seewhy.evaluate import evaluate_run
 from seewhy.features import square_of
 from seewhy.figures import robustness_figure
 from seewhy.images import ImageSet, open_images
 from seewhy.metrics import wilson_interval
 from seewhy.predict import both_ways
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.split import read_split
 from seewhy.streams import BATCH, in_batches, in_order
 from seewhy.writing import csv_text
@@ -28,7 +29,9 @@ STRENGTHS = (1, 2, 3, 4, 5)
 Indices = npt.NDArray[np.int64]
 
 
-def robustness(run: Run, images: ImageSet, indices: Indices, names: Sequence[str] = tuple(CORRUPTIONS), workers: int = 2) -> pd.DataFrame:
+def robustness(
+    run: SavedRun, images: ImageSet, indices: Indices, names: Sequence[str] = tuple(CORRUPTIONS), workers: int = 2
+) -> pd.DataFrame:
     """A row a corruption and strength: corruption, strength (0 = none), value, unit, accuracy, low, high (95% Wilson interval), n.
 
     Each picture is decoded once, corrupted as the network's square, and answered as `predict` would.
@@ -76,7 +79,7 @@ def robustness(run: Run, images: ImageSet, indices: Indices, names: Sequence[str
     return pd.DataFrame(rows)
 
 
-def run_robustness(run: Run, pictures: int, names: Sequence[str] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run_robustness(run: SavedRun, pictures: int, names: Sequence[str] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`robustness` on at most `pictures` test pictures drawn at random, and `slices` of the whole test part."""
     config = run.config
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
@@ -85,8 +88,8 @@ def run_robustness(run: Run, pictures: int, names: Sequence[str] | None = None) 
     split = read_split(run.path, images)
     drawn = np.sort(np.random.default_rng(0).permutation(split.test)[:pictures])
     table = robustness(run, images, drawn, tuple(dict.fromkeys(names or CORRUPTIONS)), config.workers)
-    evaluation = run.evaluate("test")
-    return table, slices(images, split.test, evaluation.right, np.bincount(images.labels[split.train], minlength=len(images.classes)))
+    evaluation = evaluate_run(run, "test")
+    return table, slices(images, split.test, evaluation.correct, np.bincount(images.labels[split.train], minlength=len(images.classes)))
 
 
 def save_robustness(table: pd.DataFrame, parts: pd.DataFrame, folder: Path) -> list[Path]:

@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from seewhy.decoding import MAX_SIDE, MIN_SIDE, read_image
-from seewhy.errors import ConfigError, ImageError, RunError
+from seewhy.decoding import MAX_SIDE, MIN_SIDE, decode, read_image
+from seewhy.errors import ConfigError, RunError, reason_of
 from seewhy.graph_check import check_graph
-from seewhy.predictions import BLOCK, Predictions, find_pictures, refuse_bad
-from seewhy.progress import progress
-from seewhy.streams import in_batches, in_order
+from seewhy.predictions import Predictions, answer_files, find_pictures
+from seewhy.streams import Worker
 
 RANKS = {"logits": 2, "probabilities": 2, "squares": 4, "strangeness": 1, "heatmaps": 4}  # what a file may answer with
 FORMAT = 2  # of the metadata, which portable.py writes
+USUAL_PRECISION = 0.95
+WITHOUT_PRECISION = 0.5  # least probability of an answer where val could promise no precision
 ASKED_ALONE = onnxruntime.RunOptions()
 ASKED_ALONE.only_execute_path_to_fetches = True  # nothing is computed that nobody asks for, heatmaps say
 
@@ -53,9 +54,9 @@ class OnnxModel:
         return math.inf if above is None else float(above)
 
     def ask(self, pictures: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """(N, H, W, 3) uint8 RGB -> logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8, and where the file has them
+        """Run the file on (N, H, W, 3) uint8 RGB; by name, all outputs or those `wanted`.
 
-        strangeness (N,) and heatmaps (N, C, h, w). wanted: these alone.
+        logits (N, C), probabilities (N, C), squares (N, 3, S, S) uint8; where the file has them strangeness (N,), heatmaps (N, C, h, w).
         """
         names = self.outputs if wanted is None else wanted
         return dict(zip(names, self._run(self.session, list(names), pictures), strict=True))
@@ -64,14 +65,14 @@ class OnnxModel:
         try:
             found: list[npt.NDArray[Any]] = session.run(names, {"pictures": pictures}, ASKED_ALONE)
         except Exception as error:  # onnxruntime raises types of its own
-            raise RunError(f"{self.name}: cannot answer ({' '.join(str(error).split())[:120]}); export the run again") from error
+            raise RunError(f"{self.name}: cannot answer ({reason_of(error, 120)}); export the run again") from error
         return found
 
     @cached_property
     def _squares(self) -> Any:
         try:
             return _session(self.facts["square_graph"], 1)
-        except Exception as error:  # as below
+        except Exception as error:  # onnxruntime raises types of its own
             raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
 
     def square(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -112,7 +113,7 @@ def load_onnx(source: Path | str | bytes, threads: int = 1, spin: bool = True) -
     try:
         session = _session(checked, threads, spin)
     except Exception as error:  # onnxruntime raises types of its own
-        raise RunError(f"{name}: not a readable ONNX file ({' '.join(str(error).split())[:80]}); export the run again") from error
+        raise RunError(f"{name}: not a readable ONNX file ({reason_of(error, 80)}); export the run again") from error
     try:
         facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         if int(facts["seewhy_format"]) != FORMAT:
@@ -153,42 +154,59 @@ def _check(facts: dict[str, Any]) -> bytes:
     return base64.b64decode(facts["square_graph"], validate=True)
 
 
+def worker_of(model: OnnxModel) -> Worker[Predictions]:
+    """What answers by an exported file, which resizes by itself: so each image is asked about alone, in the thread that decodes it."""
+    wanted = [name for name in ("probabilities", "strangeness") if name in model.outputs]
+
+    def ask(data: bytes) -> dict[str, npt.NDArray[Any]]:
+        return model.ask(np.asarray(decode(data, model.facts["enough"]))[None], wanted)
+
+    def answer(names: list[str], found: list[dict[str, npt.NDArray[Any]]]) -> Predictions:
+        probs = np.concatenate([each["probabilities"] for each in found]).astype(np.float64)
+        strange = np.array([float(each["strangeness"][0]) if "strangeness" in each else -math.inf for each in found])
+        return Predictions(tuple(names), probs, model.classes, strange > model.unknown_above)
+
+    return Worker(ask, answer)
+
+
 def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
-    """Predictions of files, folders and patterns, at most BLOCK at a time; as `predict.predict_blocks` of the run.
+    """Predictions of files, folders and patterns, a batch at a time; as `predict.predict_blocks` of the run.
 
     Raises DataError where nothing is found, ImageError with the list of unusable pictures unless `skip_bad`.
     """
-    return answer_files(model, find_pictures(inputs), skip_bad)
+    return answer_files(worker_of(model), model.classes, find_pictures(inputs), skip_bad, os.cpu_count() or 1)
 
 
-def answer_files(model: OnnxModel, paths: Sequence[Path], skip_bad: bool, begin: int = 0, kept: int = 0) -> Iterator[Predictions]:
-    """The same of these very files, from the one at `begin` on; `kept` of those before could be used."""
-    bad: list[tuple[str, str]] = []
-    wanted = [name for name in ("probabilities", "strangeness") if name in model.outputs]
+def is_exported(path: Path) -> bool:
+    """Whether a path names a file of `seewhy export`, and no folder of a run."""
+    return path.suffix == ".onnx" and not path.is_dir()
 
-    def answer(path: Path) -> dict[str, npt.NDArray[Any]] | str:
-        try:
-            return model.ask(model.read(path)[None], wanted)
-        except ImageError as error:
-            return error.bad[0][1]
 
-    left = paths[begin:]
-    with progress("predicting", len(left)) as advance:
-        answers = in_order(answer, left, os.cpu_count() or 1)
-        for block in in_batches(zip(left, answers, strict=True), BLOCK):
-            names, probs, strange, before = [], [], [], len(bad)
-            for path, found in block:
-                advance(1)
-                if isinstance(found, str):
-                    bad.append((str(path), found))
-                    continue
-                names.append(str(path))
-                probs.append(found["probabilities"][0])
-                strange.append(float(found["strangeness"][0]) if "strangeness" in found else -math.inf)
-            kept += len(names)
-            if skip_bad or not bad:
-                rows = np.stack(probs).astype(np.float64) if probs else np.empty((0, len(model.classes)))
-                unknown = np.array(strange, dtype=np.float64) > model.unknown_above
-                yield Predictions(tuple(names), rows, model.classes, unknown, tuple(bad[before:]))
-    if bad and (not skip_bad or not kept):
-        raise refuse_bad(bad, len(paths), kept)
+# ---------------------------------------------------------------- what a page or a server says of the classifier
+
+
+def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
+    """JSON-ready facts. unsure_below: least probability of an answer; precision: what it was chosen for on val, or None.
+
+    box_share: None where heatmaps cover the whole picture, else the side of the centred square they cover over the short side.
+    Raises ConfigError for a precision that the file does not know.
+    """
+    facts = model.facts
+    if precision is None:  # the usual one, or the highest below it that val could promise
+        known = [row["precision"] for row in facts["abstain"] if row["threshold"] is not None]
+        precision = max((value for value in known if value <= USUAL_PRECISION), default=None)
+    preprocessing = facts["preprocessing"]
+    return {
+        "classes": list(model.classes),
+        "backbone": facts["backbone"]["name"],
+        "test_accuracy": facts["test_accuracy"],
+        "test_accuracy_ci95": facts["test_accuracy_ci95"],
+        "test_pictures": facts["test_pictures"],
+        "heatmaps": "heatmaps" in model.outputs,
+        "unsure_below": WITHOUT_PRECISION if precision is None else model.threshold_for(precision),
+        "precision": precision,
+        "unknown_above": facts["unknown_above"],
+        "enough": facts["enough"],
+        "box_share": preprocessing["crop"] if preprocessing["resize"] == "crop" else None,
+        "version": facts["seewhy_version"],
+    }

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import colorsys
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from seewhy.errors import OutputError
+from seewhy.writing import atomic_folder, locked, remove_tree
 
 PICTURES_PER_CLASS = 60
 SEED = 101
@@ -171,33 +167,21 @@ def draw_scenes(root: Path, per_class: int = PICTURES_PER_CLASS) -> Path:
     wanted = f"scenes {VERSION}, seed {SEED}, {per_class} a class"
     if marker.is_file() and marker.read_text() == wanted:
         return root
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root.parent / f".{root.name}.lock")
-        with lock:  # who comes second must not replace what the first reads already
-            try:
-                if not (marker.is_file() and marker.read_text() == wanted):
-                    _draw_all(root, per_class, wanted)
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{root}: the demo set cannot be written ({error.strerror}); set SEEWHY_CACHE to a writable folder") from error
+    advice = "set SEEWHY_CACHE to a writable folder"
+    with locked(root, advice, wait_s=-1):  # who comes second must not replace what the first reads already
+        if not (marker.is_file() and marker.read_text() == wanted):
+            remove_tree(root)
+            with atomic_folder(root, advice, durable=False) as work:  # a thousand small files
+                _draw_all(work, per_class)
+                (work / marker.name).write_text(wanted)
     return root
 
 
-def _draw_all(root: Path, per_class: int, wanted: str) -> None:
-    work = Path(tempfile.mkdtemp(prefix=".scenes-", dir=root.parent))
-    try:
-        for name in OBJECTS:
-            for folder in ("pictures", "masks"):
-                (work / folder / name).mkdir(parents=True)
-            for number in range(per_class):
-                image, mask = draw_scene(name, number)
-                image.save(work / "pictures" / name / f"{number:03d}.jpg", quality=92)
-                mask.save(work / "masks" / name / f"{number:03d}.png")
-        (work / "complete.txt").write_text(wanted)
-        if root.exists():
-            shutil.rmtree(root)
-        os.replace(work, root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # gone already where all went well
+def _draw_all(work: Path, per_class: int) -> None:
+    for name in OBJECTS:
+        for folder in ("pictures", "masks"):
+            (work / folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            image, mask = draw_scene(name, number)
+            image.save(work / "pictures" / name / f"{number:03d}.jpg", quality=92)
+            mask.save(work / "masks" / name / f"{number:03d}.png")

@@ -18,10 +18,10 @@ from seewhy.backbones import classifier_names
 from seewhy.cam import ALL_METHODS, SLOW
 from seewhy.cam_quality import (
     BASELINES,
-    MASKED,
-    OUTLINE,
+    DELETION_METRICS,
+    LOCALIZATION_METRICS,
+    MASKING_METRICS,
     QUALITY,
-    REMOVING,
     STEPS,
     class_probabilities,
     enlarge,
@@ -31,41 +31,41 @@ from seewhy.cam_quality import (
 )
 from seewhy.engines import FromSquares, float_engine
 from seewhy.errors import ConfigError, OutputError
-from seewhy.explain import known_method
+from seewhy.explain import check_method
 from seewhy.features import square_of
 from seewhy.figures import method_scores
 from seewhy.metrics import mean_interval
 from seewhy.outlines import outline_of
 from seewhy.predictions import find_pictures
 from seewhy.progress import progress
-from seewhy.run import Run
+from seewhy.saved_run import SavedRun
 from seewhy.streams import in_batches, in_order
 from seewhy.writing import csv_text
 
 BATCH = 16
-AREA = "(area)"
+AREA = "object area (chance level)"
 SAME = 1e-5  # of maps from 0 to 1: rounding, and far less than a grey level of the picture that they cover
 COMPARED = tuple(name for name in ALL_METHODS if name not in SLOW)
 
 
 def score_methods(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     methods: Sequence[str] = COMPARED,
     scores: Sequence[str] = tuple(QUALITY),
     layers: Sequence[str] = (),
-    shifts: int = 1,
+    smooth: int = 1,
     workers: int = 2,
 ) -> pd.DataFrame:
     """One row a method (and baseline) and score: method, score, better, mean, low, high, n.
 
     Maps are of the predicted class, in the plain direction. low, high: 95% bootstrap interval of the mean over pictures.
-    `pointing`, `peak on object` and `energy inside` are there where outlines are known (outlines.py), over those pictures; so is a
-    row of method `(area)` for `energy inside`: the share of the picture that the object covers, which a flat map would score.
+    LOCALIZATION_METRICS are there where outlines are known (outlines.py), over those pictures; so is a row of method AREA for the
+    energy-based pointing game: the share of the picture that the object covers, which a flat map would score.
     Raises ConfigError for an unknown method or score, ImageError for an unusable picture.
     """
     for method in methods:
-        known_method(method)
+        check_method(method)
     if unknown := [score for score in scores if score not in QUALITY]:
         raise ConfigError(f"unknown score {unknown[0]!r}; use one of {', '.join(QUALITY)}")
     paths = find_pictures(inputs)
@@ -76,7 +76,7 @@ def score_methods(
     def read(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         return square_of(path, preprocessing), outline_of(path, preprocessing)
 
-    asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(REMOVING)) * STEPS)
+    asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(DELETION_METRICS)) * STEPS)
     engine = float_engine(model, size, asked)
 
     def answer(pictures: Tensor) -> Tensor:
@@ -90,30 +90,30 @@ def score_methods(
             whole = probs.gather(1, targets[:, None])[:, 0]
             outlines = {n: outline for n, (_, outline) in enumerate(batch) if outline is not None}
             masks = torch.from_numpy(np.stack(list(outlines.values()))) if outlines else None
-            knowing = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers, shifts))
-            knowing_nothing = ((name, baseline(len(batch), size, number)) for name, baseline in BASELINES.items())
+            method_maps = ((name, enlarge(maps, size)) for name, maps in maps_of_methods(model, pictures, methods, targets, layers, smooth))
+            baseline_maps = ((name, baseline(len(batch), size, number)) for name, baseline in BASELINES.items())
             known: list[tuple[Tensor, dict[str, Tensor]]] = []  # with a linear head several methods give one map: it is scored once
-            for name, maps in itertools.chain(knowing, knowing_nothing):
+            for name, maps in itertools.chain(method_maps, baseline_maps):
                 found = next((scored for earlier, scored in known if torch.allclose(earlier, maps, rtol=0, atol=SAME)), None)
                 if found is None:
-                    masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKED) else whole
+                    masked = class_probabilities(answer, pictures * maps[:, None], targets) if set(scores) & set(MASKING_METRICS) else whole
                     found = {
-                        score: QUALITY[score].of(*((whole, masked) if score in MASKED else (answer, pictures, targets, maps)))
+                        score: QUALITY[score].of(*((whole, masked) if score in MASKING_METRICS else (answer, pictures, targets, maps)))
                         for score in scores
                     }
                     if masks is not None:
-                        found |= {score: function(maps[list(outlines)], masks) for score, function in OUTLINE.items()}
+                        found |= {score: function(maps[list(outlines)], masks) for score, function in LOCALIZATION_METRICS.items()}
                     known.append((maps, found))
                 for score, value in found.items():
                     values.setdefault((name, score), []).append(value)
                 advance(len(batch))
             if masks is not None:
-                values.setdefault((AREA, "energy inside"), []).append(masks.float().mean(dim=(1, 2)))
+                values.setdefault((AREA, "energy-based pointing game"), []).append(masks.float().mean(dim=(1, 2)))
     return pd.DataFrame([_row(method, score, torch.cat(found).double().numpy()) for (method, score), found in values.items()])
 
 
 def sanity_check(
-    run: Run,
+    run: SavedRun,
     inputs: Sequence[str | Path],
     methods: Sequence[str] = COMPARED,
     layers: Sequence[str] = (),
@@ -129,29 +129,29 @@ def sanity_check(
     parts: only so many of them; 1: the classifier alone.
     """
     for method in methods:
-        known_method(method)
+        check_method(method)
     model, preprocessing = run.backbone.model, run.backbone.preprocessing
     below, size = FromSquares(nn.Identity(), preprocessing), preprocessing.size
     cascade = [classifier_names(model), *([*stage] for stage in reversed(run.backbone.stages))][:parts]
-    forgetful = copy.deepcopy(model)
+    randomised_model = copy.deepcopy(model)
     targets: dict[int, Tensor] = {}  # of each batch: what the trained network predicts
     trained: dict[tuple[str, int], Tensor] = {}
     values: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     paths = find_pictures(inputs)
     with progress("randomising the network", len(paths) * len(methods) * (len(cascade) + 1)) as advance:
-        for forgotten in ([], *cascade):
-            randomise(forgetful, forgotten, seed)
+        for randomised in ([], *cascade):
+            randomise(randomised_model, randomised, seed)
             for number, batch in enumerate(in_batches(in_order(lambda path: square_of(path, preprocessing), paths, workers), BATCH)):
                 pictures = below(torch.from_numpy(np.stack(batch)))
                 if number not in targets:
                     with torch.no_grad():
                         targets[number] = model(pictures).argmax(dim=1)
-                for method, maps in maps_of_methods(forgetful, pictures, methods, targets[number], layers):
+                for method, maps in maps_of_methods(randomised_model, pictures, methods, targets[number], layers):
                     before = trained.setdefault((method, number), maps)
                     advance(len(batch))
-                    if forgotten:
+                    if randomised:
                         similar = rank_correlation(maps, before), structural_similarity(enlarge(maps, size), enlarge(before, size))
-                        values.setdefault((method, forgotten[0]), []).append(similar)
+                        values.setdefault((method, randomised[0]), []).append(similar)
     rows = []
     for (method, part), found in values.items():
         row: dict[str, object] = {"method": method, "randomised_to": part}
@@ -173,10 +173,10 @@ def beats_baselines(table: pd.DataFrame) -> dict[tuple[str, str], bool]:
     """(method, score) -> whether its interval lies beyond both baselines' means, on the better side."""
     found: dict[tuple[str, str], bool] = {}
     for score, rows in table.groupby("score", sort=False):
-        knows_nothing = rows[rows["method"].isin([*BASELINES, AREA])]["mean"]
+        baseline_means = rows[rows["method"].isin([*BASELINES, AREA])]["mean"]
         for row in rows.itertuples():
             if row.method not in BASELINES and row.method != AREA:
-                better = row.low > knows_nothing.max() if row.better == "higher" else row.high < knows_nothing.min()
+                better = row.low > baseline_means.max() if row.better == "higher" else row.high < baseline_means.min()
                 found[str(row.method), str(score)] = bool(better)
     return found
 

@@ -17,10 +17,12 @@ from seewhy.evaluate import evaluate_network
 from seewhy.fitting import Fit, fit
 from seewhy.images import ImageSet
 from seewhy.metrics import accuracy, negative_log_likelihood
+from seewhy.process_state import quiet
 from seewhy.progress import LOG
 from seewhy.split import Split
 
 
+@quiet("optuna")
 def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> tuple[TrainConfig, list[dict[str, Any]]]:
     """The best of `trials` configs near `config`, by the accuracy on val, and one row a trial.
 
@@ -30,7 +32,6 @@ def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> 
     """
     if config.unfreeze == "all" or config.fresh_views or not config.cache:
         raise ConfigError("--search tries fits on cached features; use it with --unfreeze 0, 1, 2, ... and --views 1 or more")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed))
     study.enqueue_trial({name: getattr(config, name) for name in ("lr", "weight_decay", "label_smoothing", "views", "unfreeze")})
     rows: list[dict[str, Any]] = []

@@ -13,10 +13,10 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from seewhy import __version__
-from seewhy.about import about
 from seewhy.batching import Batcher
 from seewhy.errors import ImageError
+from seewhy.runtime import about
+from seewhy.version import __version__
 from seewhy.watch import Limits, Meters, Refused, Watch, handle_errors, received, under_way
 from seewhy.wire import PROBLEMS, UPLOAD, FileAnswer, Health, Model, Reply, answer_of, heatmap_of
 

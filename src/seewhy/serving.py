@@ -1,4 +1,4 @@
-"""Run or exported file x address -> a server until it is told to stop; then it finishes what it has."""
+"""Exported file x address -> a server until it is told to stop; then it finishes what it has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from seewhy.errors import OutputError, RunError
+from seewhy.errors import OutputError
 from seewhy.serve import create_app
 from seewhy.watch import Limits
 
@@ -18,15 +18,15 @@ DRAIN_S = 30  # for requests under way when it is told to stop
 
 
 def serve_forever(
-    run: Path,
+    file: Path,
     host: str = "127.0.0.1",
     port: int = 8000,
     cores: int | None = None,
     limits: Limits | None = None,
     precision: float | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM. Raises RunError for what cannot be served, OutputError for an address that cannot be used."""
-    app = create_app(exported(run), cores or os.cpu_count() or 1, limits, os.environ.get("SEEWHY_API_KEY") or None, precision)
+    """Serves until SIGINT or SIGTERM. Raises RunError for a file that cannot be served, OutputError for an address that cannot be used."""
+    app = create_app(file, cores or os.cpu_count() or 1, limits, os.environ.get("SEEWHY_API_KEY") or None, precision)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -37,25 +37,6 @@ def serve_forever(
     print(f"seewhy answers at http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_S, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
-
-
-def exported(run: Path) -> Path:
-    """The ONNX file of a run, made where there is none yet."""
-    if run.suffix == ".onnx":
-        return run
-    if not run.is_dir():
-        raise RunError(f"{run}: no run and no file of `seewhy export`; name one of them")
-    file = run / "model.onnx"
-    if not file.is_file():
-        from seewhy.parity import export_file
-        from seewhy.run import load
-
-        print(f"exporting {file} first", file=sys.stderr)
-        try:
-            export_file(load(run), file, pictures=100)
-        except OutputError as error:
-            raise OutputError(f"{error} of `seewhy export {run}`, and serve the file") from error
-    return file
 
 
 def show_requests() -> None:

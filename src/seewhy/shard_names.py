@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,9 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.columns import Choices, Column, Positions, Texts
 from seewhy.errors import one_line
-from seewhy.spill import spilled
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_BYTES = 200_000_000  # of a picture
@@ -31,46 +30,30 @@ class Member:
     label: str | None
 
 
-class Members(Column[Member]):
-    """The pictures of a shard, in its order."""
-
-    def __init__(self, names: Texts, labels: Choices[str | None]) -> None:
-        self.names, self.labels = names, labels
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def at(self, i: int) -> Member:
-        return Member(self.names.at(i), self.labels.at(i))
-
-    def take(self, positions: Positions) -> Members:
-        return Members(self.names.take(positions), self.labels.take(positions))
-
-
 @dataclass(frozen=True)
 class Index:
     """What is in a shard, and where.
 
-    tar: offset and size of each member, one after the other. parquet: the column of pictures, and the first row of each row group.
+    names, labels: one a member, as in Member, in the shard's order.
+    tar: places, (N, 2) int64 offset and size of each member. parquet: the column of pictures, and the first row of each row group.
     """
 
-    members: Members
-    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    names: list[str]
+    labels: list[str | None]
+    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     column: str = ""
     firsts: tuple[int, ...] = ()
 
     @cached_property
     def _by_name(self) -> npt.NDArray[np.uint32]:
         """(N,) members in the order of their names."""
-        names = self.members.names
-        return spilled(np.array(sorted(range(len(names)), key=names.at), dtype=np.uint32))
+        return np.array(sorted(range(len(self.names)), key=self.names.__getitem__), dtype=np.uint32)
 
     def row(self, name: str) -> int | None:
         """The number of the member of this name, None where there is none."""
-        names, order = self.members.names, self._by_name
-        place = bisect.bisect_left(order, name, key=lambda row: names.at(int(row)))
-        found = int(order[place]) if place < len(order) else -1
-        return found if found >= 0 and names.at(found) == name else None
+        place = bisect.bisect_left(self._by_name, name, key=self.names.__getitem__)
+        found = int(self._by_name[place]) if place < len(self.names) else -1
+        return found if found >= 0 and self.names[found] == name else None
 
 
 def refuse_large(size: int) -> None:
@@ -101,4 +84,4 @@ def plain_label(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     text = one_line(str(value).encode(errors="replace").decode()).strip()
-    return text if 0 < len(text) <= MAX_LABEL else None
+    return sys.intern(text) if 0 < len(text) <= MAX_LABEL else None  # one object a class, not one an image

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from seewhy.columns import Choices, Texts
 from seewhy.errors import DataError, one_line
 from seewhy.patience import own_reason
-from seewhy.shard_names import LABELS, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
+from seewhy.shard_names import LABELS, PICTURES, Index, plain_label, plain_name, refuse_large, why_not
 
 MAX_GROUP = 1_000_000_000  # bytes of a row group, unpacked: it is held whole
 GROUPS_HELD = 2  # the row group that is read, and the next, which other threads have begun
@@ -137,16 +136,16 @@ def _names(parquet: Any, column: str) -> list[str]:
     return [f"{row:06d}.jpg" for row in range(parquet.metadata.num_rows)]
 
 
-def _described(parquet: Any, shown: str) -> tuple[str, Members]:
-    """The column of pictures, and the members; no picture's bytes are read."""
+def _described(parquet: Any, shown: str) -> tuple[str, list[str], list[str | None]]:
+    """The column of pictures, and the names and labels of the members; no picture's bytes are read."""
     with _damage(shown):
         column = _picture_column(parquet.schema_arrow, shown)
-        return column, Members(Texts.of(_names(parquet, column)), Choices.of(_labels(parquet)))
+        return column, _names(parquet, column), _labels(parquet)
 
 
 def index_parquet(file: BinaryIO, shown: str) -> Index:
     parquet = _open_parquet(file, shown)
-    column, found = _described(parquet, shown)
+    column, names, labels = _described(parquet, shown)
     with _damage(shown):
         for group in range(parquet.metadata.num_row_groups):
             size = parquet.metadata.row_group(group).total_byte_size  # not by column, whose damaged facts end the process (pyarrow 26)
@@ -155,7 +154,7 @@ def index_parquet(file: BinaryIO, shown: str) -> Index:
                     f"{shown}: row group {group} has {size / 1e9:.1f} GB, all of it read for one picture; write groups of 100 rows"
                 )
         firsts = tuple(itertools.accumulate(_group_rows(parquet), initial=0))[:-1]
-    return Index(found, column=column, firsts=firsts)
+    return Index(names, labels, column=column, firsts=firsts)
 
 
 def read_row(file: BinaryIO, shown: str, key: Key, index: Index, row: int) -> bytes:
@@ -189,8 +188,8 @@ def _content(cell: Any) -> bytes:
 
 def stream_parquet(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:
     parquet = _open_parquet(file, shown)
-    column, found = _described(parquet, shown)
-    left = iter(found)
+    column, names, labels = _described(parquet, shown)
+    left = zip(names, labels, strict=True)
     batches = parquet.iter_batches(batch_size=STREAMED_ROWS, columns=[column], use_threads=False)
     while True:
         with _damage(shown):
@@ -199,9 +198,9 @@ def stream_parquet(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str
                 raise ValueError("it ends too early")
         if batch is None:
             return
-        for cell, member in zip(batch.column(0), left, strict=False):
+        for cell, (name, label) in zip(batch.column(0), left, strict=False):
             try:
                 data = _content(cell)
             except OSError as error:
-                raise DataError(f"{shown}: {member.name} has {error.strerror}; remove it") from error
-            yield member.name, data, member.label
+                raise DataError(f"{shown}: {name} has {error.strerror}; remove it") from error
+            yield name, data, label

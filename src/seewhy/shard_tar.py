@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import tarfile
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,10 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from seewhy.columns import ChoicesBuilder, TextsBuilder
 from seewhy.errors import DataError
-from seewhy.shard_names import LABELS, MAX_BYTES, PICTURES, Index, Members, plain_label, plain_name, refuse_large, why_not
-from seewhy.spill import spilled
+from seewhy.shard_names import LABELS, MAX_BYTES, PICTURES, Index, plain_label, plain_name, refuse_large, why_not
 
 MAX_HEADER = 16_000_000  # bytes of a header, a .cls or a .json; larger ones are made to exhaust memory
 
@@ -154,13 +151,15 @@ def _json_label(data: bytes) -> str | None:
 
 
 def index_tar(file: BinaryIO, shown: str) -> Index:
-    names, labels, places = TextsBuilder(), ChoicesBuilder[str | None](), array("q")
+    names: list[str] = []
+    labels: list[str | None] = []
+    places: list[tuple[int, int]] = []
     for pictures, label in _groups(_Forward(file, seekable=True), shown, with_pictures=False):
         for entry in pictures:
-            names.add(entry.name)
-            labels.add(label)
-            places.extend((entry.offset, entry.size))
-    return Index(Members(names.done(), labels.done()), spilled(np.frombuffer(places, dtype=np.int64)))
+            names.append(entry.name)
+            labels.append(label)
+            places.append((entry.offset, entry.size))
+    return Index(names, labels, np.array(places, dtype=np.int64))
 
 
 def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | None]]:
@@ -171,7 +170,7 @@ def stream_tar(file: BinaryIO, shown: str) -> Iterator[tuple[str, bytes, str | N
 
 def read_entry(file: BinaryIO, index: Index, row: int) -> bytes:
     """A member's bytes; OSError where the file has become shorter, or it is too large for a picture."""
-    offset, size = index.places[2 * row : 2 * row + 2].tolist()
+    offset, size = index.places[row].tolist()
     refuse_large(size)
     file.seek(offset)
     data = exactly(file, size)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from seewhy.errors import DataError
-from seewhy.shard_names import LABELS, PART_NAMES, Index, Members
-from seewhy.shard_names import Member as Member  # of the interface
+from seewhy.shard_names import LABELS, PART_NAMES, Index, Member
 from seewhy.shard_parquet import Key, index_parquet, read_row, stream_parquet
 from seewhy.shard_tar import index_tar, read_entry, stream_tar
 
@@ -96,13 +95,14 @@ def _part_of(shard: Path) -> str:
     return PART_NAMES.get(word[0], "") if word else ""
 
 
-def members(shard: Path) -> Members:
+def members(shard: Path) -> list[Member]:
     """The pictures of a shard, in its order. Raises DataError where it cannot be read as one."""
     try:
         with shard.open("rb") as file:
-            return _index(shard, file)[1].members
+            index = _index(shard, file)[1]
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror}); check its permissions") from error
+    return list(map(Member, index.names, index.labels))
 
 
 def read_member(shard: Path, name: str) -> bytes:

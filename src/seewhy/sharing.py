@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 
 from seewhy.backbones import read_weights
-from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError
+from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError, reason_of
 from seewhy.manifest import MOST_BYTES, read_manifest
-from seewhy.run import Run, load
-from seewhy.writing import claim, remove_tree, to_disk, write_json
+from seewhy.saved_run import SavedRun, load
+from seewhy.writing import atomic_folder, locked, write_json
 
 GB = 10**9
 # What is shared of a run, and the most bytes that are taken of each. Not: what it has told whom (log.txt, tensorboard/, mlflow.json) and
@@ -51,7 +50,7 @@ WITH_TIMM = """
 # ---------------------------------------------------------------- the two ways
 
 
-def push(run: Run, place: str | Path, public: bool = False) -> str:
+def push(run: SavedRun, place: str | Path, public: bool = False) -> str:
     """Copies a run to `place`, whole or not at all, and says where it is now. Nothing is replaced.
 
     place: a folder that is not there yet, or hf://USER/NAME. public: whether a repository may be seen by everybody; private without.
@@ -60,12 +59,12 @@ def push(run: Run, place: str | Path, public: bool = False) -> str:
     if hub_name(place) is not None:
         return _push_to_hub(run, str(place), public)
     target = Path(place)
-    with _new_folder(target, "choose another place") as work:
+    with locked(target, "choose another place"), atomic_folder(target) as work:
         write_layout(run, work)
     return str(target)
 
 
-def pull(place: str | Path, out: str | Path | None = None, report: bool = False) -> Run:
+def pull(place: str | Path, out: str | Path | None = None, report: bool = False) -> SavedRun:
     """A run that somebody has pushed -> a run of one's own, checked as `load` checks it; `out` is there whole or not at all.
 
     place: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: take report.html too, a page that
@@ -78,7 +77,7 @@ def pull(place: str | Path, out: str | Path | None = None, report: bool = False)
     if hub is None and not Path(place).is_dir():
         raise RunError(f"{place}: no such folder; name a folder that `seewhy push` has written, or hf://USER/NAME")
     wanted = FILES | (REPORT if report else {})
-    with _new_folder(target, "choose another --out") as work:
+    with locked(target), atomic_folder(target, "choose another --out") as work:
         if hub is None:
             take_files(Path(place), work, wanted)
         else:
@@ -106,7 +105,7 @@ def hub_name(place: str | Path) -> tuple[str, str | None] | None:
 # ---------------------------------------------------------------- the layout
 
 
-def write_layout(run: Run, folder: Path) -> None:
+def write_layout(run: SavedRun, folder: Path) -> None:
     """The files of a run, its card, and a config.json for timm, into an empty folder. Raises RunError where they are not this run's."""
     take_files(run.path, folder, FILES | REPORT)
     read_manifest(folder)
@@ -124,7 +123,7 @@ def write_layout(run: Run, folder: Path) -> None:
     write_json(folder / "config.json", timm_config(run))
 
 
-def timm_config(run: Run) -> dict[str, Any]:
+def timm_config(run: SavedRun) -> dict[str, Any]:
     """What timm reads as config.json beside the weights: the architecture, the classes and the way from picture to input.
 
     timm's resizing differs from seewhy's in roundings; with test_flip, a run's answers are means of two of timm's.
@@ -190,40 +189,6 @@ def _copy(source: Path, target: Path, most: int) -> None:
             shutil.copyfileobj(read, written, 1 << 20)
 
 
-@contextmanager
-def _new_folder(target: Path, advice: str) -> Iterator[Path]:
-    """A hidden folder to fill; what is in it stands at `target` afterwards, on the disk, or nothing does."""
-
-    def free() -> None:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise OutputError(f"{target}: exists already; remove it, or {advice}")
-
-    free()
-    work = target.parent / f".{target.name}-{os.getpid()}"
-    try:
-        let_go = claim(target)
-    except Timeout as error:
-        raise OutputError(f"{target}: another process writes it right now; {advice}") from error
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror}); {advice}") from error
-    try:
-        free()
-        remove_tree(work)
-        work.mkdir()
-        yield work
-        for path in [*work.rglob("*"), work]:
-            to_disk(path)
-        if target.is_dir():
-            target.rmdir()
-        work.rename(target)
-        to_disk(target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); {advice}") from error
-    finally:
-        remove_tree(work)  # not there any more where all went well
-        let_go()
-
-
 # ---------------------------------------------------------------- the hub
 
 
@@ -233,7 +198,7 @@ def _hub() -> Any:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _push_to_hub(run: Run, place: str, public: bool) -> str:
+def _push_to_hub(run: SavedRun, place: str, public: bool) -> str:
     from huggingface_hub import get_token
 
     name, revision = hub_name(place) or ("", None)
@@ -285,6 +250,6 @@ def _one_line(place: str, kind: type[SeewhyError]) -> Iterator[None]:
         elif status == 404:
             text = f"no such repository, or a private one; check its name, or {login}"
         else:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            reason = reason_of(error)
             text = f"the hub cannot be asked ({reason}); check the network, or name a folder"
         raise kind(f"{place}: {text}") from error

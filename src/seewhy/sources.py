@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from seewhy.columns import Texts
 from seewhy.decoding import read_bytes
 from seewhy.errors import DataError, ReachError
 from seewhy.images import check_name
 from seewhy.patience import DENIED, own_reason, patiently
-from seewhy.predictions import BLOCK, find_pictures
+from seewhy.predictions import find_pictures, mixed, shards_or_pictures
 from seewhy.shard_names import MAX_BYTES, PICTURES
-from seewhy.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, shards_in, stream
+from seewhy.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, stream
 from seewhy.storage import Found, is_address, list_files, open_file, read_file, shown
 
+BLOCK = 1024  # plain files that are one source
 RECORD = "_seewhy.json"  # stands in a folder of answers, whose parts are no shards
 AHEAD = 8_000_000  # bytes of a tar that are read at a time: each read of a cloud's file is a request
 
@@ -82,9 +82,7 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
 def _source(kind: str, files: Sequence[Found]) -> Source:
     text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
-    places = [file.place for file in files]
-    alike = os.path.commonprefix(places)  # noqa: RUF071  # Texts keeps what they begin with once as a text, be it half a name
-    return Source(kind, Texts.of(places, alike), os.getcwd(), key)
+    return Source(kind, [file.place for file in files], os.getcwd(), key)
 
 
 def _kind(place: str) -> str:
@@ -99,9 +97,7 @@ def _local(item: str) -> Iterable[Found]:
     if is_shard(path):
         return [_found(path)]
     if path.is_dir():
-        shards = shards_in(path)
-        if shards and (picture := _first_picture(path)):
-            raise _mixed(item, shards[0].name, picture)
+        shards, _ = shards_or_pictures(path)
         return map(_found, shards or find_pictures([item]))
     if path.is_file() or shard_of(path):
         return map(_found, find_pictures([item]))
@@ -111,20 +107,6 @@ def _local(item: str) -> Iterable[Found]:
     if not matches:
         raise DataError(f"{item}: no such file, folder or pattern")
     return map(_found, map(Path, matches))
-
-
-def _mixed(item: str, shard: str, picture: str) -> DataError:
-    return DataError(f"{shown(item)}: holds shards ({shard}) and pictures ({picture}); keep them apart, or name those you mean")
-
-
-def _first_picture(folder: Path) -> str | None:
-    """A picture's path below the folder, None where there is none."""
-    for directory, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in PICTURES:
-                return os.path.relpath(os.path.join(directory, name), folder)
-    return None
 
 
 def _found(path: Path) -> Found:
@@ -156,7 +138,7 @@ def _addressed(item: str) -> list[Found]:
     plain = [file for file in listed if Path(shown(file.place)).suffix.lower() in PICTURES]
     shards = [file for file in listed if _kind(file.place) != "files" and _folder(file) not in answers]
     if plain and shards:
-        raise _mixed(item, *(shown(files[0].place).removeprefix(shown(item)).lstrip("/") for files in (shards, plain)))
+        raise mixed(shown(item), *(shown(files[0].place).removeprefix(shown(item)).lstrip("/") for files in (shards, plain)))
     if not plain and not shards:
         raise DataError(f"{shown(item)}: no pictures in this folder")
     return plain or shards
@@ -211,3 +193,18 @@ def _content(place: str, root: str) -> bytes | str:
         return own_reason(error)
     except DataError as error:  # of the shard that a path leads into
         return str(error)
+
+
+class Tries:
+    """Counts how often a source was begun by workers that then began no other: an actor of Ray's, without torch, so that it is small."""
+
+    def __init__(self) -> None:
+        self.begun: dict[int, int] = {}
+
+    def begin(self, number: int, survived: int | None) -> int:
+        """How many workers a source has cost. survived: what the worker that now begins it has done before, if anything."""
+        if survived is not None:
+            self.begun.pop(survived, None)
+        cost = self.begun.get(number, 0)
+        self.begun[number] = cost + 1
+        return cost

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from seewhy.columns import Choices, Hashes
-from seewhy.duplicates import chain, exact_pairs, group_numbers
+from seewhy.duplicates import chain, digests, exact_pairs, group_numbers
 from seewhy.errors import SplitError
 from seewhy.images import ImageSet, digest_of_lines
-from seewhy.spill import spilled
 
 PARTS = ("train", "val", "test")
 TRAIN = PARTS.index("train")
@@ -49,65 +45,34 @@ class Split:
         indices: npt.NDArray[np.int64] = getattr(self, name)
         return indices
 
-    def record(self, images: ImageSet) -> dict[str, Any]:
-        """The split by picture hash, as `split.json` holds it; independent of paths and order."""
-        return {
+    def write(self, file: Path, images: ImageSet) -> None:
+        """`split.json`: the split by picture hash, independent of paths and order."""
+        record = {
             "protocol": self.protocol,
             "seed": self.seed,
             "hash": self.hash(images),
-            "groups": [list(group) for group in self._groups_by_hash(images)],
-            "torn": list(self.torn),
-            **{name: list(self._hashes(images, name)) for name in PARTS},
-        }
-
-    def write(self, file: Path, images: ImageSet) -> None:
-        """`record` as `split.json`, a hash at a time, so that memory does not hold all of them."""
-        fields: dict[str, Iterable[str]] = {
-            "protocol": [json.dumps(self.protocol)],
-            "seed": [json.dumps(self.seed)],
-            "hash": [json.dumps(self.hash(images))],
-            "groups": _json_list(("".join(_json_list(map(json.dumps, group), 2)) for group in self._groups_by_hash(images)), 1),
-            "torn": _json_list((json.dumps(name, ensure_ascii=False) for name in self.torn), 1),
-            **{name: _json_list(map(json.dumps, self._hashes(images, name)), 1) for name in PARTS},
+            "groups": self._groups_by_hash(images),
+            "torn": self.torn,
+            **{name: self._hashes(images, name) for name in PARTS},
         }
         with file.open("w", encoding="utf-8") as out:
-            for n, (name, value) in enumerate(fields.items()):
-                out.write(f'{"," if n else "{"}\n "{name}": ')
-                out.writelines(value)
-            out.write("\n}\n")
+            json.dump(record, out, indent=1, ensure_ascii=False)
+            out.write("\n")
 
-    def _hashes(self, images: ImageSet, name: str) -> Hashes:
+    def _hashes(self, images: ImageSet, name: str) -> list[str]:
         """Those of a part's pictures, sorted."""
-        hashes = Hashes.of(images.hashes).take(self.part(name))
-        return hashes.take(np.argsort(hashes.keys))
+        return sorted(images.hashes[i] for i in self.part(name))
 
-    def _groups_by_hash(self, images: ImageSet) -> Iterator[Hashes]:
+    def _groups_by_hash(self, images: ImageSet) -> list[list[str]]:
         """The groups of more than one picture content, each sorted, in the order of their first hashes."""
-        several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
-        hashes, numbers = Hashes.of(images.hashes).take(several), self.groups[several]
-        order = np.argsort(hashes.keys)
-        order = order[np.argsort(numbers[order], kind="stable")]
-        hashes, numbers = hashes.take(order), numbers[order]
-        new = np.append(True, (numbers[1:] != numbers[:-1]) | (hashes.keys[1:] != hashes.keys[:-1]))[: len(order)]
-        hashes, numbers = hashes.take(np.flatnonzero(new)), numbers[new]
-        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
-        ends = np.append(begins[1:], len(numbers))[: len(begins)]
-        for group in np.argsort(hashes.keys[begins]):
-            if ends[group] - begins[group] > 1:
-                yield hashes[begins[group] : ends[group]]
+        groups: dict[int, set[str]] = {}
+        for i in np.flatnonzero(np.bincount(self.groups)[self.groups] > 1).tolist():
+            groups.setdefault(int(self.groups[i]), set()).add(images.hashes[i])
+        return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
     def hash(self, images: ImageSet) -> str:
         """sha256 over which picture is in which part."""
         return digest_of_lines(f"{name} {sha256}" for name in sorted(PARTS) for sha256 in self._hashes(images, name))
-
-
-def _json_list(items: Iterable[str], depth: int) -> Iterator[str]:
-    """Pieces of the list of these items, as json.dumps writes it with indent=1."""
-    before = "["
-    for item in items:
-        yield f"{before}\n{' ' * (depth + 1)}{item}"
-        before = ","
-    yield "[]" if before == "[" else f"\n{' ' * depth}]"
 
 
 def leaked_pictures(split: Split, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -166,15 +131,13 @@ def split_images(
         where[pool] = _deal(dealt.sizes[pool], wanted)
     found = np.empty(len(images), dtype=np.uint8)
     found[dealt.members] = np.repeat(where, dealt.sizes)
-    train, val, test = (spilled(np.flatnonzero(found == part)) for part in range(len(PARTS)))
-    return Split("folders" if given else protocol, seed, train, val, test, spilled(joined), torn)
+    train, val, test = (np.flatnonzero(found == part) for part in range(len(PARTS)))
+    return Split("folders" if given else protocol, seed, train, val, test, joined, torn)
 
 
 def _given_parts(images: ImageSet) -> npt.NDArray[np.uint8]:
     """(N,) the part in which each picture lies, as its place in PARTS, else NOWHERE."""
-    parts = Choices.of(images.parts)
-    found: npt.NDArray[np.uint8] = np.array([PARTS.index(part) if part else NOWHERE for part in parts.table], dtype=np.uint8)[parts.codes]
-    return found
+    return np.array([PARTS.index(part) if part else NOWHERE for part in images.parts], dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -223,7 +186,7 @@ class _Groups:
 def _order_groups(images: ImageSet, joined: npt.NDArray[np.int64]) -> _Groups:
     """joined: (N,) the smallest picture of each one's group."""
     rank = np.empty(len(images), dtype=np.int64)
-    rank[np.argsort(Hashes.of(images.hashes).keys, kind="stable")] = np.arange(len(images))
+    rank[np.argsort(digests(images.hashes), kind="stable")] = np.arange(len(images))
     first = np.full(len(images), len(images))
     np.minimum.at(first, joined, rank)
     first = first[joined]
@@ -342,40 +305,25 @@ def read_split(path: Path, images: ImageSet) -> Split:
     file = path / "split.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        members = [Hashes.of(record[name]).digests for name in PARTS]
-        protocol, seed = str(record["protocol"]), int(record["seed"])
-        torn = tuple(str(name) for name in record.get("torn", []))
-        grouped = Hashes.of([sha256 for group in record.get("groups", []) for sha256 in group])
-        group_of = np.repeat(np.arange(len(record.get("groups", []))), [len(group) for group in record.get("groups", [])])
+        part_of = {sha256: part for part, name in enumerate(PARTS) for sha256 in record[name]}
+        group_of = {sha256: number for number, group in enumerate(record["groups"]) for sha256 in group}
+        protocol, seed, torn = str(record["protocol"]), int(record["seed"]), tuple(map(str, record["torn"]))
     except FileNotFoundError as error:
         raise SplitError(f"{file}: no such split; pass a run folder or a split.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SplitError(f"{file}: not a split ({error}); pass a run folder or a split.json") from error
-    del record
-    place = _last_equal(Hashes(np.concatenate(members)), images)
-    unknown = np.flatnonzero(place < 0)
+    parts = np.array([part_of.get(sha256, NOWHERE) for sha256 in images.hashes])
+    unknown = np.flatnonzero(parts == NOWHERE)
     if len(unknown):
         raise SplitError(
             f"{file}: {len(unknown)} of {len(images)} pictures are not in this split, {images.paths[unknown[0]]} for one; "
             "use the data it was made for, or leave out --split-from"
         )
-    part = np.repeat(np.arange(len(PARTS)), [len(digests) for digests in members])[place]
-    train, val, test = indices = [spilled(np.flatnonzero(part == number)) for number in range(len(PARTS))]
+    train, val, test = indices = [np.flatnonzero(parts == part) for part in range(len(PARTS))]
     for name, found in zip(PARTS, indices, strict=True):
         if not len(found):
             raise SplitError(f"{file}: no picture of its {name} part is in the data; leave out --split-from")
-    place = _last_equal(grouped, images)
-    inside = np.flatnonzero(place >= 0)
-    pairs = np.concatenate([exact_pairs(images), inside[chain(group_of[place[inside]])]])
-    return Split(protocol, seed, train, val, test, spilled(group_numbers(len(images), pairs)), torn)
-
-
-def _last_equal(known: Hashes, images: ImageSet) -> npt.NDArray[np.int64]:
-    """(N,) where each picture's hash is in `known`, the last time if there are several; -1 where it is not."""
-    wanted = Hashes.of(images.hashes).keys
-    if not len(known):
-        return np.full(len(wanted), -1)
-    order = np.argsort(known.keys, kind="stable")
-    ordered = known.keys[order]
-    place = np.maximum(np.searchsorted(ordered, wanted, side="right") - 1, 0)
-    return np.where(ordered[place] == wanted, order[place], -1)
+    groups = np.array([group_of.get(sha256, -1) for sha256 in images.hashes])
+    inside = np.flatnonzero(groups >= 0)
+    pairs = np.concatenate([exact_pairs(images), inside[chain(groups[inside])]])
+    return Split(protocol, seed, train, val, test, group_numbers(len(images), pairs), torn)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qsl
 
-from seewhy.errors import DataError, OutputError, one_line
+from seewhy.errors import DataError, OutputError, reason_of
 from seewhy.patience import PatientFile, own_reason, patiently
+from seewhy.process_state import environment
 from seewhy.writing import whole_file
 
 
@@ -23,10 +24,6 @@ def in_amazon(vendor: Path = Path("/sys/class/dmi/id/sys_vendor")) -> bool:
     with suppress(OSError, ValueError):
         return bool(os.environ.get("AWS_EXECUTION_ENV")) or vendor.read_text().startswith("Amazon")
     return False
-
-
-# Elsewhere Amazon's own client waits minutes for the address that gives its machines their credentials.
-os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "false" if in_amazon() else "true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,9 @@ def _system(root: str, options: str) -> tuple[Any, str]:
     if root.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in options:
         options += ("&" if options else "?") + "retry_limit_seconds=20"  # the client's own limit is a quarter of an hour
     try:
-        found, base = fs.FileSystem.from_uri(asked + options)
+        # Outside of Amazon its client would wait minutes for the address that gives Amazon's machines their credentials.
+        with environment(AWS_EC2_METADATA_DISABLED="false" if in_amazon() else "true"):
+            found, base = fs.FileSystem.from_uri(asked + options)
     except (ArrowException, ValueError) as error:  # a scheme that pyarrow does not know
         if options and root.startswith(("http://", "https://")):
             raise DataError(f"{root}: a web server's addresses take no ?options here; leave them out, or download the files") from error
@@ -75,16 +74,12 @@ def _system(root: str, options: str) -> tuple[Any, str]:
             given = {name: {"true": True, "false": False}.get(value, value) for name, value in parse_qsl(options[1:], True)}
             other, base = fsspec.core.url_to_fs(asked, **given)
         except (ImportError, ValueError):
-            why = _reason(error).partition("?")[0]
+            why = reason_of(error).partition("?")[0]
             raise DataError(f"{root}: no known kind of address ({why}); use a path, s3://, gs://, hdfs:// or file://") from error
         except TypeError as refused:
-            raise DataError(f"{root}: its file system does not take these ?options ({_reason(refused)}); correct them") from refused
+            raise DataError(f"{root}: its file system does not take these ?options ({reason_of(refused)}); correct them") from refused
         found = fs.PyFileSystem(fs.FSSpecHandler(other))
     return found, base.rstrip("/")
-
-
-def _reason(error: BaseException) -> str:
-    return one_line(" ".join(str(error).split()) or type(error).__name__)[:160]
 
 
 @contextmanager
@@ -96,7 +91,7 @@ def _reaching(place: str, kind: type[DataError] | type[OutputError] = DataError)
     except FileNotFoundError as error:
         raise kind(f"{place}: no such file or folder") from error
     except (OSError, ImportError) as error:
-        raise kind(f"{place}: cannot be reached ({_reason(error)}); check the address, the network and your credentials") from error
+        raise kind(f"{place}: cannot be reached ({reason_of(error)}); check the address, the network and your credentials") from error
 
 
 def _opened(address: str) -> tuple[Any, str, str]:

@@ -69,8 +69,10 @@ def take_rows(store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64])
 
 
 class KnownKeys:
-    """Keys by their first 8 bytes of 32, so that a billion of them are asked from memory. Of 10^9 keys two begin alike with a probability
-    of 0.03 (n^2 / 2^65): the row of one is then not stored, and computed again by whoever looks for it with `FeatureStore.find`.
+    """Keys by their first 8 bytes of 32, so that a billion of them are looked up in memory.
+
+    Of 10^9 keys two begin alike with a probability of 0.03 (n^2 / 2^65): the row of one is then not stored, and computed again by
+    whoever looks for it with `FeatureStore.find`.
     """
 
     def __init__(self, known: npt.NDArray[np.uint64]) -> None:
@@ -150,14 +152,6 @@ class FeatureStore:
         first = np.maximum.accumulate(np.where(same, 0, np.arange(len(rows))))
         found = np.empty_like(rows)
         found[order] = rows[first]
-        return found
-
-    def keys(self) -> dict[bytes, int]:
-        """Key -> number of its row, for everything that is completely written."""
-        found = {}
-        for number in self._numbers():
-            data = self._pair(number)[1].read_bytes()
-            found.update({data[32 * i : 32 * i + 32]: (number << FILE_BITS) + i for i in range(self._complete(number))})
         return found
 
     def known(self) -> KnownKeys:

@@ -1,4 +1,4 @@
-"""Jobs -> their results in order, from threads; items -> batches."""
+"""Jobs -> their results in order, from threads; items -> batches; images -> answers about batches of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 BATCH = 32
 
 T = TypeVar("T")
 R = TypeVar("R")
+Picture = tuple[str, bytes | str]  # name of an image, and its file's content or the reason why there is none
+Bad = list[tuple[str, str]]  # name, reason
 
 
 def in_order(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
@@ -35,3 +38,43 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     left = iter(items)
     while batch := list(itertools.islice(left, size)):
         yield batch
+
+
+@dataclass(frozen=True)
+class Worker(Generic[R]):
+    """A network or an exported file that is ready to be asked about images.
+
+    prepare: content of an image file -> its input; ValueError with the reason where it cannot be used.
+    answer: names and inputs of a batch -> result; at most `lanes` threads call it at a time. batch: images in one.
+    """
+
+    prepare: Callable[[bytes], Any]
+    answer: Callable[[list[str], list[Any]], R]
+    lanes: int = 1
+    batch: int = BATCH
+
+
+def answered(
+    worker: Worker[R], images: Iterable[T], read: Callable[[T], Picture], threads: int
+) -> Iterator[tuple[list[str], R | None, Bad]]:
+    """Batches in order: names of the usable images, the result (None where there are none), and what cannot be used.
+
+    read, worker.prepare: called in `threads` threads.
+    """
+
+    def prepared(image: T) -> tuple[str, Any, str]:
+        name, data = read(image)
+        if isinstance(data, str):
+            return name, None, data
+        try:
+            return name, worker.prepare(data), ""
+        except ValueError as error:
+            return name, None, str(error)
+
+    def answer(batch: list[tuple[str, Any, str]]) -> tuple[list[str], R | None, Bad]:
+        names = [name for name, _, reason in batch if not reason]
+        result = worker.answer(names, [ready for _, ready, reason in batch if not reason]) if names else None
+        return names, result, [(name, reason) for name, _, reason in batch if reason]
+
+    batches = in_batches(in_order(prepared, images, threads, ahead=2 * worker.batch), worker.batch)
+    return in_order(answer, batches, worker.lanes, ahead=worker.lanes)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageEnhance
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 RESAMPLING = {
@@ -144,3 +145,24 @@ def _cut_and_resize(
     resized = F.interpolate(pixels.permute(2, 0, 1)[None], (size[1], size[0]), mode=interpolation, antialias=True)
     square: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).contiguous().numpy()
     return square
+
+
+def directions(squares: npt.NDArray[np.uint8], flip: bool | None) -> list[npt.NDArray[np.uint8]]:
+    """(N, H, W, 3) images, and with `flip` their mirror images too: what is averaged over at test time."""
+    return [squares, np.ascontiguousarray(squares[:, :, ::-1])] if flip else [squares]
+
+
+class Normalize(nn.Module):
+    """(N, 3, H, W) of 0..255 -> (x / 255 - mean) / std, float32."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+
+    def forward(self, squares: Tensor) -> Tensor:
+        return squares.float() * self.scale + self.shift

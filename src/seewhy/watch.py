@@ -44,6 +44,9 @@ class Limits:
             raise ConfigError(
                 f"a queue of {self.waiting} pictures cannot take a request of {self.files}; raise --queue or lower --max-files"
             )
+        if self.waiting_bytes < self.request_bytes:
+            most = self.waiting_bytes / 1e6
+            raise ConfigError(f"requests of {self.request_bytes / 1e6:g} MB are more than all may hold together; --max-mb {most:g} at most")
 
 
 class Refused(Exception):

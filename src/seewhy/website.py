@@ -13,11 +13,10 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from seewhy.about import about
 from seewhy.cache import cache_dir
-from seewhy.errors import OutputError
-from seewhy.jsonable import finite
-from seewhy.runtime import load_onnx
+from seewhy.errors import OutputError, reason_of
+from seewhy.runtime import about, load_onnx
+from seewhy.writing import atomic_folder, finite
 
 WEB = Path(__file__).parent / "web"
 PARTS = {"index.html": "index.html", "page.css": "page.css", "page.js": "page.js", "heat.js": "heat.js", "engine_browser.js": "engine.js"}
@@ -27,23 +26,15 @@ RUNTIME_PARTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 
 def write_website(model: Path, folder: Path, precision: float | None = None) -> Path:
     """Writes the folder, whole or not at all. OutputError where it exists or cannot be written, or onnxruntime-web cannot be had."""
-    if folder.exists():
-        raise OutputError(f"{folder}: exists already; remove it, or name another folder with --web")
     facts = finite(about(load_onnx(model), precision))
     archive = fetch_runtime()
-    work = folder.parent / f".{folder.name}-{os.getpid()}"
-    try:
-        (work / "ort").mkdir(parents=True)
+    with atomic_folder(folder, "choose another place with --web") as work:
+        (work / "ort").mkdir()
         for name, written in PARTS.items():
             shutil.copyfile(WEB / name, work / written)
         shutil.copyfile(model, work / "model.onnx")
         (work / "model.json").write_text(json.dumps(facts, ensure_ascii=False, allow_nan=False), encoding="utf-8")
         unpack_runtime(archive, work / "ort")
-        os.replace(work, folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another place with --web") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # not there any more where all went well
     return folder
 
 
@@ -61,7 +52,7 @@ def fetch_runtime() -> Path:
         done = subprocess.run([npm, "pack", "--silent", f"{package}@{version}"], cwd=place, capture_output=True, text=True, check=False)
         found = list(Path(place).glob("*.tgz"))
         if done.returncode or not found:
-            reason = " ".join(done.stderr.split())[:120] or "nothing came"
+            reason = reason_of(done.stderr or "nothing came", 120)
             raise OutputError(f"onnxruntime-web could not be fetched by npm ({reason}); {advice}")
         os.replace(found[0], archive)
     return archive

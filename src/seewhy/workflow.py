@@ -1,4 +1,4 @@
-"""TrainConfig -> a finished run folder: the stages one after another, and what is done with them later."""
+"""TrainConfig -> a finished run folder: the stages one after another."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from seewhy import __version__, world
+from seewhy import distributed
 from seewhy.backbones import Backbone, check_request, create_backbone
 from seewhy.batches import training_data
-from seewhy.calibration import answered_at, fit_temperature, threshold_for
+from seewhy.calibration import fit_temperature, selective_accuracy, threshold_for
 from seewhy.callbacks import Diverged
 from seewhy.card import model_card
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
-from seewhy.errors import ConfigError, DataError, OutputError, RunError
-from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_network
+from seewhy.data_parallel import check_distributed
+from seewhy.errors import ConfigError, OutputError, RunError, require
+from seewhy.evaluate import Evaluation, classifier_vectors, evaluate_part
 from seewhy.figures import confusion_figure, save_png, training_curves
 from seewhy.fitting import Fit, fit
 from seewhy.grouping import group_pictures
@@ -30,57 +31,45 @@ from seewhy.images import ImageSet, conflicting_duplicates, open_images
 from seewhy.places import Places, choose_places, open_work, read_json
 from seewhy.progress import LOG, log_to, silent
 from seewhy.report import warnings_of, write_report
-from seewhy.run import Run, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
+from seewhy.saved_run import SavedRun, clean_up, finish, hardware, load, make_manifest, save_references, save_weights
 from seewhy.split import PARTS, Split, leaked_pictures, read_split, split_images
-from seewhy.tracking import check_tracker, tell_of_run, tracked
-from seewhy.unknowns import REFERENCES, ROWS, References, in_rows, sample_references
+from seewhy.tracking import check_tracker, tracked, upload_run
+from seewhy.unknowns import REFERENCES, ROWS, KNNReference, fit_reference, in_rows
+from seewhy.version import __version__
 from seewhy.writing import harmless, harmless_path, remove_tree, whole_file, write_json
 
-KNOWN_PASS = 0.95  # share of val that is not called unknown
+IN_DISTRIBUTION_QUANTILE = 0.95  # share of val that is not called unknown
 PRECISIONS = (0.9, 0.95, 0.98, 0.99)  # of the table of thresholds below which to say nothing
 
 
-def train(data: str | Path, *, out: Path | str | None = None, resume: bool = False, devices: int = 1, **options: Any) -> Run:
-    """Trains a classifier on a dataset or folder and returns the saved run.
+def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> SavedRun:
+    """Train a classifier and return the saved run. An error leaves nothing behind; an interruption leaves what `resume` needs.
 
-    data: 'caltech101', 'scenes', a folder of class folders, or tar or parquet shards. out: the run's folder (default runs/NAME).
-    resume: go on with an unfinished run of the same config. devices: processes that share the work. options: fields of TrainConfig.
+    Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, the main process writes, and
+    the others return the run that it has written.
     """
-    config, place = make_config(data=str(data), **options), Path(out) if out is not None else None
-    if devices > 1:
-        from seewhy.launch import launch
-
-        return load(launch(config, place, resume, devices))
-    return train_run(config, place, resume)
-
-
-def train_run(config: TrainConfig, out: Path | None = None, resume: bool = False) -> Run:
-    """The same from a config. An error leaves nothing behind; an interruption leaves what `resume` needs.
-
-    Where torchrun, SLURM or `launch` started several processes with the same call, they share the work, and the leading one writes.
-    """
-    with world.joined():
+    with distributed.process_group():
         config = config.resolved()
-        if world.size() == 1:
+        if distributed.world_size() == 1:
             return _train_claimed(config, out, resume)
         if config.search:
             raise ConfigError("--search tries its variants in one process; search there, then train with --config RUN/run.json")
-        if world.leads():
+        if distributed.is_main_process():
             return _train_claimed(config, out, resume)
         return _train_along(config)
 
 
-def _train_along(config: TrainConfig) -> Run:
-    """What the processes do that do not lead: their shares of the work; then they read the run that the leader has written."""
-    work, target, todo = (Path(text) for text in world.text_of_leader("").split("\n"))
-    if str(todo) != "finished":
-        with silent():  # the leader speaks for all
-            _train_in(Places(work, target), config)
-    world.wait()
-    return load(target)
+def _train_along(config: TrainConfig) -> SavedRun:
+    """Do this process's shard of the work, then load the run that the main process has written."""
+    places, finished = distributed.broadcast(None)
+    if not finished:
+        with silent():  # the main process logs for all
+            _train_in(places, config)
+    distributed.barrier()
+    return load(places.target)
 
 
-def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
+def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> SavedRun:
     places = choose_places(config, out, resume)
     if resume and (places.target / "run.json").is_file():
         finished = load(places.target)
@@ -88,19 +77,23 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
         if finished.config != config and finished.manifest.get("search", {}).get("asked") != dump_config(config):
             raise RunError(f"{places.target}: a finished run with other options; choose another --out")
         LOG.info(f"already finished: {places.target}")
-        tell_of_run(places.target)  # what a tracker has missed
-        _tell_others(places, "finished")
+        upload_run(places.target)  # what a tracker has missed
+        _broadcast_places(places, finished=True)
+        distributed.barrier()
         return finished
     check_request(config.backbone, config.weights)
-    check_tracker(config, resume)
+    check_tracker(config)
+    if config.search:
+        require("search", "--search", "optuna")
     begun = places.work.exists()
     places, let_go = open_work(places, config, resume, out is None)
     try:
         with log_to(places.work / "log.txt"), tracked(config, places.work, places.target):
             LOG.debug(f"seewhy {__version__}, {'going on' if resume else 'starting'}: {json.dumps(dump_config(config))}")
-            _tell_others(places, "train")
+            _broadcast_places(places, finished=False)
             run = _train_in(places, config)
-        world.wait()
+            assert run is not None  # this is the main process
+        distributed.barrier()
         return run
     except KeyboardInterrupt:
         raise
@@ -113,14 +106,13 @@ def _train_claimed(config: TrainConfig, out: Path | None, resume: bool) -> Run:
         let_go()
 
 
-def _tell_others(places: Places, todo: str) -> None:
-    """To the processes that were started with this one: where the run is made and will stand, and whether there is anything to do."""
-    world.text_of_leader(f"{places.work.absolute()}\n{places.target.absolute()}\n{todo}")
-    if todo == "finished":
-        world.wait()
+def _broadcast_places(places: Places, finished: bool) -> None:
+    """Tell the other processes the run's folders, and whether there is nothing left to do."""
+    distributed.broadcast((Places(places.work.absolute(), places.target.absolute()), finished))
 
 
-def _train_in(places: Places, config: TrainConfig) -> Run:
+def _train_in(places: Places, config: TrainConfig) -> SavedRun | None:
+    """The stages one after another; the run on the main process, None on the others, which only share the work."""
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     images = open_images(config.data, config.data_root, config.skip_bad, config.workers)
@@ -133,6 +125,7 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     seconds["search"] = time.perf_counter() - began - seconds["pictures"]
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
     cut = cut_backbone(backbone, config.unfreeze)
+    check_distributed(cut, config)
     mark = time.perf_counter()
     train_data, val_data = training_data(images, split, backbone, cut, config)
     seconds["features"] = time.perf_counter() - mark
@@ -146,8 +139,8 @@ def _train_in(places: Places, config: TrainConfig) -> Run:
     evaluations = {part: replace(found, temperature=temperature) for part, found in (("val", val), ("test", test))}
     strange = _unknowns(images, split, backbone, cut, config)
     seconds["evaluation"] = time.perf_counter() - mark
-    if not world.leads():
-        return Run(places.target, config, images.classes, backbone, cut, {"metrics": {}})
+    if not distributed.is_main_process():
+        return None
     numbers = test.metrics
     LOG.info(
         f"test accuracy {numbers['accuracy']:.1%} ({numbers['n']} pictures, 95% interval {numbers['accuracy_ci95'][0]:.1%} to "
@@ -198,22 +191,6 @@ def _tell_of(images: ImageSet, split: Split, leaked: int) -> None:
         LOG.info(f"too few groups to divide, so only equal files are kept together: {shown}")
 
 
-def evaluate_part(
-    images: ImageSet,
-    indices: Any,
-    part: str,
-    backbone: Backbone,
-    cut: Cut,
-    config: TrainConfig,
-    groups: Any = None,
-    temperature: float = 1.0,
-) -> Evaluation:
-    """The pictures at `indices` as a run of this config answers them; groups: (N,) of all `images`."""
-    flip, own = bool(config.test_flip), None if groups is None else groups[indices]
-    how = (config.engine, config.workers, config.cache, flip, own, temperature, config.feature_dtype)
-    return evaluate_network(backbone, cut, images, indices, part, *how)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -229,9 +206,9 @@ def _write_run(
     seconds: dict[str, float],
     began: float,
     found: dict[str, Any],
-    strange: tuple[References, dict[str, Any]] | None,
+    strange: tuple[KNNReference, dict[str, Any]] | None,
     leaked: int,
-) -> Run:
+) -> SavedRun:
     """Everything but the manifest into the work folder, then the manifest, then the rename."""
     work, mark = places.work, time.perf_counter()
     metrics = {part: evaluation.metrics for part, evaluation in evaluations.items()}
@@ -273,12 +250,12 @@ def _write_run(
             "calibration": _calibration(evaluations["val"], evaluations["test"]),
             **({"unknowns": strange[1]} if strange else {}),
             "metrics": metrics,
-            "hardware": hardware() | ({"processes": world.size()} if world.size() > 1 else {}),
+            "hardware": hardware() | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {}),
             **({"search": found} if found else {}),
         }
         manifest = make_manifest(config, images.classes, backbone, facts)
-        run = Run(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
-        with world.apart():  # the others have nothing left to do
+        run = SavedRun(places.target, config, images.classes, backbone, cut, manifest, strange[0] if strange else None)
+        with distributed.main_process_only():  # the others have nothing left to do
             write_report(run, fitted.history, evaluations["test"], work)
         (work / "README.md").write_text(model_card(run, warnings_of(run)), encoding="utf-8")
         seconds["report"] = time.perf_counter() - mark
@@ -294,11 +271,11 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
     """What makes answers trustworthy, chosen on val, and what came of it on test."""
     rows = []
     for precision in PRECISIONS:
-        threshold = threshold_for(val.sure, val.right, precision)
+        threshold = threshold_for(val.confidence, val.correct, precision)
         row: dict[str, Any] = {"precision": precision, "threshold": threshold}
         if threshold is not None:
             for part, evaluation in (("val", val), ("test", test)):
-                coverage, right = answered_at(evaluation.sure, evaluation.right, threshold)
+                coverage, right = selective_accuracy(evaluation.confidence, evaluation.correct, threshold)
                 row |= {f"{part}_answered": coverage, f"{part}_right": None if math.isnan(right) else right}
         rows.append(row)
     return {"temperature": val.temperature, "n": len(val.labels), "abstain": rows}
@@ -306,17 +283,17 @@ def _calibration(val: Evaluation, test: Evaluation) -> dict[str, Any]:
 
 def _unknowns(
     images: ImageSet, split: Split, backbone: Backbone, cut: Cut, config: TrainConfig
-) -> tuple[References, dict[str, Any]] | None:
-    """What tells pictures of nothing known: references, and the strangeness that KNOWN_PASS of val stays within."""
+) -> tuple[KNNReference, dict[str, Any]] | None:
+    """What tells pictures of nothing known: references, and the strangeness that IN_DISTRIBUTION_QUANTILE of val stays within."""
     drawn = np.sort(np.random.default_rng(config.seed).permutation(split.train)[:REFERENCES])
     indices = np.concatenate([drawn, split.val, split.test])
     vectors = classifier_vectors(backbone, cut, images, indices, config.engine, config.workers, config.cache, config.feature_dtype)
     if vectors is None:
         return None
     blocks = in_rows(vectors, [len(drawn), *[ROWS] * (len(indices) // ROWS), len(indices)])
-    references = sample_references(next(blocks))
+    references = fit_reference(next(blocks))
     val, test = np.split(np.concatenate([references.strangeness(block) for block in blocks]), [len(split.val)])
-    threshold = float(np.quantile(val, KNOWN_PASS, method="inverted_cdf"))
+    threshold = float(np.quantile(val, IN_DISTRIBUTION_QUANTILE, method="inverted_cdf"))
     flagged = {f"{part}_flagged": float(np.mean(scores > threshold)) for part, scores in (("val", val), ("test", test))}
     return references, {"score": "nearest neighbours", "threshold": threshold, "references": len(drawn), **flagged}
 
@@ -349,30 +326,4 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
         for n, name in enumerate(evaluation.paths):
             best = int(evaluation.predicted[n])
             answer = [harmless(evaluation.classes[c]) for c in (evaluation.labels[n], best)]
-            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.sure[n]))])
-
-
-# ---------------------------------------------------------------- later
-
-
-def evaluate_run(run: Run, part: str = "test", data: str | None = None) -> Evaluation:
-    """A saved run on a part of its own split (found again by content), or on all pictures of `data`.
-
-    Raises SplitError if the data has changed since, DataError for classes the run does not know.
-    """
-    config = run.config
-    images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
-    if data is not None:
-        indices, part, groups = np.arange(len(images)), "all", None
-    else:
-        split = read_split(run.path, images)
-        indices, groups = split.part(part), split.groups
-    unknown = sorted(set(images.classes) - set(run.classes))
-    if unknown:
-        raise DataError(
-            f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
-        )
-    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
-        place = np.array([run.classes.index(name) for name in images.classes])
-        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
-    return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)
+            writer.writerow([harmless_path(name), *answer, repr(float(evaluation.confidence[n]))])

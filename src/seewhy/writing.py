@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import math
 import os
 import shutil
 import time
@@ -13,10 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from seewhy.errors import OutputError
-from seewhy.jsonable import finite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,16 +50,22 @@ def whole_file(path: Path, advice: str = "choose another place") -> Iterator[Pat
         raise
 
 
-def claim(path: Path) -> Callable[[], None]:
+def claim(path: Path, advice: str = "choose another --out", wait_s: float = 0) -> Callable[[], None]:
     """Makes the folder above `path` and holds a lock beside it, so that one process writes `path` at a time; gives back how to let go.
 
-    Letting go removes the lock file, and the folder if it was made here and nothing was left in it. Raises filelock.Timeout where
-    another process holds the lock, OSError where the folder cannot be written.
+    Letting go removes the lock file, and the folder if it was made here and nothing was left in it.
+    wait_s: for another process; -1: for ever.
+    Raises filelock.Timeout where another process holds the lock, OutputError where the folder cannot be written.
     """
     new_parent = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / f".{path.name}.lock")
-    lock.acquire(timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
 
     def let_go() -> None:
         with suppress(OSError):
@@ -72,6 +78,50 @@ def claim(path: Path) -> Callable[[], None]:
     return let_go
 
 
+@contextmanager
+def locked(path: Path, advice: str = "choose another --out", wait_s: float = 0) -> Iterator[None]:
+    """`claim` for a block. Raises OutputError, which ends with `advice`, where another process writes `path` or nobody can."""
+    try:
+        let_go = claim(path, advice, wait_s)
+    except Timeout as error:
+        raise OutputError(f"{path}: another process writes it right now; {advice}") from error
+    try:
+        yield
+    finally:
+        let_go()
+
+
+@contextmanager
+def atomic_folder(target: Path, advice: str = "choose another place", durable: bool = True) -> Iterator[Path]:
+    """A hidden folder to fill; what is in it stands at `target` afterwards, or nothing does. An empty folder there is replaced.
+
+    durable: whether each file is brought to the disk first. Raises OutputError, which ends with `advice`, where something is there or the
+    place cannot be written.
+    """
+    work = target.parent / f".{target.name}-{os.getpid()}"
+    try:
+        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+            raise OutputError(f"{target}: exists already; remove it, or {advice}")
+        remove_tree(work)
+        work.mkdir(parents=True)
+        yield work
+        move_folder(work, target, durable)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); {advice}") from error
+    finally:
+        remove_tree(work)  # not there any more where all went well
+
+
+def move_folder(work: Path, target: Path, durable: bool = True) -> None:
+    """One rename of a whole folder; `target` is not there yet, or empty."""
+    for path in [*work.rglob("*"), work] if durable else ():
+        to_disk(path)
+    if target.is_dir():
+        target.rmdir()  # succeeds only where it is empty
+    work.rename(target)
+    to_disk(target.parent)
+
+
 def _remove_left_overs(path: Path) -> None:
     for name in glob.glob(f".{glob.escape(path.name)}-*", root_dir=path.parent):
         left_over = path.parent / name
@@ -81,8 +131,19 @@ def _remove_left_overs(path: Path) -> None:
                 left_over.unlink()
 
 
+def finite(content: Any) -> Any:
+    """Content with None for nan and infinities at any depth; JSON has neither, and strict readers refuse a file that does."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """For people to read, too; what JSON cannot hold (nan, NumPy's numbers) as `jsonable.finite` has it."""
+    """For people to read, too; what JSON cannot hold (nan, NumPy's numbers) as `finite` has it."""
     path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 

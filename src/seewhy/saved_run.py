@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import platform
 from collections.abc import Sequence
@@ -10,9 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -20,28 +18,21 @@ from seewhy.backbones import Backbone, rebuild_backbone
 from seewhy.config import TrainConfig, dump_config, make_config
 from seewhy.cutting import Cut, cut_backbone
 from seewhy.engines import Engine
-from seewhy.errors import RunError, SeewhyError
+from seewhy.errors import RunError, SeewhyError, reason_of
 from seewhy.manifest import AGAIN, FORMAT, read_manifest
 from seewhy.transforms import Preprocessing
-from seewhy.unknowns import References
-from seewhy.writing import remove_tree, to_disk, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from seewhy.evaluate import Evaluation
-    from seewhy.explain import Explanation
-    from seewhy.predictions import Predictions
+from seewhy.unknowns import KNNReference
+from seewhy.writing import move_folder, remove_tree, write_json
 
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Run:
+class SavedRun:
     """A fitted classifier with its record.
 
     path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
-    references: what tells pictures of nothing known; None where the network has no vector for that, and in runs of older versions.
+    references: what tells pictures of nothing known; None where the network has no vector for that.
     engines: what has run the network so far, by use and kind; filled by `predict` and `explain`.
     """
 
@@ -51,7 +42,7 @@ class Run:
     backbone: Backbone
     cut: Cut
     manifest: dict[str, Any]
-    references: References | None = None
+    references: KNNReference | None = None
     engines: dict[str, dict[tuple[str, int], Engine]] = field(
         default_factory=lambda: {"network": {}, "answers": {}, "maps": {}}, compare=False
     )
@@ -59,7 +50,7 @@ class Run:
     def __repr__(self) -> str:
         accuracy = self.metrics.get("test", {}).get("accuracy")
         shown = f", test accuracy {accuracy:.1%}" if accuracy is not None else ""
-        return f"Run({str(self.path)!r}, {self.config.backbone}, {len(self.classes)} classes{shown})"
+        return f"{type(self).__name__}({str(self.path)!r}, {self.config.backbone}, {len(self.classes)} classes{shown})"
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -69,104 +60,13 @@ class Run:
 
     @property
     def temperature(self) -> float:
-        """What divides the logits so that probabilities are calibrated; fitted on val. 1 in runs of older versions."""
-        return float(self.manifest.get("calibration", {}).get("temperature", 1.0))
+        """What divides the logits so that probabilities are calibrated; fitted on val."""
+        return float(self.manifest["calibration"]["temperature"])
 
     @property
     def unknown_above(self) -> float:
         """The strangeness above which a picture looks like nothing known; infinite where `references` is None."""
         return float(self.manifest.get("unknowns", {}).get("threshold", math.inf))
-
-    def threshold_for(self, precision: float) -> float:
-        """The least probability to answer at, so that answers are right with probability `precision` (0..1): chosen on val.
-
-        Raises RunError where no threshold promises that, with what there is on val, and for a run without val answers.
-        """
-        from seewhy.calibration import threshold_for
-
-        file = self.path / "predictions_val.csv"
-        try:
-            with file.open(newline="", encoding="utf-8") as lines:
-                rows = [(float(row["prob"]), row["true"] == row["predicted"]) for row in csv.DictReader(lines)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{file}: cannot be read; train the run again, or give the threshold itself") from error
-        if not rows:
-            raise RunError(f"{file}: empty; train the run again, or give the threshold itself")
-        found = threshold_for(np.array([p for p, _ in rows]), np.array([right for _, right in rows], dtype=bool), precision)
-        if found is None:
-            raise RunError(
-                f"{self.path}: no probability promises {precision:.1%} right answers, by its {len(rows)} validation pictures; "
-                "ask for less, or validate on more (--set val_fraction=0.2)"
-            )
-        return found
-
-    # The doors to the later stages; imported when used, so that a run can be read without them.
-
-    def evaluate(self, part: str = "test", data: str | None = None) -> Evaluation:
-        """Measures the run on a part of its own split, or on all pictures of another labelled folder."""
-        from seewhy.workflow import evaluate_run
-
-        return evaluate_run(self, part, data)
-
-    def predict(self, pictures: Sequence[str | Path], skip_bad: bool = False) -> Predictions:
-        """Calibrated class probabilities of files, folders and patterns."""
-        from seewhy.predict import predict
-
-        return predict(self, pictures, skip_bad)
-
-    def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
-        """Writes one file that answers and explains without the run (docs/reference/onnx.md), after comparing it with the run.
-
-        path: None for `model` and the kind's suffix in the run's folder. kind: onnx, int8 or pt2. OutputError where both do not agree.
-        """
-        from seewhy.parity import export_file
-
-        return export_file(self, path, kind)[0]
-
-    def push(self, place: str | Path, public: bool = False) -> str:
-        """Copies the run to a folder that is not there yet, or to hf://USER/NAME; `seewhy.pull` makes it a run again."""
-        from seewhy.sharing import push
-
-        return push(self, place, public)
-
-    def explain(
-        self,
-        pictures: Sequence[str | Path] | str | Path,
-        method: str = "gradcam",
-        target: str | Sequence[str] | None = None,
-        against: str | Sequence[str] | None = None,
-        layers: Sequence[str] = (),
-        shifts: int = 1,
-    ) -> Explanation:
-        """Heatmaps of the predicted class, or of class `target` (and not `against`), of files, folders and patterns.
-
-        target, against: one class, or one a picture.
-        layers: dotted names, several are fused; none: the last feature maps. shifts: the mean over shifts x shifts moved copies.
-        """
-        from seewhy.explain import explain
-
-        return explain(self, [pictures] if isinstance(pictures, str | Path) else pictures, method, target, against, layers, shifts)
-
-    def score_methods(
-        self,
-        pictures: Sequence[str | Path] | str | Path,
-        methods: Sequence[str] | None = None,
-        layers: Sequence[str] = (),
-        shifts: int = 1,
-    ) -> pd.DataFrame:
-        """How far heatmaps of methods (None: all but the slow ones) can be trusted on these pictures: a row a method and score."""
-        from seewhy.scoring import COMPARED, score_methods
-
-        chosen = [pictures] if isinstance(pictures, str | Path) else pictures
-        return score_methods(self, chosen, methods or COMPARED, layers=layers, shifts=shifts)
-
-    def sanity_check(
-        self, pictures: Sequence[str | Path] | str | Path, methods: Sequence[str] | None = None, layers: Sequence[str] = ()
-    ) -> pd.DataFrame:
-        """How alike the maps stay as the network is randomised from the classifier down: a row a method and stage, with intervals."""
-        from seewhy.scoring import COMPARED, sanity_check
-
-        return sanity_check(self, [pictures] if isinstance(pictures, str | Path) else pictures, methods or COMPARED, layers=layers)
 
 
 def installed_versions() -> dict[str, str]:
@@ -199,9 +99,9 @@ def save_weights(backbone: Backbone, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(save(state))  # save_file would make it readable by its owner alone
 
 
-def save_references(references: References, folder: Path) -> None:
+def save_references(references: KNNReference, folder: Path) -> None:
     """To unknowns.safetensors."""
-    state = {"centre": torch.from_numpy(references.centre), "directions": torch.from_numpy(references.directions)}
+    state = {"centre": torch.from_numpy(references.centre), "unit_features": torch.from_numpy(references.unit_features)}
     (folder / "unknowns.safetensors").write_bytes(save(state))
 
 
@@ -211,17 +111,12 @@ def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
     What a resume needs goes after the rename: whatever fails before it, the work can be resumed.
     """
     write_json(work / "run.json", manifest)
-    for path in [*work.rglob("*"), work]:
-        to_disk(path)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    work.rename(target)
-    to_disk(target.parent)
+    move_folder(work, target)
     clean_up(target)
 
 
-def load(path: Path | str) -> Run:
-    """A run folder -> Run, on any machine; no network and no pickle is involved.
+def load(path: Path | str) -> SavedRun:
+    """A run folder -> SavedRun, on any machine; no network and no pickle is involved.
 
     Raises RunError where the folder is missing, half-written, damaged or of another version.
     """
@@ -244,7 +139,7 @@ def load(path: Path | str) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'run.json'}: damaged ({error}); {AGAIN}") from error
     backbone.model.requires_grad_(False)
-    return Run(path, config, classes, backbone, cut, manifest, references)
+    return SavedRun(path, config, classes, backbone, cut, manifest, references)
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -254,22 +149,22 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         state: dict[str, torch.Tensor] = load_file(file)
     except Exception as error:  # safetensors raises its own type for any damage
-        raise RunError(f"{file}: damaged ({' '.join(str(error).split())[:80]}); {AGAIN}") from error
+        raise RunError(f"{file}: damaged ({reason_of(error, 80)}); {AGAIN}") from error
     if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise RunError(f"{file}: damaged ({wrong[0][:60]} holds values that are no numbers); {AGAIN}")
     return state
 
 
-def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> References | None:
+def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -> KNNReference | None:
     if manifest.get("unknowns") is None:
         return None
     file = path / "unknowns.safetensors"
     state = _tensors(file)
-    centre, directions = (state.get(name, torch.empty(0)) for name in ("centre", "directions"))
+    centre, unit_features = (state.get(name, torch.empty(0)) for name in ("centre", "unit_features"))
     width = getattr(cast(Any, backbone.model).get_classifier(), "in_features", None)
-    if centre.ndim != 1 or directions.ndim != 2 or not len(directions) or not len(centre) == directions.shape[1] == width:
+    if centre.ndim != 1 or unit_features.ndim != 2 or not len(unit_features) or not len(centre) == unit_features.shape[1] == width:
         raise RunError(f"{file}: damaged (vectors of other lengths than the network's); {AGAIN}")
-    return References(centre.float().numpy(), directions.half().numpy())
+    return KNNReference(centre.float().numpy(), unit_features.half().numpy())
 
 
 def clean_up(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """Which score tells pictures of no known class best, and how well?
 
-    python benchmarks/unknowns.py --data-root DIR [--seeds 0 1 2]     Caltech-101, into results.json
-    python benchmarks/unknowns.py --quick                             demo set, two classes held out, one JSON line
+    python benchmarks/ood.py --data-root DIR [--seeds 0 1 2]     Caltech-101, into results.json
+    python benchmarks/ood.py --quick                             demo set, two classes held out, one JSON line
 
 efficientnet_lite0 with its classifier trained, as `seewhy train --unfreeze 0` does. Known: the test part. Unknown: the pictures of ten
 classes that were held out of training altogether (others with each seed), and BACKGROUND_Google, which is no class of Caltech-101.
-Each score of `seewhy.unknowns.SCORES` is fitted to the training part. The figures stand in RESULTS.md.
+Each score of ood_scores.py is fitted to the training part. The figures stand in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from common import record
+from ood_scores import SCORES, Known
 
 HELD_OUT = 10
 
@@ -66,10 +67,9 @@ def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) 
     from seewhy.config import make_config
     from seewhy.embedding import embed
     from seewhy.evaluate import tail_logits
-    from seewhy.metrics import auroc, false_passes_at
+    from seewhy.metrics import auroc, fpr_at_tpr
     from seewhy.search import fit_candidate
     from seewhy.split import split_images
-    from seewhy.unknowns import SCORES, Known
 
     kept, out = without_classes(images, held_out)
     split = split_images(kept, seed=seed)
@@ -84,7 +84,7 @@ def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) 
         score = fit(known)
         values = {part: score(vectors[part], logits[part]) for part in vectors if part != "train"}
         inside = values.pop("known")
-        found[name] = {part: (auroc(inside, outside), false_passes_at(inside, outside)) for part, outside in values.items()}
+        found[name] = {part: (auroc(inside, outside), fpr_at_tpr(inside, outside)) for part, outside in values.items()}
     return found
 
 
@@ -105,7 +105,7 @@ def main() -> None:
         found.append(measure(images, others, set(chosen.tolist()), seed))
     parts = list(found[0]["energy"])
     means = {name: {part: [statistics.mean(f[name][part][k] for f in found) for k in (0, 1)] for part in parts} for name in found[0]}
-    answer = {"name": "unknowns", "auroc": {name: {part: round(row[part][0], 4) for part in parts} for name, row in means.items()}}
+    answer = {"name": "ood", "auroc": {name: {part: round(row[part][0], 4) for part in parts} for name, row in means.items()}}
     if not arguments.quick:
         rows = [
             {
@@ -122,9 +122,9 @@ def main() -> None:
             "AUROC: probability that an unknown picture scores higher than a known one. FPR@95: share of unknown pictures that pass where "
             "95% of the known do; lower is better.",
         ]
-        command = f"python benchmarks/unknowns.py --seeds {' '.join(map(str, seeds))}"
+        command = f"python benchmarks/ood.py --seeds {' '.join(map(str, seeds))}"
         entry = {"rows": rows, "raw": {"seeds": seeds, "found": found}, "notes": notes, "command": command}
-        record("unknowns", "Telling pictures of no known class", entry, timed=False)
+        record("ood", "Telling pictures of no known class", entry, timed=False)
     print(json.dumps(answer))
 
 
