@@ -22,12 +22,12 @@ import pytest
 
 import seewhy
 from seewhy import cli, errors, serve, watch
+from seewhy.api import Run
 from seewhy.backbones import BACKBONES
 from seewhy.cam import ALL_METHODS
-from seewhy.cam_quality import OUTLINE, QUALITY
+from seewhy.cam_quality import LOCALIZATION_METRICS, QUALITY
 from seewhy.config import RECIPES, TrainConfig
 from seewhy.corruptions import CORRUPTIONS
-from seewhy.api import Run
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -182,7 +182,7 @@ def test_every_field_of_the_config_is_described() -> None:
 def test_every_method_score_and_corruption_is_described() -> None:
     for name in ALL_METHODS:
         assert re.search(rf"^\| `{re.escape(name)}` \| [^|]{{15,}} \| \[(arXiv|doi)", reference.methods(), re.MULTILINE), name
-    for name in (*QUALITY, *OUTLINE):
+    for name in (*QUALITY, *LOCALIZATION_METRICS):
         assert re.search(rf"^\| {name} \| (higher|lower) \| [^|]{{15,}} \|$", reference.scores(), re.MULTILINE), name
     assert all(f"`{name}`" in reference.corruptions() for name in CORRUPTIONS)
 

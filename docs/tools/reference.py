@@ -170,10 +170,10 @@ def methods() -> str:
 
 def scores() -> str:
     """Every score of heatmaps."""
-    from seewhy.cam_quality import OUTLINE, QUALITY
+    from seewhy.cam_quality import LOCALIZATION_METRICS, QUALITY
 
     rows = [[name, score.better, cite(_plain(first_paragraph(score.of)))] for name, score in QUALITY.items()]
-    rows += [[name, "higher", cite(_plain(first_paragraph(function)))] for name, function in OUTLINE.items()]
+    rows += [[name, "higher", cite(_plain(first_paragraph(function)))] for name, function in LOCALIZATION_METRICS.items()]
     return table(["score", "better", "definition"], rows)
 
 

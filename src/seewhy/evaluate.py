@@ -77,7 +77,7 @@ class Evaluation:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The entry of `metrics.json` (docs/reference/run.md): headline numbers with bootstrap intervals over groups, and one row a class."""
+        """The entry of `metrics.json` (docs/reference/run.md): headline numbers with intervals over groups, one row a class."""
         n = len(self.labels)
         rows = metrics.per_class(self.confusion)
         among = metrics.in_top_k(self.labels, self.logits, TOP)
