@@ -105,6 +105,11 @@ def test_links_and_images_exist(name: str) -> None:
             assert ((REPOSITORY / name).parent / target).exists(), target
 
 
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if not name.endswith(("CHANGELOG.md", "changelog.md"))])
+def test_documents_say_image(name: str) -> None:
+    assert re.findall(r"\bpictures?\b", read(name), re.IGNORECASE) == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = read("mkdocs.yml").split("\nnav:")[1]
     for path in DOCS.rglob("*.md"):
