@@ -273,7 +273,7 @@ def check_options(line: str) -> None:
     """Every option behind `seewhy COMMAND` in a line of shell is one of that command."""
     words = shlex.split(line, comments=True)
     start = next((n for n, word in enumerate(words) if word in ("seewhy", "seewhy.cli", "seewhy-train")), None)
-    if start is None or start + 1 == len(words) or not words[start + 1].islower() or words[:2] == ["docker", "build"]:
+    if start is None or start + 1 == len(words) or not re.fullmatch(r"[a-z]+", words[start + 1]) or words[:2] == ["docker", "build"]:
         return
     command, given = words[start + 1], words[start + 2 :]
     assert command in reference.commands(), line
@@ -326,7 +326,7 @@ def world(
         shutil.copytree(demo_run.path, tmp_path / "runs" / "first")
     if name != "docs/start/tour.md":  # which asks its run for a threshold
         monkeypatch.setitem(RECIPES["linear"], "epochs", 2)
-    monkeypatch.setattr("seewhy.serving.exported", lambda run: demo_onnx)
+    monkeypatch.setattr("seewhy.cli_out.exported", lambda run: demo_onnx)
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: [item.close() for item in sockets])
     listen = socket.create_server
     monkeypatch.setattr(socket, "create_server", lambda address, **options: listen((address[0], 0), **options))
