@@ -23,7 +23,16 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy train.py predict.py
 
-# The short form of what docs/RELIABILITY.md promises; its numbers come from the long one.
+# The site, into build/site; a broken link, or a name that the reference cannot generate, is an error.
+.PHONY: docs
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The short form of what docs/concepts/reliability.md promises; its numbers come from the long one.
 proofs: $(VENV)/.installed-dev
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/torture.py --quick
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/fuzz.py --quick

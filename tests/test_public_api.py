@@ -23,12 +23,6 @@ def test_all_is_sorted_complete_and_importable() -> None:
         seewhy.nonsense  # noqa: B018  # the access itself is what is tested
 
 
-def test_every_public_name_stands_in_the_readme() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    missing = [name for name in seewhy.__all__ if not re.search(rf"\b{name}\b", text)]
-    assert missing == []
-
-
 def test_error_tree_is_drawn_in_its_docstring_and_public() -> None:
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
     for error in classes:

@@ -1,4 +1,4 @@
-"""What docs/RELIABILITY.md promises: killed, interrupted, on a full disk, two at once; benchmarks/crashes.py does it a hundred times."""
+"""What docs/concepts/reliability.md promises: killed, interrupted, on a full disk, two at once; benchmarks/crashes.py repeats it."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Run(SavedRun):
         return predict(self, images, skip_bad)
 
     def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
-        """Writes one file that answers and explains without the run (docs/EXPORT.md), after comparing it with the run.
+        """Writes one file that answers and explains without the run (docs/reference/onnx.md), after comparing it with the run.
 
         path: None for `model` and the kind's suffix in the run's folder. kind: onnx or pt2. OutputError where both do not agree.
         """

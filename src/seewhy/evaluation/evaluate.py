@@ -79,7 +79,7 @@ class Evaluation:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The entry of `metrics.json` (docs/METRICS.md): headline numbers with bootstrap intervals over groups, and one row a class."""
+        """The entry of `metrics.json` (docs/reference/run.md): headline numbers with intervals over groups, one row a class."""
         n = len(self.labels)
         rows = metrics.per_class(self.confusion)
         names = [name for name in metrics.HEADLINE if name != "top5_accuracy" or len(self.classes) > TOP]

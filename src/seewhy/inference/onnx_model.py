@@ -24,7 +24,7 @@ from seewhy.inference.onnx_validation import check_graph
 from seewhy.inference.predictions import Predictions, answer_files
 
 RANKS = {"logits": 2, "probabilities": 2, "network_input": 4, "ood_score": 1, "heatmaps": 4}  # what a file may answer with
-FORMAT = 2  # of the metadata, which portable.py writes
+FORMAT = 3  # of the metadata, which deploy/onnx_export.py writes
 USUAL_PRECISION = 0.95
 WITHOUT_PRECISION = 0.5  # least probability of an answer where val could promise no precision
 ASKED_ALONE = onnxruntime.RunOptions()

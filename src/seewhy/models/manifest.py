@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from seewhy.errors import RunError, reason_of
 from seewhy.models.transforms import RESAMPLING
 
-FORMAT = 1  # raised when a reader of the old one would misread the new one
+FORMAT = 2  # raised when a reader of the old one would misread the new one
 MOST_BYTES = 200_000_000  # a class and a bad image take some hundred bytes each
 AGAIN = "copy the run again or train it again"
 
