@@ -26,7 +26,7 @@ from seewhy.api import Run
 from seewhy.cli.guard import INTERRUPTED, run_guarded
 from seewhy.cli.main import call
 from seewhy.config import RECIPES, TrainConfig
-from seewhy.deploy import app
+from seewhy.deploy import app, middleware
 from seewhy.evaluation.corruptions import CORRUPTIONS
 from seewhy.explain.cam import ALL_METHODS
 from seewhy.explain.faithfulness import LOCALIZATION_METRICS, QUALITY
