@@ -1,6 +1,6 @@
-"""The classic way in: Caltech-101 -> data/, models/best_model.pth and results/*.png, from the same job as `seewhy train caltech101`.
+"""Train ResNet-18 on Caltech-101 and write models/best_model.pth and results/*.png: the classic script around `seewhy train caltech101`.
 
-python train.py                                  ResNet-18, early layers frozen, deeper ones trained
+python train.py                                  early layers frozen, the last stage trained
 python train.py --weights resnet18.safetensors   any option of `seewhy train`
 """
 
@@ -21,13 +21,13 @@ FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples",
 
 def main() -> None:
     run = train_from_arguments(["caltech101", *sys.argv[1:]])
-    if not launched_as_main():  # under torchrun, one process writes
+    if not launched_as_main():  # under torchrun, the main process writes
         return
     export_state_dict(run, "models/best_model.pth")
     Path("models/run.txt").write_text(f"{run.path}\n")  # where predict.py finds the run
     Path("results").mkdir(exist_ok=True)
-    for ours, classic in FIGURES.items():
-        shutil.copy(run.path / "figures" / f"{ours}.png", f"results/{classic}.png")
+    for figure, name in FIGURES.items():
+        shutil.copy(run.path / "figures" / f"{figure}.png", f"results/{name}.png")
     print("models/best_model.pth", *(f"results/{name}.png" for name in FIGURES.values()), sep="\n")
 
 

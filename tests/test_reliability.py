@@ -77,8 +77,8 @@ def test_killed_and_interrupted_then_resumed_has_the_same_bits(folder: Path, tmp
     _, error = second.communicate()
     assert second.returncode == 130
     said = error.splitlines()[-1]
-    assert said.startswith("seewhy: interrupted; go on with: seewhy train ")
-    again = shlex.split(said.partition("go on with: ")[2])
+    assert said.startswith("seewhy: interrupted; resume with: seewhy train ")
+    again = shlex.split(said.partition("resume with: ")[2])
     assert again[1:] == [*command, "--resume"]
     third = subprocess.run([*SEEWHY, *again[1:], "--json"], capture_output=True, text=True, check=True)
     assert json.loads(third.stdout)["run"] == str(tmp_path / "run")

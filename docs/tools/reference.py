@@ -69,12 +69,17 @@ def cli() -> str:
     for name, command in commands().items():
         arguments = [item for item in command.params if item.param_type_name == "argument"]
         options = [item for item in command.params if item.param_type_name == "option" and item.name != "help"]
-        usage = " ".join([f"seewhy {name}", *(item.metavar or item.name.upper() for item in arguments), "[OPTIONS]"])
+        usage = " ".join([f"seewhy {name}", *map(_argument, arguments), "[OPTIONS]"])
         parts += [f"## {name}", command.help.strip(), f"```text\n{usage}\n```"]
         rows = [(f"`{item.metavar or item.name.upper()}`", getattr(item, "help", "") or "") for item in arguments]
         rows += [(_flags(item), (item.help or "") + _default(item)) for item in options]
         parts.append(table(["argument or option", "meaning"], rows))
     return "\n\n".join(parts)
+
+
+def _argument(item: Any) -> str:
+    name = (item.metavar or item.name.upper()) + ("..." if item.nargs == -1 else "")
+    return name if item.required else f"[{name}]"
 
 
 def _flags(option: Any) -> str:
@@ -199,11 +204,11 @@ def http_models() -> str:
     """The JSON records of the server."""
     from pydantic import BaseModel
 
-    from seewhy import wire
+    from seewhy.deploy import schemas
 
     parts = []
-    for name, model in vars(wire).items():
-        if inspect.isclass(model) and issubclass(model, BaseModel) and model.__module__ == wire.__name__:
+    for name, model in vars(schemas).items():
+        if inspect.isclass(model) and issubclass(model, BaseModel) and model.__module__ == schemas.__name__:
             text = inspect.cleandoc(model.__doc__ or "") if model.__doc__ and model.__doc__ != BaseModel.__doc__ else ""
             rows = [[f"`{field}`", _json_kind(item.annotation)] for field, item in model.model_fields.items()]
             parts += [f"### {name}", *([text] if text else []), table(["field", "type"], rows)]

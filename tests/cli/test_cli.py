@@ -1,4 +1,4 @@
-"""The command line: results on stdout, one line and status 2 for every mistake, options that come from the config."""
+"""Test the command line: results on stdout, one line and status 2 for every mistake, options derived from TrainConfig."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call as call_command
 from seewhy.config import TrainConfig
 
 Call = Callable[..., tuple[int, str, str]]
@@ -29,7 +30,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """call("predict", ...) -> (status, stdout, stderr), as the console script gives them."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run_guarded(lambda: cli.call([str(a) for a in arguments]))
+        status = run_guarded(lambda: call_command([str(a) for a in arguments]))
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -168,7 +169,7 @@ def test_the_console_script_itself(tmp_path: Path) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys, seewhy.cli; sys.exit(bool({'torch', 'timm', 'lightning', 'pandas'} & set(sys.modules)))"
+    code = "import sys, seewhy.cli.main; sys.exit(bool({'torch', 'timm', 'lightning', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -216,17 +217,18 @@ def test_explain_by_several_methods_writes_an_overlay_each(call: Call, demo_run:
 def test_a_light_installation_says_what_is_missing() -> None:
     code = (
         "import sys\nfor name in ('torch', 'lightning'): sys.modules[name] = None\n"
-        "from seewhy.cli import call, run_guarded\nsys.exit(run_guarded(lambda: call(['train', 'scenes'])))"
+        "from seewhy.cli.guard import run_guarded\nfrom seewhy.cli.main import call\n"
+        "sys.exit(run_guarded(lambda: call(['train', 'scenes'])))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; the full installation \(README\) brings it\n", done.stderr)
+    assert re.fullmatch(r"seewhy: this needs \w+, which is not installed; install seewhy in full \(see README\)\n", done.stderr)
 
 
 # ---------------------------------------------------------------- trust
 
 
-def test_predict_says_nothing_where_unsure(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+def test_predict_decides_above_the_threshold_only(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
     table = demo_run.predict(boats).table(1)
     least = float(table["prob_1"].median())
     status, out, _ = call("predict", demo_run.path, *boats, "--min-confidence", least, "--json")
@@ -235,14 +237,14 @@ def test_predict_says_nothing_where_unsure(call: Call, demo_run: Run, boats: lis
     assert answers == [c if p >= least else None for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
     assert None in answers
     status, out, _ = call("predict", demo_run.path, *boats, "--min-confidence", least)
-    assert out.count("unsure: ") == answers.count(None)
+    assert out.count("no decision: ") == answers.count(None)
     call("predict", demo_run.path, *boats, "--target-precision", 0.8, "--out", tmp_path / "a.csv")
     written = pd.read_csv(tmp_path / "a.csv").fillna("")
     assert (
         written["decision"]
         == [c if p >= demo_run.threshold_for(0.8) else "" for c, p in zip(table["class_1"], table["prob_1"], strict=True)]
     ).all()
-    assert_one_line(call("predict", demo_run.path, *boats, "--target-precision", 0.999), "no probability promises")
+    assert_one_line(call("predict", demo_run.path, *boats, "--target-precision", 0.999), "no threshold keeps a precision")
     assert_one_line(call("predict", demo_run.path, *boats, "--target-precision", 0.9, "--min-confidence", 0.5), "give one of them")
 
 
@@ -283,7 +285,7 @@ def test_repeats_print_mean_and_spread(call: Call, make_folder: Callable[..., Pa
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["repeats.csv", "repeats.json", "seed0", "seed1"]
 
 
-def test_images_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
+def test_out_of_distribution_images_are_flagged(call: Call, demo_run: Run, boats: list[Path], tmp_path: Path) -> None:
     """Noise and grey are told from boats; on the test part about 5% are flagged, as the threshold has it on val."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
@@ -294,9 +296,9 @@ def test_images_of_nothing_known_are_flagged(call: Call, demo_run: Run, boats: l
     assert flags.pop("noise.png")
     assert flags.pop("grey.png")
     assert sum(flags.values()) <= 1
-    unknowns = demo_run.manifest["ood"]
-    assert unknowns["val_flagged"] <= 0.05
-    assert unknowns["test_flagged"] <= 0.15
+    ood = demo_run.manifest["ood"]
+    assert ood["val_flagged"] <= 0.05
+    assert ood["test_flagged"] <= 0.15
     _, out, _ = call("predict", demo_run.path, tmp_path / "noise.png")
     assert "out-of-distribution: " in out
 
@@ -315,5 +317,5 @@ def test_a_network_that_fails_is_not_called_a_disk(error: OSError, line: str, ca
     def fail() -> None:
         raise error
 
-    assert cli.run_guarded(fail) == 2
+    assert run_guarded(fail) == 2
     assert capsys.readouterr().err == f"seewhy: {line}\n"

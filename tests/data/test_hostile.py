@@ -256,8 +256,8 @@ def facts(**changed: Any) -> Callable[[onnx.ModelProto], None]:
         (facts(ood_threshold="x"), "not one of `seewhy export`"),
         (facts(abstain=[{"precision": 0.9}]), "not one of `seewhy export`"),
         (facts(abstain=7), "not one of `seewhy export`"),
-        (facts(square_graph="AAAA"), "not a readable ONNX file|answers with nothing|asks for other"),
-        (facts(square_graph="not base64 !"), "not one of `seewhy export`"),
+        (facts(preprocess_graph="AAAA"), "not a readable ONNX file|answers with nothing|asks for other"),
+        (facts(preprocess_graph="not base64 !"), "not one of `seewhy export`"),
     ],
 )
 def test_a_graph_is_checked_before_it_is_used(

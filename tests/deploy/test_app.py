@@ -1,4 +1,4 @@
-"""Over HTTP: answers are those of the run; whatever is sent, a clear JSON line comes back and the next request is answered."""
+"""Test the web application: predictions equal the run's, and bad requests get one line of JSON and harm no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from seewhy.deploy.middleware import Limits, RequestMiddleware
 from seewhy.errors import ConfigError
 from seewhy.inference.onnx_model import load_onnx
 
-LIMITS = Limits(files=8, request_bytes=3_000_000, pixels=1_000_000, upload_s=5, waiting=16)
+LIMITS = Limits(files=8, request_bytes=3_000_000, pixels=1_000_000, upload_s=5, max_inflight=16)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_run(client: TestClient, demo_run: Run, demo_im
         assert found["below_threshold"] == ("decision" not in found)
 
 
-def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
+def test_below_threshold_and_ood_are_flagged(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
     (noise,) = client.post("/predict", files=form(noise_png())).json()["answers"]
     assert noise["ood"] is True
     about = client.get("/model").json()
@@ -86,7 +86,7 @@ def test_unsure_and_unknown_are_said(client: TestClient, demo_onnx: Path, demo_i
         assert found["below_threshold"] == (found["top"][0]["prob"] < about["confidence_threshold"])
         assert found.get("decision") == (None if found["below_threshold"] else found["top"][0]["class_name"])
     with pytest.raises(ConfigError, match="knows thresholds for the precisions"):
-        create_app(demo_onnx, 1, precision=0.123)
+        create_app(demo_onnx, 1, target_precision=0.123)
 
 
 def test_heatmaps_of_any_class(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
@@ -182,13 +182,13 @@ def test_other_bodies(client: TestClient) -> None:
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
-def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_images: list[Path]) -> None:
+def test_an_overloaded_server_sends_retry_after(client: TestClient, demo_images: list[Path]) -> None:
     app: Any = client.app
-    app.state.images = LIMITS.waiting
+    app.state.inflight = LIMITS.max_inflight
     try:
         response = client.post("/predict", files=form(demo_images[0].read_bytes()))
     finally:
-        app.state.images = 0
+        app.state.inflight = 0
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "overloaded"
     assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
@@ -197,39 +197,39 @@ def test_too_much_at_once_is_told_when_to_come_again(client: TestClient, demo_im
 def test_too_many_bytes_at_once(demo_onnx: Path, demo_images: list[Path]) -> None:
     image = form(demo_images[0].read_bytes())
     most = len(image[0][1][1]) + 1000
-    app: Any = create_app(demo_onnx, 1, Limits(request_bytes=most, waiting_bytes=most))
+    app: Any = create_app(demo_onnx, 1, Limits(request_bytes=most, max_inflight_bytes=most))
     with TestClient(app) as client:
-        assert [client.post("/predict", files=image).status_code for _ in range(3)] == [200] * 3  # what is answered counts no more
-        watch = app.middleware_stack
-        while not isinstance(watch, RequestMiddleware):
-            watch = watch.app
-        watch.held = 1000  # of another request
+        assert [client.post("/predict", files=image).status_code for _ in range(3)] == [200] * 3  # finished requests no longer count
+        middleware = app.middleware_stack
+        while not isinstance(middleware, RequestMiddleware):
+            middleware = middleware.app
+        middleware.inflight_bytes = 1000  # bytes of another request
         response = client.post("/predict", files=image)
         assert (response.status_code, response.json()["error"]["code"], response.headers["retry-after"]) == (503, "overloaded", "1")
         assert client.get("/healthz").status_code == 200
-        assert watch.held == 1000
-    with pytest.raises(ConfigError, match=r"requests of 600 MB are more than all may hold together; --max-mb 512 at most"):
+        assert middleware.inflight_bytes == 1000
+    with pytest.raises(ConfigError, match=r"--max-mb 600 is more than all requests may hold together; use at most 512"):
         Limits(request_bytes=600_000_000)
-    with pytest.raises(ConfigError, match="a queue of 8 images cannot take a request of 32"):
-        Limits(waiting=8)
+    with pytest.raises(ConfigError, match="--queue 8 is smaller than --max-files 32"):
+        Limits(max_inflight=8)
 
 
-def test_a_mistake_of_the_server_is_said_and_survived(client: TestClient, demo_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_reported_and_survived(client: TestClient, demo_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     app: Any = client.app
     with monkeypatch.context() as patch:
-        patch.setattr(app.state.batcher, "decision", fail)
+        patch.setattr(app.state.batcher, "submit", fail)
         response = client.post("/predict", files=form(demo_images[0].read_bytes()))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "memory" not in response.text
     assert response.headers["x-request-id"] == response.json()["error"]["request_id"]
-    assert app.state.images == 0
+    assert app.state.inflight == 0
     assert client.post("/predict", files=form(demo_images[0].read_bytes())).status_code == 200
 
 
-def test_a_key_where_one_is_wanted(demo_onnx: Path, demo_images: list[Path]) -> None:
+def test_an_api_key_is_required(demo_onnx: Path, demo_images: list[Path]) -> None:
     with TestClient(create_app(demo_onnx, 1, LIMITS, api_key="s3cret")) as client:
         image = form(demo_images[0].read_bytes())
         for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": "s3cret "[:-2]}):

@@ -1,4 +1,4 @@
-"""Files of every kind are compared with their run on its test images; what says something else is not written."""
+"""Test exported files of every format against their run; files that differ are not written."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from seewhy.errors import ConfigError, OutputError
 from seewhy.inference.onnx_model import load_onnx
 
 
-def test_a_file_says_what_the_run_says_on_all_test_images(demo_run: Run, tmp_path: Path) -> None:
+def test_a_file_equals_the_run_on_all_test_images(demo_run: Run, tmp_path: Path) -> None:
     file, found = export.export_file(demo_run, tmp_path / "new" / "model.onnx")
     assert found is not None
     images = open_images("scenes")
     assert found.n == len(read_split(demo_run.path, images).test)
     assert found.same_class == 1
-    assert found.difference < 1e-5
-    assert found.correlation_least is not None
-    assert found.correlation_least > 0.99999
+    assert found.max_difference < 1e-5
+    assert found.correlation_min is not None
+    assert found.correlation_min > 0.99999
     assert found.accuracy == found.run_accuracy == pytest.approx(demo_run.metrics["test"]["accuracy"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
     assert load_onnx(file).classes == demo_run.classes
 
 
-def test_a_pytorch_program_says_it_too(demo_run: Run, tmp_path: Path) -> None:
+def test_a_torch_program_equals_the_run(demo_run: Run, tmp_path: Path) -> None:
     _, found = export.export_file(demo_run, tmp_path / "model.pt2", "pt2", 12)
     assert found is not None
     assert found.holds
 
 
-def test_a_file_that_says_something_else_is_not_written(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_differs_is_not_written(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(demo_run, manifest={**demo_run.manifest, "calibration": {"temperature": 9.0, "selective": []}})
     wrong = build_onnx(other)
     monkeypatch.setattr(export, "build_onnx", lambda run: wrong)
-    with pytest.raises(OutputError, match="would not say what the run says"):
+    with pytest.raises(OutputError, match="not written, its predictions differ"):
         export.export_file(demo_run, tmp_path / "model.onnx", images=8)
     assert not list(tmp_path.iterdir())
 
@@ -50,7 +50,7 @@ def test_mistakes(demo_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         export.export_file(demo_run, tmp_path / "file" / "model.onnx", images=1)
-    with pytest.raises(ConfigError, match="format 'onx' is none of onnx, pt2"):
+    with pytest.raises(ConfigError, match="unknown format 'onx'; use onnx or pt2"):
         export.export_file(demo_run, tmp_path / "model.onnx", "onx")
     moved = dataclasses.replace(demo_run, config=demo_run.config.model_copy(update={"data": str(tmp_path / "gone")}))
     assert export.export_file(moved, tmp_path / "model.onnx")[1] is None

@@ -1,4 +1,4 @@
-"""The graph says what the run's network says, in ONNX and for PyTorch; with maps and metadata."""
+"""Test the exported graphs against the run's own network: outputs, heatmaps, metadata, ONNX and torch.export."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def test_a_pytorch_program_needs_no_seewhy(demo_run: Run, model: bytes, demo_ima
 def test_a_program_of_centred_squares_is_refused() -> None:
     from tests.cheap_run import cheap_run
 
-    with pytest.raises(ConfigError, match="--format onnx does that too"):
+    with pytest.raises(ConfigError, match="use --format onnx"):
         onnx_export.build_pt2(cheap_run(resize="crop"))

@@ -1,4 +1,4 @@
-"""The graph's squares are those of `transforms.render` to the last bit: any size, cut or squashed, either interpolation."""
+"""Test the preprocessing graph for bitwise equality with `transforms.render`: any size, cropped or squashed, both interpolations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from seewhy.deploy.onnx_preprocess import OPSET, square_graph
+from seewhy.deploy.onnx_preprocess import OPSET, preprocess_graph
 from seewhy.errors import ConfigError
 from seewhy.models.transforms import Preprocessing, eval_view, render
 
@@ -24,7 +24,7 @@ def preprocessing(interpolation: str, resize: str, size: int = 96) -> Preprocess
 
 @cache
 def session(interpolation: str, resize: str) -> Any:
-    graph = square_graph(preprocessing(interpolation, resize))
+    graph = preprocess_graph(preprocessing(interpolation, resize))
     onnx.checker.check_model(graph, full_check=True)
     assert [(o.domain, o.version) for o in graph.opset_import if o.domain == ""] == [("", OPSET)]
     options = onnxruntime.SessionOptions()
@@ -75,5 +75,5 @@ def test_batches() -> None:
 
 
 def test_other_interpolations_are_refused() -> None:
-    with pytest.raises(ConfigError, match="interpolation 'lanczos' cannot be part of an ONNX file"):
-        square_graph(preprocessing("lanczos", "squash"))
+    with pytest.raises(ConfigError, match="interpolation 'lanczos' is not available in ONNX files"):
+        preprocess_graph(preprocessing("lanczos", "squash"))

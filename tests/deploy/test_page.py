@@ -1,4 +1,4 @@
-"""The page in a real browser, served and as a static folder: images in, answers, heatmaps of any class, on a phone, by keyboard."""
+"""Test the page in a real browser, served and as a static site: predictions, heatmaps of any class, phone, keyboard."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def every_class_has_its_heatmap(page: Any) -> None:
 def test_served_page(address: str, demo_run: Run, demo_images: list[Path], dark: bool) -> None:
     with open_page(address, dark) as (page, errors, outside):
         ready(page)
-        assert "tells 8 classes apart; right on" in page.locator("#about").inner_text()
+        assert "8 classes; accuracy" in page.locator("#about").inner_text()
         give(page, *demo_images[::6])
         agrees_with_the_run(page, demo_run, demo_images[::6], within=0.1)
         every_class_has_its_heatmap(page)
@@ -123,7 +123,7 @@ def test_unknown_images_and_bad_files_are_said_in_words(address: str, demo_image
     with open_page(address) as (page, errors, outside):
         ready(page)
         give(page, noise)
-        assert page.locator("#verdict").inner_text() == "Looks like nothing I was trained on"
+        assert page.locator("#verdict").inner_text() == "Unlike the training images"
         assert re.match(r"If it had to be one of my classes: \w+, [\d.]+%\. Do not rely on it\.", page.locator("#remark").inner_text())
         page.set_input_files("#files", str(tmp_path / "broken.jpg"))
         until(page, "document.getElementById('problem').textContent !== ''")
@@ -179,7 +179,7 @@ def test_static_folder_answers_in_the_browser(demo_run: Run, demo_onnx: Path, de
     if shutil.which("npm") is None:
         pytest.skip("no npm here to fetch onnxruntime-web with: install Node.js")
     try:
-        folder = static_site.write_website(demo_onnx, tmp_path / "site")
+        folder = static_site.write_static_site(demo_onnx, tmp_path / "site")
     except OutputError as error:
         pytest.skip(f"onnxruntime-web cannot be had: {error}")
     with static(folder) as address, open_page(address) as (page, errors, outside):

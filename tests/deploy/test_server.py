@@ -1,4 +1,4 @@
-"""The server as a process: it starts fast, survives slow and vanished clients, finishes its work when told to stop."""
+"""Test the server as a process: it starts fast, survives slow and vanished clients, and finishes its work on SIGTERM."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def raw(address: str, content: bytes) -> socket.socket:
     return connection
 
 
-def under_way(address: str) -> float:
+def inflight(address: str) -> float:
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
     return float(next(line for line in lines if line.startswith("seewhy_inflight_images")).split()[-1])
@@ -99,10 +99,10 @@ def test_a_life_of_a_server(demo_onnx: Path, demo_images: list[Path]) -> None:
         )
         vanished.close()  # everything sent, nobody waits for the answer
         assert post(address, image)[1]["answers"] == first["answers"]
-        # Told to stop while requests are under way: all of them are answered, then it ends.
+        # On SIGTERM the requests in flight are finished, then the process ends.
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(post, address, *[image] * 16) for _ in range(4)]
-            while not under_way(address):
+            while not inflight(address):
                 time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
             found = [answer.result() for answer in answers]
@@ -135,10 +135,10 @@ def test_mistakes_are_one_line(demo_onnx: Path, tmp_path: Path, capsys: pytest.C
         for arguments, words in [
             ([str(tmp_path / "none.onnx")], "no such file; `seewhy export RUN` makes one"),
             ([str(tmp_path / "text.onnx")], "not a readable ONNX file"),
-            ([str(tmp_path / "nothing")], "no run and no file of `seewhy export`"),
-            ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot be listened at (Address already in use)"),
+            ([str(tmp_path / "nothing")], "neither a run nor a file of `seewhy export`"),
+            ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot bind (Address already in use)"),
             ([str(demo_onnx), "--target-precision", "0.123"], "knows thresholds for the precisions"),
-            ([str(demo_onnx), "--max-mb", "600"], "--max-mb 512 at most"),
+            ([str(demo_onnx), "--max-mb", "600"], "use at most 512"),
         ]:
             assert run_guarded(lambda arguments=arguments: call(["serve", *arguments])) == 2
             error = capsys.readouterr().err

@@ -239,7 +239,7 @@ def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, caps
     out = tmp_path / "maps.parquet"
     command = ["explain", str(run.path), str(few / "plain"), "--backend", "local", "--out", str(out), "--json"]
     assert cli.run_guarded(lambda: cli.call(command)) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(out), "images": 20, "skipped": 0, "bad": None}
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "images": 20, "skipped": 0, "errors": None}
     rows, wanted = pq.read_table(out).to_pylist(), run.explain([few / "plain"])
     for n, row in enumerate(rows):
         found = np.asarray(Image.open(io.BytesIO(row["heatmap"]))) / 255
@@ -262,7 +262,7 @@ def test_skip_bad_means_the_same_by_any_engine(
         "out": str(out),
         "images": 59,
         "skipped": 1,
-        "bad": str(tmp_path / "answers.bad.csv"),
+        "errors": str(tmp_path / "answers.bad.csv"),
     }
 
 
@@ -434,7 +434,7 @@ def test_heatmaps_on_ray_are_the_local_ones(cluster: None, run: Run, few: Path, 
         command = ["explain", str(run.path), str(few / "plain"), str(few / "shards"), "--backend", backend, "--skip-bad", "--out", out]
         told = answered(command, capsys)
         assert (told["images"], told["skipped"]) == (119, 1)
-        assert pq.read_table(told["bad"]).to_pylist() == [{"path": f"{few}/shards/a.tar/b/00059.jpg", "reason": "not an image"}]
+        assert pq.read_table(told["errors"]).to_pylist() == [{"path": f"{few}/shards/a.tar/b/00059.jpg", "reason": "not an image"}]
         tables.append(pq.read_table(out).to_pandas())
     here, there = tables
     for name in ("path", "class", "predicted"):

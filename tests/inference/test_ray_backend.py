@@ -158,7 +158,7 @@ def test_a_shard_that_kills_its_workers_ends_in_one_line(
         out,
         "--backend",
         "ray",
-        "--address",
+        "--ray-address",
         two_machines,
         "--ray-workers",
         "1",

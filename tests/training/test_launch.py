@@ -251,7 +251,7 @@ def test_a_process_that_is_left_alone_says_so_in_a_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_guarded(lambda: call(["train", "scenes"])) == 2
     said = capsys.readouterr().err
-    assert said.startswith("seewhy: another process of this training has ended")
+    assert said.startswith("seewhy: another process of this training failed")
     assert said.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(RuntimeError, match=r"gone|gloo"):  # alone it is a mistake of ours
@@ -309,5 +309,5 @@ def test_one_process_of_torchrun_exports(train_script: Callable[..., None], monk
 def test_the_classic_script_refuses_repeats_before_it_trains(train_script: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("seewhy.training.repeats.repeat", lambda *_: pytest.fail("trains"))
     for arguments in (["--repeats", "2"], ["--repeats=2"]):
-        with pytest.raises(ConfigError, match="this script goes on with one"):
+        with pytest.raises(ConfigError, match="this script needs one"):
             train_script(*arguments)

@@ -1,4 +1,4 @@
-"""python -m seewhy.cli."""
+"""Run `python -m seewhy.cli`."""
 
 from seewhy.cli.main import main
 

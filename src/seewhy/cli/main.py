@@ -1,4 +1,4 @@
-"""The command line: the app, its commands, and the console script."""
+"""Define the command line app and its console script."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seewhy.cli.deploy import export, pull, push, serve
-from seewhy.cli.options import JsonOption, print_json
+from seewhy.cli.guard import INTERRUPTED, run_guarded
+from seewhy.cli.options import JsonOption, print_result
 from seewhy.cli.predict import evaluate, explain, predict
 from seewhy.cli.quality import audit, compare, robustness
+from seewhy.cli.train import precompute, train
 from seewhy.core.progress import show_log_lines
 from seewhy.core.signals import stop_on_signals
 from seewhy.errors import ConfigError
@@ -20,8 +22,6 @@ from seewhy.version import __version__
 
 if TYPE_CHECKING:
     from seewhy.api import Run
-from seewhy.cli.guard import INTERRUPTED, run_guarded
-from seewhy.cli.train import PRECOMPUTE_PARAMETERS, TRAIN_PARAMETERS, _precompute, _train, _with_train_options
 
 app = typer.Typer(
     name="seewhy",
@@ -32,8 +32,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"seewhy {__version__}")
         raise typer.Exit
 
@@ -43,72 +43,53 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     show_log_lines()
-    warnings.filterwarnings("ignore", module="PIL")  # what cannot be used is named, with the reason
+    warnings.filterwarnings("ignore", module="PIL")  # unreadable images are reported with the reason
 
 
-app.command("train", help="Train a classifier, measure it on images it has not seen, and write the run and its report.")(
-    _with_train_options(TRAIN_PARAMETERS, _train)
-)
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="delete all entries that are not in use")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List or clear the cache of features, converted networks and downloads."""
+    from seewhy.core.cache import cache_dir, clear_cache, list_cache
+
+    if clear:
+        freed, in_use = clear_cache()
+        kept = f"; in use and kept: {', '.join(in_use)}" if in_use else ""
+        content: dict[str, Any] = {"cache": str(cache_dir()), "freed_bytes": freed, "in_use": in_use}
+        print_result(as_json, content, f"freed {freed / 1e6:.1f} MB in {cache_dir()}{kept}")
+        return
+    entries = list_cache()
+    content = {"cache": str(cache_dir()), "entries": [{"name": e.name, "size_bytes": e.size_bytes} for e in entries]}
+    lines = [f"{e.size_bytes / 1e6:10.1f} MB  {e.name}" for e in entries]
+    print_result(as_json, content, *lines, f"{sum(e.size_bytes for e in entries) / 1e6:10.1f} MB  in {cache_dir()}")
 
 
-app.command("precompute", help="Compute the frozen features that `train` with the same options reads from the cache, here or on Ray.")(
-    _with_train_options(PRECOMPUTE_PARAMETERS, _precompute)
-)
+for _command in (train, precompute, evaluate, predict, explain, audit, robustness, compare, export, serve, push, pull, cache):
+    app.command()(_command)
 
 
 def call(arguments: list[str] | None = None) -> Any:
-    """`seewhy ARGUMENTS` (None: those of the process) without its shell: returns what the command returns, raises what it raises."""
-    found = app(arguments, standalone_mode=False, prog_name="seewhy")
-    if found == INTERRUPTED:  # what typer makes of Ctrl-C
+    """Run `seewhy ARGUMENTS` (None: the process's) and return what the command returns; its exceptions pass through."""
+    result = app(arguments, standalone_mode=False, prog_name="seewhy")
+    if result == INTERRUPTED:  # typer has caught a KeyboardInterrupt
         raise KeyboardInterrupt
-    return found
+    return result
 
 
 def train_from_arguments(arguments: list[str]) -> Run:
-    """What `seewhy train ARGUMENTS` does, for scripts; returns the run, whichever processes trained it."""
+    """Run `seewhy train ARGUMENTS` and return the run, in whichever processes it was trained. Raises ConfigError for several or no runs."""
     if any(argument.split("=")[0] == "--repeats" for argument in arguments):
-        raise ConfigError("--repeats trains several runs, and this script goes on with one; use `seewhy train --repeats`")
+        raise ConfigError("--repeats trains several runs and this script needs one; use `seewhy train --repeats`")
     path: Path | None = call(["train", *arguments])
     if path is None:
-        raise ConfigError("--dry-run makes no run that this script could go on with; use `seewhy train --dry-run`")
+        raise ConfigError("--dry-run writes no run and this script needs one; use `seewhy train --dry-run`")
     from seewhy.api import load
 
     return load(path)
 
 
-for _command in (evaluate, predict, explain, audit, robustness, compare, export, serve, push, pull):
-    app.command()(_command)
-
-
-@app.command()
-def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="remove everything in the cache")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """List or clear what is kept between runs."""
-    from seewhy.core.cache import cache_dir, clear_cache, list_cache
-
-    if clear:
-        freed, left = clear_cache()
-        if as_json:
-            print_json({"cache": str(cache_dir()), "freed_bytes": freed, "in_use": left})
-        else:
-            typer.echo(f"freed {freed / 1e6:.1f} MB in {cache_dir()}" + (f"; in use and left: {', '.join(left)}" if left else ""))
-        return
-    entries = list_cache()
-    if as_json:
-        print_json({"cache": str(cache_dir()), "entries": [{"name": e.name, "size_bytes": e.size_bytes} for e in entries]})
-        return
-    for entry in entries:
-        typer.echo(f"{entry.size_bytes / 1e6:10.1f} MB  {entry.name}")
-    typer.echo(f"{sum(e.size_bytes for e in entries) / 1e6:10.1f} MB  in {cache_dir()}")
-
-
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     stop_on_signals()
     sys.exit(run_guarded(call, ["seewhy", *sys.argv[1:]]))
-
-
-if __name__ == "__main__":
-    main()

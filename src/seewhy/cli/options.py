@@ -1,4 +1,4 @@
-"""What the commands share: their common arguments, and JSON on stdout."""
+"""Define the arguments and options that commands share, and print results as text or JSON."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ import typer
 
 from seewhy.core.files import nan_to_none
 
+DATA_HELP = "caltech101, scenes, a folder of class folders, or tar or parquet shards"
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run")]
-ImagesArgument = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="files, folders or patterns")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a saved run, or a file of `seewhy export`")]
+ImagesArgument = Annotated[list[str], typer.Argument(metavar="IMAGES", help="image files, folders or glob patterns")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
-SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="leave unusable images out instead of stopping")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="skip unreadable images instead of stopping")]
 BackendOption = Annotated[
-    str | None, typer.Option(help="local or ray: shard by shard, for any number of images and for addresses such as s3://bucket/images")
+    str | None, typer.Option(help="local or ray: work in shards, for any number of images and addresses such as s3://bucket/images")
 ]
-RayAddressOption = Annotated[str, typer.Option(help="a Ray cluster that runs already: auto, or ray://HOST:10001 (default: one of its own)")]
-RayWorkersOption = Annotated[int, typer.Option(min=0, help="processes on Ray, each with a network (default: one a core, or one a GPU)")]
+RayAddressOption = Annotated[str, typer.Option(help="running Ray cluster: auto, or ray://HOST:10001 (default: start one here)")]
+RayWorkersOption = Annotated[
+    int, typer.Option(min=0, show_default=False, help="Ray processes, each with a network (default: one per core or GPU)")
+]
 
 
-def is_batch(backend: str | None, address: str, workers: int, images: list[str]) -> bool:
-    """Whether to go source by source into a table: asked for, or the only way, since an address is read."""
+def is_batch(backend: str | None, ray_address: str, workers: int, images: list[str]) -> bool:
+    """Return whether to run in shards into a table: on request, or because an input is an address."""
     from seewhy.data.remote import is_address
 
-    return backend is not None or bool(address or workers) or any(map(is_address, images))
+    return backend is not None or bool(ray_address or workers) or any(map(is_address, images))
 
 
-def print_json(content: Any) -> None:
-    typer.echo(json.dumps(nan_to_none(content), ensure_ascii=False, allow_nan=False))
+def print_result(as_json: bool, content: Any, *lines: str) -> None:
+    """Print `content` as one line of strict JSON (nan and infinities become null), or the lines for people."""
+    if as_json:
+        typer.echo(json.dumps(nan_to_none(content), ensure_ascii=False, allow_nan=False))
+    elif lines:
+        typer.echo("\n".join(lines))

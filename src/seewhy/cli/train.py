@@ -1,4 +1,4 @@
-"""The train and features commands, whose options derive from the fields of TrainConfig."""
+"""Define the train and precompute commands, whose options derive from the fields of TrainConfig."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
-from seewhy.cli.options import BackendOption, JsonOption, RayAddressOption, RayWorkersOption, print_json
+from seewhy.cli.options import DATA_HELP, BackendOption, JsonOption, RayAddressOption, RayWorkersOption, print_result
 from seewhy.config import TrainConfig, make_config, parse_settings, read_config
 from seewhy.errors import RunError, one_line
 
+METAVAR_WIDTH = 18  # characters; `--help` cuts longer ones off in a terminal of 80 columns
+Parameters = list[tuple[str, Any, Any]]  # (name, annotation, default) of each
 
-def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The config that --config, --set and the options make, the later ones over the earlier."""
+
+def _make_config(own: dict[str, Any], fields: dict[str, Any]) -> TrainConfig:
+    """Build the config from --config, --set and the options; later ones override earlier ones."""
     values = read_config(own["config"]) if own["config"] else {}
-    values |= parse_settings(own["set"] or []) | {name: value for name, value in given.items() if value is not None}
+    values |= parse_settings(own["set"] or []) | {name: value for name, value in fields.items() if value is not None}
     if own["data"] is not None:
         values["data"] = own["data"]
     if "data" not in values:
@@ -25,24 +29,34 @@ def _config_of(own: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     return make_config(**values)
 
 
-def _train(own: dict[str, Any], given: dict[str, Any]) -> Path | None:
-    """Train one run and return its folder; None for --repeats, which trains several."""
-    config = _config_of(own, given)
+def _train(own: dict[str, Any], fields: dict[str, Any]) -> Path | None:
+    """Train a classifier, evaluate it on held-out images, and write the run with its report."""
+    config = _make_config(own, fields)
     out, resume, repeats, as_json = own["out"], own["resume"], own["repeats"], own["json"]
     from seewhy.core import distributed
 
     several = own["devices"] > 1 or own["nodes"] > 1
     if own["dry_run"]:
         if several or repeats > 1:
-            raise typer.BadParameter("--dry-run is of one run in one process; leave --devices, --nodes and --repeats out")
-        _dry_run(config, out, resume, as_json)
+            raise typer.BadParameter("--dry-run checks one run in one process; leave out --devices, --nodes and --repeats")
+        from seewhy.training.dry_run import describe, dry_run
+
+        facts = dry_run(config, out, resume)
+        print_result(as_json, facts, *map(one_line, describe(facts)))
         return None
     if repeats > 1:
         if several or distributed.is_distributed():
             raise typer.BadParameter("--repeats trains one run after another in one process; leave out --devices, --nodes and torchrun")
-        _repeat(config, repeats, out, resume, as_json)
+        from seewhy.training.repeats import repeat, spread
+
+        folder, table = repeat(config, repeats, out, resume)
+        numbers = spread(table)
+        rows = {name: numbers[f"test_{name}"] for name in ("accuracy", "mean_per_class_accuracy")}
+        lines = [f"test {name.replace('_', ' '):24} {row['mean']:.2%} ± {row['sd']:.2%}" for name, row in rows.items()]
+        title = f"runs    {folder} ({repeats} splits; mean ± standard deviation over them)"
+        print_result(as_json, {"runs": str(folder), "n": repeats, **numbers}, title, *lines)
         return None
-    if several and not distributed.is_distributed():  # does not import what trains: the child processes start the sooner
+    if several and not distributed.is_distributed():  # without importing torch, so that the child processes start at once
         from seewhy.training.launch import launch
 
         path = launch(config, out, resume, own["devices"], own["nodes"], own["rendezvous"])
@@ -54,136 +68,88 @@ def _train(own: dict[str, Any], given: dict[str, Any]) -> Path | None:
         except RuntimeError as error:
             if not (distributed.is_distributed() and distributed.is_peer_failure(error)):
                 raise
-            line = "another process of this training has ended; its own line says why, and the same command with --resume goes on"
-            raise RunError(line) from error
+            raise RunError("another process of this training failed; see its message, then re-run with --resume") from error
     if distributed.launched_as_main():
-        _print_run(path, as_json)
+        from seewhy.models.manifest import read_manifest
+
+        report = path / "report.html"
+        facts = {name: read_manifest(path)[name] for name in ("seconds", "metrics")} if as_json else {}
+        print_result(as_json, {"run": str(path), "report": str(report), **facts}, f"run     {path}", f"report  {report}")
     return path
 
 
-def _print_run(path: Path, as_json: bool) -> None:
-    if as_json:
-        from seewhy.models.manifest import read_manifest
-
-        manifest = read_manifest(path)
-        told = {"seconds": manifest["seconds"], "metrics": manifest["metrics"]}
-        print_json({"run": str(path), "report": str(path / "report.html"), **told})
-    else:
-        typer.echo(f"run     {path}\nreport  {path / 'report.html'}")
-
-
-def _repeat(config: TrainConfig, repeats: int, out: Path | None, resume: bool, as_json: bool) -> None:
-    from seewhy.training.repeats import repeat, spread
-
-    folder, table = repeat(config, repeats, out, resume)
-    numbers = spread(table)
-    if as_json:
-        print_json({"runs": str(folder), "n": repeats, **numbers})
-        return
-    typer.echo(f"runs    {folder} ({repeats} splits)")
-    for name in ("accuracy", "mean_per_class_accuracy"):
-        found = numbers[f"test_{name}"]
-        typer.echo(f"test {name.replace('_', ' '):24} {found['mean']:.2%} ± {found['sd']:.2%} (standard deviation over the splits)")
-
-
-def _dry_run(config: TrainConfig, out: Path | None, resume: bool, as_json: bool) -> None:
-    from seewhy.training.dry_run import describe, dry_run
-
-    facts = dry_run(config, out, resume)
-    if as_json:
-        print_json(facts)
-        return
-    for line in describe(facts):
-        typer.echo(one_line(line))
-
-
-def _precompute(own: dict[str, Any], given: dict[str, Any]) -> None:
+def _precompute(own: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Precompute the frozen features that `train` with the same options reads from the cache, here or on Ray."""
     from seewhy.cli.batch import precompute
 
-    precompute(_config_of(own, given), own["backend"], own["address"], own["ray_workers"], own["json"])
+    precompute(_make_config(own, fields), own["backend"], own["ray_address"], own["ray_workers"], own["json"])
 
 
-def _option_type(annotation: Any) -> Any:
-    """The command line's type of a field: flags stay bool, everything else is read by TrainConfig."""
-    arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if annotation is bool:
-        return bool
-    if get_origin(annotation) is Literal or len(arguments) > 1:
-        return str
-    return arguments[0] if arguments else annotation
+# ---------------------------------------------------------------- options from the fields of TrainConfig
 
 
-def _metavar(annotation: Any) -> str | None:
-    if get_origin(annotation) is Literal:
-        return "|".join(str(choice) for choice in get_args(annotation))
-    return None
+def _field_option(name: str, field: FieldInfo) -> Any:
+    """Build the option of a field of TrainConfig, which also parses values of several types."""
+    kind: Any = field.annotation
+    flag, default = name.replace("_", "-"), field.default
+    types = [item for item in get_args(kind) if item is not type(None)]
+    choices = list(map(str, types)) if get_origin(kind) is Literal else []
+    notes = [f"default: {default}"] if default not in (None, True, False) else []
+    metavar = "|".join(choices) or None
+    if choices and len("|".join(choices)) > METAVAR_WIDTH:
+        metavar, notes = name.upper(), [f"{', '.join(choices[:-1])} or {choices[-1]}", *notes]
+    text = f"{field.description}" + (f" ({'; '.join(notes)})" if notes else "")
+    flags = f"--{flag}/--no-{flag}" if kind is bool and default else f"--{flag}"
+    option_type = types[0] if len(types) == 1 and not choices else str if types else kind
+    return Annotated[option_type | None, typer.Option(flags, help=text, metavar=metavar, show_default=False)]
 
 
-def _with_train_options(fixed: list[tuple[str, Any, Any]], work: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
-    """A command of `fixed` parameters and one option for every field of TrainConfig that is marked for the command line.
+def _command(name: str, fixed: Parameters, work: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Build a command of `fixed` parameters and one option for each field of TrainConfig that is marked for the command line.
 
-    fixed: (name, annotation, default) each. work: gets the values of these, and those of the fields that were given.
+    work: called with the values of `fixed` and those of the fields (None if not given), each by name; its docstring is the help text.
     """
-    derived = []
-    for name, field in TrainConfig.model_fields.items():
-        extra = field.json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("cli")):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        flags = [f"{flag}/--no-{flag[2:]}"] if field.annotation is bool and field.default else [flag]
-        text = f"{field.description}" + (f" (default: {field.default})" if field.default not in (None, True, False) else "")
-        option = typer.Option(*flags, help=text, metavar=_metavar(field.annotation), show_default=False)
-        derived.append((name, Annotated[_option_type(field.annotation) | None, option], None))
+    derived = [
+        (field_name, _field_option(field_name, field), None)
+        for field_name, field in TrainConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("cli")
+    ]
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
         for name, annotation, default in [*fixed, *derived]
     ]
 
     def command(**values: Any) -> Any:
-        own = {name: values.pop(name) for name, _, _ in fixed}
-        return work(own, values)
+        return work({name: values.pop(name) for name, _, _ in fixed}, values)
 
+    command.__name__, command.__doc__ = name, work.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-DataArgument = Annotated[
-    str | None, typer.Argument(metavar="DATA", help="caltech101, scenes, a folder of class folders, or tar or parquet shards")
+COMMON: Parameters = [
+    ("config", Annotated[Path | None, typer.Option(help="YAML or JSON file of options, or the run.json of a run")], None),
+    ("set", Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="set any other option; repeatable")], None),
+    ("json", JsonOption, False),
 ]
-
-
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML or JSON with options, or a run.json")]
-
-
-SetOption = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="any other option of the config")]
-
-
-TRAIN_PARAMETERS: list[tuple[str, Any, Any]] = [
-    ("data", DataArgument, None),
+TRAIN: Parameters = [
+    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)], None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
-    (
-        "dry_run",
-        Annotated[bool, typer.Option("--dry-run", help="say what would be trained and about how long it takes; write nothing")],
-        False,
-    ),
-    ("resume", Annotated[bool, typer.Option("--resume", help="go on with the unfinished run of the same options")], False),
-    ("devices", Annotated[int, typer.Option(min=1, help="processes on this machine that share the work: GPUs, or parts of the cores")], 1),
-    ("nodes", Annotated[int, typer.Option(min=1, help="machines that share the work; the same command on each")], 1),
-    ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines find each other: one of them")], None),
-    ("repeats", Annotated[int, typer.Option(min=1, help="train on so many random splits, with seeds from --seed on")], 1),
-    ("config", ConfigOption, None),
-    ("set", SetOption, None),
-    ("json", JsonOption, False),
+    ("dry_run", Annotated[bool, typer.Option("--dry-run", help="show data, model and estimated time; train and write nothing")], False),
+    ("resume", Annotated[bool, typer.Option("--resume", help="resume an unfinished run of the same options")], False),
+    ("devices", Annotated[int, typer.Option(min=1, help="GPUs of this machine to train on, or processes on its CPU")], 1),
+    ("nodes", Annotated[int, typer.Option(min=1, help="machines to train on; run the same command on each")], 1),
+    ("rendezvous", Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of one of the machines, for --nodes")], None),
+    ("repeats", Annotated[int, typer.Option(min=1, help="train on this many random splits, seeded from --seed on")], 1),
+    *COMMON,
 ]
-
-
-PRECOMPUTE_PARAMETERS: list[tuple[str, Any, Any]] = [
-    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help="as for train, or an address of images")], None),
+PRECOMPUTE: Parameters = [
+    ("data", Annotated[str | None, typer.Argument(metavar="DATA", help=f"{DATA_HELP}; or an address")], None),
     ("backend", BackendOption, "local"),
-    ("address", RayAddressOption, ""),
+    ("ray_address", RayAddressOption, ""),
     ("ray_workers", RayWorkersOption, 0),
-    ("config", ConfigOption, None),
-    ("set", SetOption, None),
-    ("json", JsonOption, False),
+    *COMMON,
 ]
+train = _command("train", TRAIN, _train)
+precompute = _command("precompute", PRECOMPUTE, _precompute)

@@ -1,4 +1,4 @@
-"""Run <-> a place to share it: a folder in Hugging Face's layout, which timm reads too, or a repository of a Hugging Face hub."""
+"""Push runs to, and pull them from, a folder or a Hugging Face repository, in a layout that timm reads too."""
 
 from __future__ import annotations
 
@@ -22,83 +22,80 @@ from seewhy.models.saved_run import SavedRun, load
 from seewhy.models.weights import read_weights
 
 GB = 10**9
-# What is shared of a run, and the most bytes that are taken of each. Not: what it has told whom (log.txt, tensorboard/, mlflow.json) and
-# exported files, which `seewhy export` makes again.
-NEEDED = {"run.json": MOST_BYTES, "model.safetensors": 20 * GB}
+# Files of a run that are shared, and their maximum sizes in bytes. Logs and trackers' files stay private; exports can be made again.
+REQUIRED = {"run.json": MOST_BYTES, "model.safetensors": 20 * GB}
 FILES = {
-    **NEEDED,
-    "ood_reference.safetensors": GB,
-    "metrics.json": GB,
-    "split.json": GB,
-    "history.csv": GB,
-    "predictions_val.csv": GB,
-    "predictions_test.csv": GB,
+    **REQUIRED,
+    **{f"{name}.csv": GB for name in ("history", "predictions_val", "predictions_test")},
+    **dict.fromkeys(("ood_reference.safetensors", "metrics.json", "split.json"), GB),
     "README.md": 10**7,
     **{f"figures/{name}.png": 10**8 for name in ("training_curves", "confusion_matrix", "heatmaps")},
 }
-REPORT = {"report.html": GB}  # a page runs what its writer wrote, so it is taken on request alone
+REPORT = {"report.html": GB}  # pulled on request only: a page can run scripts of its author
 HUB = "hf://"
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-WITH_TIMM = """
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LOGIN = "run `hf auth login`, or set $HF_TOKEN"
+USAGE = """
 ## Elsewhere
 
 `seewhy pull hf://USER/NAME` (or a folder like this one) makes it a run again. `timm.create_model("hf-hub:USER/NAME", pretrained=True)`, or
-`"local-dir:FOLDER"`, is its network with its classifier; `config.json` holds names and preprocessing.
+`"local-dir:FOLDER"`, loads its network with its classifier; `config.json` holds class names and preprocessing.
 """
 
 
-# ---------------------------------------------------------------- the two ways
+# ---------------------------------------------------------------- push and pull
 
 
-def push(run: SavedRun, place: str | Path, public: bool = False) -> str:
-    """Copies a run to `place`, whole or not at all, and says where it is now. Nothing is replaced.
+def push(run: SavedRun, destination: str | Path, public: bool = False) -> str:
+    """Copy a run to `destination`, completely or not at all, and return its new path or URL. Nothing is replaced.
 
-    place: a folder that is not there yet, or hf://USER/NAME. public: whether a repository may be seen by everybody; private without.
-    Raises RunError for a run that is not whole, OutputError where the place holds something or cannot be written.
+    destination: a new folder, or hf://USER/NAME. public: whether anyone may see the repository.
+    Raises RunError if the run is incomplete, OutputError if the destination holds something or cannot be written.
     """
-    if hub_name(place) is not None:
-        return _push_to_hub(run, str(place), public)
-    target = Path(place)
-    with locked(target, "choose another place"), atomic_folder(target) as work:
+    hub = parse_hub_address(destination)
+    if hub is not None:
+        return _push_to_hub(run, *hub, public)
+    target = Path(destination)
+    with locked(target, "choose another destination"), atomic_folder(target, "choose another destination") as work:
         write_layout(run, work)
     return str(target)
 
 
-def pull(place: str | Path, out: str | Path | None = None, report: bool = False) -> SavedRun:
-    """A run that somebody has pushed -> a run of one's own, checked as `load` checks it; `out` is there whole or not at all.
+def pull(source: str | Path, out: str | Path | None = None, report: bool = False) -> SavedRun:
+    """Fetch a pushed run into `out`, completely or not at all, and load it with all of `load`'s checks.
 
-    place: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: take report.html too, a page that
-    runs what its writer wrote when it is opened. Only files that a run has are taken, no links, none larger than one can need.
-    Raises RunError for what is no run or cannot be fetched, OutputError where `out` holds something or cannot be written.
+    source: a folder, or hf://USER/NAME[@REVISION]. out: the run's folder (default: runs/NAME). report: also fetch report.html, a page
+    that can run scripts of its author. Only the files of a run are taken, no links, and none above its maximum size.
+    Raises RunError if the source is not a run or cannot be fetched, OutputError if `out` holds something or cannot be written.
     """
-    hub = hub_name(place)
-    name = (hub[0] if hub else str(Path(place).absolute())).rstrip("/").rpartition("/")[2]
+    hub = parse_hub_address(source)
+    name = (hub[0] if hub else str(Path(source).absolute())).rstrip("/").rpartition("/")[2]
     target = Path(out) if out is not None else Path("runs") / re.sub(r"[^\w.-]", "_", name)
-    if hub is None and not Path(place).is_dir():
-        raise RunError(f"{place}: no such folder; name a folder that `seewhy push` has written, or hf://USER/NAME")
-    wanted = FILES | (REPORT if report else {})
+    if hub is None and not Path(source).is_dir():
+        raise RunError(f"{source}: no such folder; name a folder that `seewhy push` has written, or hf://USER/NAME")
+    files = FILES | (REPORT if report else {})
     with locked(target), atomic_folder(target, "choose another --out") as work:
         if hub is None:
-            take_files(Path(place), work, wanted)
+            copy_files(Path(source), work, files)
         else:
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as fetched:
-                _fetch(*hub, Path(fetched), wanted)
-                take_files(Path(fetched), work, wanted)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as download:
+                _fetch(*hub, Path(download), files)
+                copy_files(Path(download), work, files)
         try:
-            found = load(work)
+            run = load(work)
         except RunError as error:
-            raise RunError(str(error).replace(str(work), str(place))) from error
-    return replace(found, path=target)
+            raise RunError(str(error).replace(str(work), str(source))) from error
+    return replace(run, path=target)
 
 
-def hub_name(place: str | Path) -> tuple[str, str | None] | None:
-    """'hf://USER/NAME@REVISION' -> (USER/NAME, REVISION); None for a folder. Raises OutputError for another scheme or no such name."""
-    text = str(place)
-    if isinstance(place, Path) or "://" not in text:
+def parse_hub_address(address: str | Path) -> tuple[str, str | None] | None:
+    """Return (USER/NAME, REVISION or None) of 'hf://USER/NAME[@REVISION]', None for a folder. Raises OutputError for other addresses."""
+    text = str(address)
+    if isinstance(address, Path) or "://" not in text:
         return None
     name, _, revision = text.removeprefix(HUB).partition("@")
-    if not text.startswith(HUB) or not NAME.fullmatch(name) or not re.fullmatch(r"[\w./-]*", revision, re.ASCII):
-        raise OutputError(f"{text}: no place that seewhy knows; name a folder, or hf://USER/NAME")
+    if not text.startswith(HUB) or not REPOSITORY.fullmatch(name) or not re.fullmatch(r"[\w./-]*", revision, re.ASCII):
+        raise OutputError(f"{text}: unknown kind of address; name a folder, or hf://USER/NAME")
     return name, revision or None
 
 
@@ -106,37 +103,32 @@ def hub_name(place: str | Path) -> tuple[str, str | None] | None:
 
 
 def write_layout(run: SavedRun, folder: Path) -> None:
-    """The files of a run, its card, and a config.json for timm, into an empty folder. Raises RunError where they are not this run's."""
-    take_files(run.path, folder, FILES | REPORT)
+    """Write a run's files, its card and timm's config.json into an empty folder. Raises RunError if the files are not those of `run`."""
+    copy_files(run.path, folder, FILES | REPORT)
     read_manifest(folder)
-    own = run.backbone.model.state_dict()
+    expected = run.backbone.model.state_dict()
     try:
         state = read_weights(folder / "model.safetensors")
     except WeightsError:
         state = {}
-    if state.keys() != own.keys() or not all(torch.equal(state[name], own[name].cpu()) for name in own):
-        raise RunError(f"{run.path / 'model.safetensors'}: damaged, or not what this run was loaded from; load it again")
+    if state.keys() != expected.keys() or not all(torch.equal(state[name], expected[name].cpu()) for name in expected):
+        raise RunError(f"{run.path / 'model.safetensors'}: damaged, or changed since this run was loaded; load it again")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.name}\n"
-    if WITH_TIMM not in text:
-        card.write_text(text + WITH_TIMM, encoding="utf-8")
+    if USAGE not in text:
+        card.write_text(text + USAGE, encoding="utf-8")
     write_json(folder / "config.json", timm_config(run))
 
 
 def timm_config(run: SavedRun) -> dict[str, Any]:
-    """What timm reads as config.json beside the weights: the architecture, the classes and the way from image to input.
+    """Return timm's config.json: architecture, classes and preprocessing.
 
-    timm's resizing differs from seewhy's in roundings; with tta_flip, a run's answers are means of two of timm's.
+    timm's resizing rounds differently. With tta_flip, a run's logits are the mean of two of timm's (image and mirror image).
     """
     preprocessing, network = run.backbone.preprocessing, run.backbone.model
     architecture, _, tag = run.backbone.timm_name.partition(".")
-    known = dict(getattr(network, "pretrained_cfg", {}) or {})
-    # What the architecture says of itself; where ImageNet weights would come from is no fact about these.
-    kept = {
-        name: known[name]
-        for name in ("first_conv", "classifier", "pool_size", "fixed_input_size", "license")
-        if known.get(name) is not None
-    }
+    original = dict(getattr(network, "pretrained_cfg", {}) or {})
+    names = ("first_conv", "classifier", "pool_size", "fixed_input_size", "license")  # of the architecture, not of its ImageNet weights
     squash = preprocessing.resize == "squash"
     return {
         "architecture": architecture,
@@ -144,7 +136,7 @@ def timm_config(run: SavedRun) -> dict[str, Any]:
         "num_features": getattr(network, "num_features", None),
         "label_names": list(run.classes),
         "pretrained_cfg": {
-            **kept,
+            **{name: original[name] for name in names if original.get(name) is not None},
             **({"tag": tag} if tag else {}),
             "custom_load": False,
             "input_size": [3, preprocessing.size, preprocessing.size],
@@ -158,98 +150,98 @@ def timm_config(run: SavedRun) -> dict[str, Any]:
     }
 
 
-def take_files(source: Path, folder: Path, wanted: Mapping[str, int]) -> None:
-    """Copies the wanted files that are there, no larger than `wanted` says. Raises RunError for links and whatever is no plain file."""
-    for name, most in wanted.items():
-        file = source / name
-        for place in (*[source / parent for parent in Path(name).parents if parent.name], file):
-            if place.is_symlink():
-                raise RunError(f"{place}: a link, which may lead anywhere; only plain files are taken, so copy what it leads to")
-        if not file.exists():
-            if name in NEEDED:
-                raise RunError(f"{source}: not a run (it holds no {name}); name a folder that `seewhy push` has written")
-            continue
-        (folder / name).parent.mkdir(exist_ok=True)
-        _copy(file, folder / name, most)
+def copy_files(source: Path, folder: Path, files: Mapping[str, int]) -> None:
+    """Copy those of `files` (name: maximum bytes) that exist. Raises RunError for links, other special files and larger ones."""
+    for name, max_bytes in files.items():
+        path = source / name
+        for part in (*[source / parent for parent in Path(name).parents if parent.name], path):
+            if part.is_symlink():
+                raise RunError(f"{part}: a link; only regular files are copied, so replace it by what it points to")
+        if path.exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _copy(path, folder / name, max_bytes)
+        elif name in REQUIRED:
+            raise RunError(f"{source}: not a run (it has no {name}); name a folder that `seewhy push` has written")
 
 
-def _copy(source: Path, target: Path, most: int) -> None:
+def _copy(source: Path, target: Path, max_bytes: int) -> None:
     try:
-        # What was a plain file a moment ago may be a link or a pipe now: neither is followed or waited for.
-        place = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        # The file may have been replaced by a link or a pipe since it was checked: neither is followed or waited for.
+        descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        raise RunError(f"{source}: cannot be read ({error.strerror}); only plain files are taken") from error
-    with open(place, "rb") as read:
-        found = os.fstat(place)
-        if not stat.S_ISREG(found.st_mode):
-            raise RunError(f"{source}: no plain file; only those are taken")
-        if found.st_size > most:
-            raise RunError(f"{source}: {found.st_size / 1e6:,.0f} MB, more than a run can need of it ({most / 1e6:,.0f} MB)")
+        raise RunError(f"{source}: cannot be read ({error.strerror}); only regular files are copied") from error
+    with open(descriptor, "rb") as read:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RunError(f"{source}: not a regular file; only those are copied")
+        _check_size(source, status.st_size, max_bytes)
         with target.open("xb") as written:
             shutil.copyfileobj(read, written, 1 << 20)
 
 
-# ---------------------------------------------------------------- the hub
+def _check_size(name: Path | str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise RunError(f"{name}: {size / 1e6:,.0f} MB, more than such a file of a run can have ({max_bytes / 1e6:,.0f} MB)")
 
 
-def _hub() -> Any:
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _client() -> Any:
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _push_to_hub(run: SavedRun, place: str, public: bool) -> str:
+def _push_to_hub(run: SavedRun, name: str, revision: str | None, public: bool) -> str:
     from huggingface_hub import get_token
 
-    name, revision = hub_name(place) or ("", None)
+    address = f"{HUB}{name}"
     if revision:
-        raise OutputError(f"{place}: a run is pushed to a repository, not to a revision of it; leave @{revision} out")
+        raise OutputError(f"{address}@{revision}: runs are pushed to a repository, not to a revision; leave out @{revision}")
     if get_token() is None:
-        raise OutputError(f"{place}: nobody is logged in; run `hf auth login`, or set $HF_TOKEN")
-    with tempfile.TemporaryDirectory() as staged, _one_line(place, OutputError):
-        api = _hub()
-        api.create_repo(name, private=not public, exist_ok=True)
-        there = api.repo_info(name)
-        taken = [file.rfilename for file in there.siblings or [] if file.rfilename in FILES and file.rfilename != "README.md"]
-        if taken:
-            raise OutputError(f"{place}: holds {taken[0]} already; choose another name, or remove the repository first")
-        if not public and not there.private:
-            raise OutputError(f"{place}: a repository that everybody may see; pass --public if they may, or make it private first")
+        raise OutputError(f"{address}: not logged in; {LOGIN}")
+    with tempfile.TemporaryDirectory() as staged, _translate_errors(address, OutputError):
+        client = _client()
+        client.create_repo(name, private=not public, exist_ok=True)
+        info = client.repo_info(name)
+        existing = [file.rfilename for file in info.siblings or [] if file.rfilename in FILES and file.rfilename != "README.md"]
+        if existing:
+            raise OutputError(f"{address}: has {existing[0]} already; choose another name, or delete the repository first")
+        if not public and not info.private:
+            raise OutputError(f"{address}: the repository is public; add --public if the run may be, or make it private first")
         write_layout(run, Path(staged))
-        api.upload_folder(repo_id=name, folder_path=staged, commit_message=f"{run.path.name}, pushed by seewhy")
-        return f"{api.endpoint}/{name}"
+        client.upload_folder(repo_id=name, folder_path=staged, commit_message=f"{run.path.name}, pushed by seewhy")
+        return f"{client.endpoint}/{name}"
 
 
-def _fetch(name: str, revision: str | None, folder: Path, wanted: Mapping[str, int]) -> None:
-    """The wanted files of one commit, after a look at their sizes."""
-    place = f"{HUB}{name}" + (f"@{revision}" if revision else "")
-    with _one_line(place, RunError):
-        api = _hub()
-        info = api.repo_info(name, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if file.rfilename in wanted}
-        if missing := [file for file in NEEDED if file not in sizes]:
-            raise RunError(f"{place}: not a run (it holds no {missing[0]}); name a repository that `seewhy push` has written")
+def _fetch(name: str, revision: str | None, folder: Path, files: Mapping[str, int]) -> None:
+    """Download those of `files` that one commit has, after checking their sizes."""
+    address = f"{HUB}{name}" + (f"@{revision}" if revision else "")
+    with _translate_errors(address, RunError):
+        client = _client()
+        info = client.repo_info(name, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if file.rfilename in files}
+        if missing := [file for file in REQUIRED if file not in sizes]:
+            raise RunError(f"{address}: not a run (it has no {missing[0]}); name a repository that `seewhy push` has written")
         for file, size in sizes.items():
-            if size > wanted[file]:
-                raise RunError(f"{place}: {file} has {size / 1e6:,.0f} MB, more than a run can need of it ({wanted[file] / 1e6:,.0f} MB)")
-        api.snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=list(sizes))
+            _check_size(f"{address}: {file}", size, files[file])
+        client.snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=list(sizes))
 
 
 @contextmanager
-def _one_line(place: str, kind: type[SeewhyError]) -> Iterator[None]:
-    """What the hub's client raises, of half a dozen libraries, as one line."""
+def _translate_errors(address: str, kind: type[SeewhyError]) -> Iterator[None]:
+    """Turn the errors of the hub's client, which come from several libraries, into one line."""
     try:
         yield
     except SeewhyError:
         raise
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        login = "run `hf auth login`, or set $HF_TOKEN"
         if status in (401, 403):
-            text = f"the hub does not allow it; {login}, and check that the account may"
+            text = f"access denied; {LOGIN}, and check the account's permissions"
         elif status == 404:
-            text = f"no such repository, or a private one; check its name, or {login}"
+            text = f"no such repository, or a private one; check its name, or {LOGIN}"
         else:
-            reason = reason_of(error)
-            text = f"the hub cannot be asked ({reason}); check the network, or name a folder"
-        raise kind(f"{place}: {text}") from error
+            text = f"the hub cannot be reached ({reason_of(error)}); check the network, or name a folder"
+        raise kind(f"{address}: {text}") from error

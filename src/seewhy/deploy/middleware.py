@@ -1,4 +1,4 @@
-"""Requests -> numbered, limited, counted and logged ones; what is refused becomes one line of JSON."""
+"""Number, limit, log and count requests, and turn every error into one line of JSON."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seewhy.deploy.batcher import Batcher
 from seewhy.deploy.schemas import ErrorDetail, ErrorResponse
@@ -30,145 +30,129 @@ log = logging.getLogger("seewhy.serve")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may ask for."""
+    """Limits of one request (files, bytes, pixels of an image, seconds of the upload) and of all requests in flight together."""
 
     files: int = 32
     request_bytes: int = 64_000_000
-    pixels: int = 50_000_000  # of one image
+    pixels: int = 50_000_000
     upload_s: float = 30.0
-    waiting: int = 256  # images under way, of all requests
-    waiting_bytes: int = 512_000_000  # received and not yet answered, of all requests
+    max_inflight: int = 256  # images
+    max_inflight_bytes: int = 512_000_000
 
     def __post_init__(self) -> None:
-        if self.waiting < self.files:
-            raise ConfigError(f"a queue of {self.waiting} images cannot take a request of {self.files}; raise --queue or lower --max-files")
-        if self.waiting_bytes < self.request_bytes:
-            most = self.waiting_bytes / 1e6
-            raise ConfigError(f"requests of {self.request_bytes / 1e6:g} MB are more than all may hold together; --max-mb {most:g} at most")
+        if self.max_inflight < self.files:
+            raise ConfigError(f"--queue {self.max_inflight} is smaller than --max-files {self.files}; raise the one or lower the other")
+        if self.max_inflight_bytes < self.request_bytes:
+            most = self.max_inflight_bytes / 1e6
+            raise ConfigError(f"--max-mb {self.request_bytes / 1e6:g} is more than all requests may hold together; use at most {most:g}")
 
 
 class RequestRejected(Exception):
-    """A request that gets a status and a line instead of an answer."""
+    """Reject a request with an HTTP status, an error code and a message of one line."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.headers = status, code, message, headers or {}
+        self.status, self.code, self.message = status, code, message
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-# ---------------------------------------------------------------- what comes in
+# ---------------------------------------------------------------- uploads
 
 
-async def received(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
-    """(name, content) of each file of the form; names are shown again and used for nothing else."""
+async def read_upload(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
+    """Return (name, content) of each file of the form; names are only echoed in the response. Raises RequestRejected."""
     kind = request.headers.get("content-type", "").lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", kind)
     if charset and charset.group(1) not in ("utf-8", "utf8"):
-        raise RequestRejected(400, "malformed_multipart", "names in the form have to be UTF-8; leave the charset out")
+        raise RequestRejected(400, "malformed_multipart", "the form must be UTF-8; leave out the charset")
     if not kind.startswith("multipart/form-data"):
-        raise RequestRejected(415, "not_a_form", "send the images as multipart/form-data with the field `files`")
-    # One more than allowed is read, so that too many can be told from a broken form.
-    async with request.form(max_files=limits.files + 1, max_fields=16) as form:
+        raise RequestRejected(415, "not_a_form", "send the images as multipart/form-data in the field `files`")
+    async with request.form(max_files=limits.files, max_fields=16) as form:
         files = [item for name, item in form.multi_items() if name == "files"]
         if not files or not all(isinstance(item, UploadFile) for item in files):
             raise RequestRejected(400, "no_files", "the form has no files in the field `files`")
-        if len(files) > limits.files:
-            raise RequestRejected(413, "too_many_files", f"more than {limits.files} files; send them in several requests")
         return [(item.filename or "image", await item.read()) for item in files if isinstance(item, UploadFile)]
 
 
 @contextmanager
-def under_way(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
-    """Counts images as long as they are being answered; RequestRejected where that would be too many."""
+def inflight(app: FastAPI, count: int, limits: Limits) -> Iterator[None]:
+    """Count `count` images as in flight during the block. Raises RequestRejected if that exceeds the limit."""
     state = app.state
-    if state.images + count > limits.waiting:
-        raise RequestRejected(503, "overloaded", f"{state.images} images are under way; come again", {"Retry-After": "1"})
-    state.images += count
-    state.meters.waiting.set(state.images)
+    if state.inflight + count > limits.max_inflight:
+        raise RequestRejected(503, "overloaded", f"{state.inflight} images are in flight; retry later", Retry_After="1")
+    state.inflight += count
     try:
         yield
     finally:
-        state.images -= count
-        state.meters.waiting.set(state.images)
+        state.inflight -= count
 
 
-# ---------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------- errors
 
 
-def problem(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    name = getattr(request.state, "id", "-")
-    log.info("%s %d %s: %r", name, status, code, message)  # %r: names in it come from outside
-    body = ErrorResponse(error=ErrorDetail(code=code, message=one_line(message), request_id=name))
-    return JSONResponse(body.model_dump(), status, headers)
+def error_response(request: Request, error: RequestRejected) -> JSONResponse:
+    """Log an error and return it as an `ErrorResponse`."""
+    request_id = getattr(request.state, "id", "-")
+    log.info("%s %d %s: %r", request_id, error.status, error.code, error.message)  # %r: it may quote the client's text
+    detail = ErrorDetail(code=error.code, message=one_line(error.message), request_id=request_id)
+    return JSONResponse(ErrorResponse(error=detail).model_dump(), error.status, error.headers)
 
 
-async def refused(request: Request, error: Any) -> Response:
-    return problem(request, error.status, error.code, error.message, error.headers)
-
-
-async def http_problem(request: Request, error: Any) -> Response:
-    if error.status_code == 400 and "Too many files" in str(error.detail):
-        limit = request.app.state.limits.files
-        return problem(request, 413, "too_many_files", f"more than {limit} files; send them in several requests")
-    code = {400: "malformed_multipart", 404: "not_found", 405: "wrong_method"}.get(error.status_code, "refused")
-    return problem(request, error.status_code, code, str(error.detail), dict(error.headers or {}))
-
-
-async def wrong_option(request: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    return problem(request, 422, "invalid_parameter", f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
-
-
-async def broken(request: Request, error: Any) -> Response:
-    name = getattr(request.state, "id", "-")
-    log.error("%s", name, exc_info=error)
-    message = "the server made a mistake; its log says more under this request's number"
-    return problem(request, 500, "internal_error", message, {"X-Request-ID": name})  # Watch does not see this answer
-
-
-async def client_gone(request: Request, error: Any) -> Response:
-    return problem(request, 400, "client_disconnected", "the client went away before it had sent everything")
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Return the `ErrorResponse` of any exception that a request raises."""
+    if isinstance(error, HTTPException):
+        code = {400: "malformed_multipart", 404: "not_found", 405: "wrong_method"}.get(error.status_code, "http_error")
+        rejected = RequestRejected(error.status_code, code, str(error.detail), **(error.headers or {}))
+        if error.status_code == 400 and "Too many files" in str(error.detail):
+            text = f"more than {request.app.state.limits.files} files; split them into several requests"
+            rejected = RequestRejected(413, "too_many_files", text)
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        rejected = RequestRejected(422, "invalid_parameter", f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+    elif isinstance(error, ClientDisconnect):
+        rejected = RequestRejected(400, "client_disconnected", "the client closed the connection before the upload was complete")
+    elif isinstance(error, RequestRejected):
+        rejected = error
+    else:
+        request_id = getattr(request.state, "id", "-")
+        log.error("%s", request_id, exc_info=error)
+        message = "the server failed; its log has the details under this request_id"
+        rejected = RequestRejected(500, "internal_error", message, X_Request_ID=request_id)  # sent around RequestMiddleware
+    return error_response(request, rejected)
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Every error becomes the interface's `ErrorResponse`, with its status."""
-    app.add_exception_handler(RequestRejected, refused)
-    app.add_exception_handler(HTTPException, http_problem)
-    app.add_exception_handler(RequestValidationError, wrong_option)
-    app.add_exception_handler(ClientDisconnect, client_gone)
-    app.add_exception_handler(Exception, broken)
+    """Answer every error of the application with an `ErrorResponse`."""
+    for kind in (RequestRejected, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, handle_error)
 
 
-# ---------------------------------------------------------------- around every request
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+# ---------------------------------------------------------------- every request
 
 
 class ServerMetrics:
-    """Prometheus's numbers of one application."""
+    """Prometheus metrics of one application."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("seewhy_requests", "Requests by path and status", ["path", "status"], registry=self.registry)
-        self.images = Counter("seewhy_images", "Images by whether they could be used", ["state"], registry=self.registry)
-        self.seconds = Histogram("seewhy_request_seconds", "Seconds from a request's head to the end of its answer", registry=self.registry)
-        self.waiting = Gauge("seewhy_inflight_images", "Images received and not yet answered", registry=self.registry)
-        self.batch = Gauge("seewhy_batch_images_mean", "Images a batch, mean of the last 10,000", registry=self.registry)
-        self.batch.set_function(lambda: float(np.mean(list(batcher.sizes) or [0])))
-
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    def __init__(self, app: FastAPI, batcher: Batcher) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("seewhy_requests", "Requests by path and status", ["path", "status"], registry=registry)
+        self.images = Counter("seewhy_images", "Images by whether they could be decoded", ["state"], registry=registry)
+        self.seconds = Histogram("seewhy_request_seconds", "Seconds from a request's head to the end of its response", registry=registry)
+        inflight_images = Gauge("seewhy_inflight_images", "Images received and not yet answered", registry=registry)
+        inflight_images.set_function(lambda: app.state.inflight)
+        batch_size = Gauge("seewhy_batch_images_mean", "Images a batch, mean of the last 10,000 batches", registry=registry)
+        batch_size.set_function(lambda: float(np.mean(list(batcher.sizes) or [0])))
 
 
 class RequestMiddleware:
-    """Gives each request a number, counts its bytes and its time while it comes in, logs and measures it; the rest is below."""
+    """Give each request an id, bound the bytes and seconds of its upload, log it and measure it.
 
-    # paths: those that are counted by their own name; all others are "other".
-    def __init__(self, app: Application, limits: Limits, meters: ServerMetrics, paths: Collection[str]) -> None:
-        self.app, self.limits, self.meters, self.paths = app, limits, meters, paths
-        self.held = 0  # bytes of all requests under way
+    paths: those with a metric of their own; all others count as "other".
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: ServerMetrics, paths: Collection[str]) -> None:
+        self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
+        self.inflight_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -176,52 +160,50 @@ class RequestMiddleware:
             return
         began = time.monotonic()
         deadline = asyncio.get_running_loop().time() + self.limits.upload_s
-        name = uuid.uuid4().hex[:12]
-        scope.setdefault("state", {})["id"] = name
+        request_id = uuid.uuid4().hex[:12]
+        scope.setdefault("state", {})["id"] = request_id
         status = 500
-        count, complete = 0, False
-        too_many = f"more than {self.limits.request_bytes / 1e6:g} MB in one request"
+        received_bytes, complete = 0, False
+        too_large = RequestRejected(
+            413, "too_many_bytes", f"more than {self.limits.request_bytes / 1e6:g} MB in one request", Connection="close"
+        )
 
-        async def counted() -> MutableMapping[str, Any]:
-            nonlocal count, complete
+        async def limited_receive() -> Message:
+            nonlocal received_bytes, complete
             if complete:
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):  # wait_for would make a task of every piece
+                async with asyncio.timeout_at(deadline):  # wait_for would start a task for every chunk
                     message = await receive()
             except TimeoutError:
-                raise RequestRejected(
-                    408, "request_timeout", f"the upload took more than {self.limits.upload_s:g} s", {"Connection": "close"}
-                ) from None
-            count += len(message.get("body", b""))
-            self.held += len(message.get("body", b""))
+                text = f"the upload took more than {self.limits.upload_s:g} s"
+                raise RequestRejected(408, "request_timeout", text, Connection="close") from None
+            received_bytes += len(message.get("body", b""))
+            self.inflight_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if count > self.limits.request_bytes:
-                raise RequestRejected(413, "too_many_bytes", too_many, {"Connection": "close"})
-            if self.held > self.limits.waiting_bytes:
-                raise RequestRejected(
-                    503, "overloaded", "too many bytes are under way; come again", {"Retry-After": "1", "Connection": "close"}
-                )
+            if received_bytes > self.limits.request_bytes:
+                raise too_large
+            if self.inflight_bytes > self.limits.max_inflight_bytes:
+                raise RequestRejected(503, "overloaded", "too many bytes are in flight; retry later", Retry_After="1", Connection="close")
             return message
 
-        async def watched(message: MutableMapping[str, Any]) -> None:
+        async def tagged_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", [])
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            sent = dict(scope["headers"]).get(b"content-length", b"")
-            if sent.isdigit() and int(sent) > self.limits.request_bytes:
-                await problem(Request(scope), 413, "too_many_bytes", too_many, {"Connection": "close"})(scope, receive, watched)
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if length.isdigit() and int(length) > self.limits.request_bytes:
+                await error_response(Request(scope), too_large)(scope, receive, tagged_send)
             else:
-                await self.app(scope, counted, watched)
+                await self.app(scope, limited_receive, tagged_send)
         finally:
-            self.held -= count
+            self.inflight_bytes -= received_bytes
             seconds = time.monotonic() - began
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.meters.requests.labels(path, str(status)).inc()
-            self.meters.seconds.observe(seconds)
-            log.info("%s %s %s %d %.0f ms", name, scope["method"], path, status, 1000 * seconds)
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.observe(seconds)
+            log.info("%s %s %s %d %.0f ms", request_id, scope["method"], path, status, 1000 * seconds)

@@ -1,4 +1,4 @@
-"""Run -> one graph, in ONNX or for PyTorch: any RGB images in; probabilities, ood_score and all-class heatmaps out."""
+"""Build one graph of a run, for ONNX or torch.export: RGB images of any size to probabilities, OOD score and all-class heatmaps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import compose, helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seewhy.deploy.onnx_preprocess import IR, OPSET, square_graph
+from seewhy.deploy.onnx_preprocess import IR, OPSET, preprocess_graph
 from seewhy.errors import ConfigError
 from seewhy.explain.attribution import feature_maps, linear_head
 from seewhy.explain.cam import gradcam_all_classes
@@ -23,11 +23,11 @@ from seewhy.models.saved_run import SavedRun
 from seewhy.models.transforms import Normalize, Preprocessing
 
 
-class AnswerNetwork(nn.Module):
-    """(N, 3, S, S) uint8 -> what a run answers, in the order of `names`, as one graph.
+class ExportNetwork(nn.Module):
+    """Map network input (N, 3, S, S) uint8 to a tuple of the outputs in `names`.
 
-    logits: (N, C). probabilities: (N, C), calibrated. ood_score: (N,), where the run tells unknown images.
-    heatmaps: (N, C, h, w), Grad-CAM of every class, each scaled to a maximum of 1; where the head has a closed form.
+    logits: (N, C). probabilities: (N, C), calibrated. ood_score: (N,), if the run has one. heatmaps: (N, C, h, w), Grad-CAM of every
+    class, each scaled to a maximum of 1; if the head has a closed form.
     """
 
     def __init__(self, run: SavedRun) -> None:
@@ -35,50 +35,47 @@ class AnswerNetwork(nn.Module):
         preprocessing, self.model = run.backbone.preprocessing, run.backbone.model
         self.normalize = Normalize(preprocessing)
         self.temperature, self.flip = run.temperature, bool(run.config.tta_flip)
-        self.vectors = run.references is not None
-        if self.vectors:
+        self.has_ood_score = run.references is not None
+        if self.has_ood_score:
             references = cast(KNNReference, run.references)
             self.register_buffer("centre", torch.from_numpy(references.centre))
-            self.register_buffer("unit_features", torch.from_numpy(references.unit_features))  # half precision, widened when run
-        self.weight = _map_weight(run)
-        self.names = (
-            "logits",
-            "probabilities",
-            *(["ood_score"] if self.vectors else []),
-            *(["heatmaps"] if self.weight is not None else []),
-        )
+            self.register_buffer("unit_features", torch.from_numpy(references.unit_features))  # float16, cast to float32 in forward
+        self.weight = _linear_weight(run)
+        optional = {"ood_score": self.has_ood_score, "heatmaps": self.weight is not None}
+        self.names = ("logits", "probabilities", *(name for name, present in optional.items() if present))
 
-    def _way(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits_maps_vector(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (N, C), feature maps (N, K, h, w) and penultimate features (N, K) of normalised images (N, 3, S, S)."""
         model = cast(Any, self.model)
         features = feature_maps(self.model, images)
-        if not self.vectors:
+        if not self.has_ood_score:
             return model.forward_head(features), features, features
         vector = model.forward_head(features, pre_logits=True)
         return model.get_classifier()(vector), features, vector
 
-    def forward(self, squares: Tensor) -> tuple[Tensor, ...]:
-        images = self.normalize(squares)
-        logits, features, vector = self._way(images)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        images = self.normalize(pixels)
+        logits, features, vector = self._logits_maps_vector(images)
         maps = gradcam_all_classes(self.weight, features) if self.weight is not None else None
-        if self.flip:  # the mean over both directions, as `predict` and `explain` have it
-            other, mirrored, _ = self._way(images.flip(3))
-            logits = (logits + other) / 2
+        if self.flip:  # the mean over image and mirror image, as in `predict` and `explain`
+            flipped_logits, flipped_features, _ = self._logits_maps_vector(images.flip(3))
+            logits = (logits + flipped_logits) / 2
             if maps is not None:
-                maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), mirrored).flip(3)) / 2
-        found = [logits, (logits / self.temperature).softmax(dim=1)]
-        if self.vectors:
-            away = vector - cast(Tensor, self.centre)
-            alike = (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.unit_features).float().T
-            nearest = min(NEIGHBOURS, alike.shape[1])
-            found.append(1 - alike.topk(nearest, dim=1).values[:, -1])
+                maps = (maps + gradcam_all_classes(cast(Tensor, self.weight), flipped_features).flip(3)) / 2
+        outputs = [logits, (logits / self.temperature).softmax(dim=1)]
+        if self.has_ood_score:
+            centred = vector - cast(Tensor, self.centre)
+            cosine = (centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ cast(Tensor, self.unit_features).float().T
+            nearest = min(NEIGHBOURS, cosine.shape[1])
+            outputs.append(1 - cosine.topk(nearest, dim=1).values[:, -1])
         if maps is not None:
             peak = maps.amax(dim=(2, 3), keepdim=True)
-            found.append(maps / peak.clamp(min=1e-12))
-        return tuple(found)
+            outputs.append(maps / peak.clamp(min=1e-12))
+        return tuple(outputs)
 
 
-def _map_weight(run: SavedRun) -> Tensor | None:
-    """(C, K) of a head of average pooling and one linear layer; None where maps need a backward pass."""
+def _linear_weight(run: SavedRun) -> Tensor | None:
+    """Return the weight (C, K) of a head of average pooling and one linear layer; None for other heads, whose maps need gradients."""
     size = run.backbone.preprocessing.size
     model = run.backbone.model.eval()
     with torch.no_grad():
@@ -91,18 +88,18 @@ def _map_weight(run: SavedRun) -> Tensor | None:
 
 
 def build_onnx(run: SavedRun) -> onnx.ModelProto:
-    """images (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then network_input (N, 3, S, S) uint8, what the network saw.
+    """Return the graph from images (N, H, W, 3) uint8 RGB to the outputs of `ExportNetwork` and network_input (N, 3, S, S) uint8.
 
-    Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
+    It has passed onnx.checker; its metadata, each value JSON, holds all that a reader of the file needs.
     """
-    network, front = _network(run), square_graph(run.backbone.preprocessing)
-    squares = front.graph.output[0]
+    network, front = _network(run), preprocess_graph(run.backbone.preprocessing)
+    encoded_front, network_input = base64.b64encode(front.SerializeToString()).decode(), front.graph.output[0]
     network.ir_version = front.ir_version = IR
     del front.opset_import[:], network.opset_import[1:]
     front.opset_import.append(helper.make_opsetid("", OPSET))
-    whole = compose.merge_models(front, network, io_map=[(squares.name, "network_input_in")])
-    whole.graph.output.append(squares)
-    facts = metadata(run) | {"preprocess_graph": base64.b64encode(square_graph(run.backbone.preprocessing).SerializeToString()).decode()}
+    whole = compose.merge_models(front, network, io_map=[(network_input.name, "network_input_in")])
+    whole.graph.output.append(network_input)
+    facts = metadata(run) | {"preprocess_graph": encoded_front}
     helper.set_model_props(whole, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
     whole.producer_name, whole.doc_string = "seewhy", "RGB images of any size, (batch, height, width, 3) uint8"
     onnx.checker.check_model(whole, full_check=True)
@@ -110,15 +107,15 @@ def build_onnx(run: SavedRun) -> onnx.ModelProto:
 
 
 def _network(run: SavedRun) -> onnx.ModelProto:
-    """network_input_in (N, 3, S, S) uint8 -> the outputs of `AnswerNetwork`."""
-    answers = AnswerNetwork(run).eval()
+    """Return the graph from network_input_in (N, 3, S, S) uint8 to the outputs of `ExportNetwork`."""
+    network = ExportNetwork(run).eval()
     size = run.backbone.preprocessing.size
     with torch.no_grad():
         program = torch.onnx.export(
-            answers,
+            network,
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
             input_names=["network_input_in"],
-            output_names=list(answers.names),
+            output_names=list(network.names),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -130,7 +127,7 @@ def _network(run: SavedRun) -> onnx.ModelProto:
 
 
 def metadata(run: SavedRun) -> dict[str, Any]:
-    """What an exported file says about itself."""
+    """Return the metadata of an exported file: classes, preprocessing, calibration, thresholds, hashes, test accuracy."""
     manifest = run.manifest
     return {
         "seewhy_format": FORMAT,
@@ -154,34 +151,31 @@ def metadata(run: SavedRun) -> dict[str, Any]:
 # ---------------------------------------------------------------- PyTorch
 
 
-class _FromImages(nn.Module):
-    """(N, H, W, 3) uint8 -> the outputs of `AnswerNetwork`."""
+class _WithPreprocessing(nn.Module):
+    """Map images (N, H, W, 3) uint8 to the outputs of `ExportNetwork`."""
 
     def __init__(self, run: SavedRun) -> None:
         super().__init__()
-        self.answers = AnswerNetwork(run)
+        self.network = ExportNetwork(run)
         self.preprocessing: Preprocessing = run.backbone.preprocessing
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        given, size = self.preprocessing, self.preprocessing.size
-        planes = images.permute(0, 3, 1, 2)
-        squares: Tensor = self.answers(F.interpolate(planes, (size, size), mode=given.interpolation, antialias=True))
-        return cast(tuple[Tensor, ...], squares)
+        size, mode = self.preprocessing.size, self.preprocessing.interpolation
+        pixels = F.interpolate(images.permute(0, 3, 1, 2), (size, size), mode=mode, antialias=True)
+        return cast(tuple[Tensor, ...], self.network(pixels))
 
 
 def build_pt2(run: SavedRun) -> bytes:
-    """The same as a program of torch.export: `torch.export.load(FILE).module()(images)`, without seewhy.
+    """Return the content of a torch.export file: `torch.export.load(FILE).module()(images)` gives the outputs of `ExportNetwork`.
 
-    ConfigError for runs on centred squares, whose cut depends on the image's size.
+    Raises ConfigError for runs on centred crops, whose size depends on the image's.
     """
     if run.backbone.preprocessing.resize == "crop":
-        raise ConfigError(
-            "a .pt2 file squashes the whole image, and this run cuts the centred square out; export --format onnx does that too"
-        )
+        raise ConfigError("a .pt2 file cannot crop the centred square, as this run's preprocessing does; use --format onnx")
     batch, height, width = (torch.export.Dim(name, min=1 if name == "batch" else 8, max=20_000) for name in ("batch", "height", "width"))
     example = torch.zeros(2, 300, 200, 3, dtype=torch.uint8)
     with torch.no_grad():
-        program = torch.export.export(_FromImages(run).eval(), (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
+        program = torch.export.export(_WithPreprocessing(run).eval(), (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
     data = io.BytesIO()
     torch.export.save(program, data, extra_files={"seewhy.json": json.dumps(metadata(run), ensure_ascii=False)})
     return data.getvalue()

@@ -1,8 +1,9 @@
-"""Answer of an exported file -> what a server sends about it: the records of its interface, each a JSON object."""
+"""Define the server's JSON records and build them from the outputs of an exported file."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,18 +11,23 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from seewhy.explain.overlay import heat_png
+from seewhy.inference.onnx_model import OnnxModel
+
+Outputs = dict[str, npt.NDArray[Any]]  # of one image
 
 
 class ClassProbability(BaseModel):
+    """A class and its calibrated probability, 0 to 1."""
+
     class_name: str
     prob: float
 
 
 class Heatmap(BaseModel):
-    """Of one class (or of all, `class_name` null), from 0 to 1.
+    """Evidence for one class, or for all (`class_name` null): values from 0 to 1.
 
-    png: base64, a transparent image of the given one's proportions to lay over it. rows: h lists of w values.
-    bytes: base64 of C x h x w bytes, 255 for 1, classes in the order of /model; shape: C, h, w.
+    png: base64 of a transparent overlay with the image's proportions. rows: h lists of w values.
+    bytes: base64 of C x h x w bytes (255 is 1), classes in the order of `/model`; shape: [C, h, w].
     """
 
     class_name: str | None = None
@@ -32,10 +38,10 @@ class Heatmap(BaseModel):
 
 
 class ImagePrediction(BaseModel):
-    """Of one file. error: why there is none, and then nothing else is there.
+    """The prediction for one file, or the `error` that prevented it (all other fields are then missing).
 
-    decision: the most probable class, null where it is less probable than `/model` says for `confidence_threshold`. ood: looks like
-    nothing the classifier was trained on. ood_score: the number behind it, null where the model does not tell.
+    decision: the most probable class; missing if its probability is below `confidence_threshold` of `/model` (`below_threshold`).
+    ood: whether the image is out-of-distribution: its `ood_score` (missing if the model has none) exceeds `ood_threshold` of `/model`.
     """
 
     file: str
@@ -51,16 +57,19 @@ class ImagePrediction(BaseModel):
 
 
 class PredictResponse(BaseModel):
+    """Predictions for all files of a request, in their order."""
+
     request_id: str
     answers: list[ImagePrediction]
 
 
 class ModelInfo(BaseModel):
-    """What the served classifier is.
+    """The served classifier.
 
-    confidence_threshold: least probability of an answer; precision: the share of right answers it was chosen for on val. ood_threshold: the
-    ood_score from which an image looks like nothing known. crop_fraction: null where heatmaps cover the whole image, else the side of
-    the centred square that they cover over the short side. min_decode_side: pixels a side beyond which more change no answer.
+    confidence_threshold: minimum probability for a decision; precision: the share of correct decisions it was chosen for on val.
+    ood_threshold: the `ood_score` above which an image is out-of-distribution. crop_fraction: side of the centred square that heatmaps
+    cover, as a share of the image's short side; null if they cover the whole image. min_decode_side: pixels a side from which a larger
+    image changes no prediction.
     """
 
     classes: list[str]
@@ -78,76 +87,72 @@ class ModelInfo(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """A stable `code`, a `message` of one line, and the request's number in the server's log."""
+
     code: str
     message: str
     request_id: str
 
 
 class ErrorResponse(BaseModel):
+    """The body of every response with a status of 400 or above."""
+
     error: ErrorDetail
 
 
 class Health(BaseModel):
+    """The server is up."""
+
     status: Literal["ok"]
 
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "the body is no form with files in it"},
-    401: {"model": ErrorResponse, "description": "the server wants a key (header X-API-Key), and this is not it"},
-    408: {"model": ErrorResponse, "description": "the upload took too long"},
-    413: {"model": ErrorResponse, "description": "too many bytes or files"},
-    415: {"model": ErrorResponse, "description": "the body is not multipart/form-data"},
-    422: {"model": ErrorResponse, "description": "none of the files is a usable image, or an option is wrong"},
-    503: {"model": ErrorResponse, "description": "too many images under way; Retry-After says when to come again"},
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "the body is not a form with files",
+        401: "the header X-API-Key is missing or wrong",
+        408: "the upload took too long",
+        413: "too many bytes or files",
+        415: "the body is not multipart/form-data",
+        422: "no usable image, or an invalid parameter",
+        503: "too many images in flight; retry after the seconds in Retry-After",
+    }.items()
 }
-UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {"files": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
-                }
-            }
-        },
-    }
-}
+_FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+_FORM = {"schema": {"type": "object", "required": ["files"], "properties": {"files": _FILES}}}
+UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}}
 
 
 # ---------------------------------------------------------------- from arrays to records
 
 
-def answer_of(
-    name: str, found: dict[str, npt.NDArray[Any]], classes: tuple[str, ...], ood_threshold: float, confidence_threshold: float, top_k: int
-) -> ImagePrediction:
-    probs = found["probabilities"]
+def to_prediction(name: str, outputs: Outputs, model: OnnxModel, confidence_threshold: float, top_k: int) -> ImagePrediction:
+    """Build the record of one image from its outputs: probabilities (C,), size (2,) and, where the file has it, ood_score ()."""
+    probs = outputs["probabilities"]
     order = np.argsort(-probs, kind="stable")[:top_k]
-    ood_score = float(found["ood_score"]) if "ood_score" in found else None
+    ood_score = float(outputs["ood_score"]) if "ood_score" in outputs else None
     below_threshold = bool(probs[order[0]] < confidence_threshold)
     return ImagePrediction(
         file=name,
-        width=int(found["size"][0]),
-        height=int(found["size"][1]),
-        decision=None if below_threshold else classes[order[0]],
+        width=int(outputs["size"][0]),
+        height=int(outputs["size"][1]),
+        decision=None if below_threshold else model.classes[order[0]],
         below_threshold=below_threshold,
-        ood=ood_score is not None and ood_score > ood_threshold,
+        ood=ood_score is not None and ood_score > model.ood_threshold,
         ood_score=ood_score,
-        top=[ClassProbability(class_name=classes[c], prob=float(probs[c])) for c in order],
+        top=[ClassProbability(class_name=model.classes[c], prob=float(probs[c])) for c in order],
     )
 
 
-def heatmap_of(
-    found: dict[str, npt.NDArray[Any]], kind: str, classes: tuple[str, ...], target: int | None, crop_fraction: float | None
-) -> Heatmap | None:
+def to_heatmap(outputs: Outputs, kind: str, classes: Sequence[str], target: int | None, crop_fraction: float | None) -> Heatmap | None:
+    """Build the record of a heatmap from heatmaps (C, h, w); target: index of the class, None for the predicted one."""
     if kind == "none":
         return None
-    maps = found["heatmaps"]
+    maps = outputs["heatmaps"]
     if kind == "all":
         data = np.round(255 * maps).astype(np.uint8)
         return Heatmap(bytes=base64.b64encode(data.tobytes()).decode(), shape=list(data.shape))
-    number = int(found["probabilities"].argmax()) if target is None else target
+    c = int(outputs["probabilities"].argmax()) if target is None else target
     if kind == "array":
-        return Heatmap(class_name=classes[number], rows=maps[number].astype(float).round(4).tolist())
-    return Heatmap(class_name=classes[number], png=base64.b64encode(heat_png(maps[number], tuple(found["size"]), crop_fraction)).decode())
+        return Heatmap(class_name=classes[c], rows=maps[c].astype(float).round(4).tolist())
+    return Heatmap(class_name=classes[c], png=base64.b64encode(heat_png(maps[c], tuple(outputs["size"]), crop_fraction)).decode())

@@ -160,7 +160,7 @@ def _connect(ray: Any, cluster: Cluster) -> None:
         ray.init(log_to_driver=False, configure_logging=False, **({"address": cluster.address} if cluster.address else here))
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         where = cluster.address or "this machine"
-        raise ConfigError(f"--address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`") from error
+        raise ConfigError(f"--ray-address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`") from error
 
 
 def _short(error: BaseException) -> str:
@@ -255,5 +255,5 @@ def get_backend(name: str | None, address: str = "", workers: int = 0) -> Backen
     if name not in (None, "local"):
         raise ConfigError(f"--backend {name!r}: no such backend; use local or ray")
     if address or workers:
-        raise ConfigError("--address and --ray-workers are for --backend ray; add it, or leave them out")
+        raise ConfigError("--ray-address and --ray-workers are for --backend ray; add it, or leave them out")
     return run_local

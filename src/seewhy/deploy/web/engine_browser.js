@@ -1,4 +1,4 @@
-// Answers by the browser itself: onnxruntime-web runs model.onnx, and no image leaves the machine.
+// Predict in the browser: onnxruntime-web runs model.onnx, and no image leaves the machine.
 import * as ort from "./ort/ort.wasm.min.mjs";
 
 export const where = "Images stay on this device: the classifier runs in your browser.";
@@ -9,42 +9,42 @@ ort.env.logLevel = "error";
 
 let session = null;
 
-async function fetched(name) {
+async function fetchFile(name) {
   const response = await fetch(new URL(name, import.meta.url)).catch(() => null);
-  if (!response?.ok) throw new Error(`${name} cannot be loaded; a folder like this has to be opened through a web server.`);
+  if (!response?.ok) throw new Error(`${name} cannot be loaded; open this folder through a web server.`);
   return response;
 }
 
 export async function describe() {
-  const about = await (await fetched("./model.json")).json();
-  const model = new Uint8Array(await (await fetched("./model.onnx")).arrayBuffer());
-  session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
-  return about;
+  const info = await (await fetchFile("./model.json")).json();
+  const content = new Uint8Array(await (await fetchFile("./model.onnx")).arrayBuffer());
+  session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"], logSeverityLevel: 3 });
+  return info;
 }
 
-// An image file -> {probs, ood, belowThreshold, maps: {values, shape: [C, h, w]} or null}; throws Error with a sentence.
-export async function answer(file, about) {
-  const { data, width, height } = await pixels(file, about.min_decode_side);
-  const found = await session.run({ images: new ort.Tensor("uint8", data, [1, height, width, 3]) });
-  const probs = found.probabilities.data;
+// Return {probs: C, ood, belowThreshold, maps: {values, shape: [C, h, w]} or null} of an image file; throw Error with a message for people.
+export async function predict(file, model) {
+  const { data, width, height } = await pixels(file, model.min_decode_side);
+  const outputs = await session.run({ images: new ort.Tensor("uint8", data, [1, height, width, 3]) });
+  const probs = outputs.probabilities.data;
   return {
     probs,
-    ood: about.ood_threshold !== null && Boolean(found.ood_score) && found.ood_score.data[0] > about.ood_threshold,
-    belowThreshold: Math.max(...probs) < about.confidence_threshold,
-    maps: found.heatmaps ? { values: found.heatmaps.data, shape: found.heatmaps.dims.slice(1) } : null,
+    ood: model.ood_threshold !== null && Boolean(outputs.ood_score) && outputs.ood_score.data[0] > model.ood_threshold,
+    belowThreshold: Math.max(...probs) < model.confidence_threshold,
+    maps: outputs.heatmaps ? { values: outputs.heatmaps.data, shape: outputs.heatmaps.dims.slice(1) } : null,
   };
 }
 
-// RGB bytes of the upright image over white, its shorter side at most `min_decode_side` pixels: more of them show in no square.
-async function pixels(file, min_decode_side) {
+// Return RGB bytes of the upright image over white, its shorter side at most `minSide` pixels: more change no prediction.
+async function pixels(file, minSide) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
   } catch {
     throw new Error("this browser cannot read it as an image");
   }
-  const share = Math.min(1, min_decode_side / Math.min(bitmap.width, bitmap.height));
-  const width = Math.max(1, Math.round(bitmap.width * share)), height = Math.max(1, Math.round(bitmap.height * share));
+  const scale = Math.min(1, minSide / Math.min(bitmap.width, bitmap.height));
+  const width = Math.max(1, Math.round(bitmap.width * scale)), height = Math.max(1, Math.round(bitmap.height * scale));
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";
   context.fillRect(0, 0, width, height);

@@ -1,4 +1,4 @@
-// A heatmap laid over an image; heat.py draws the same colours on the server.
+// Draw a heatmap over an image, in the colours of explain/overlay.py.
 const STOPS = [0, 0.25, 0.5, 0.75, 1];
 const COLOURS = [[70, 20, 90, 0], [150, 35, 90, 90], [225, 80, 45, 160], [250, 165, 20, 200], [252, 245, 120, 225]];
 
@@ -9,7 +9,7 @@ function colour(value) {
   return COLOURS[k].map((high, channel) => COLOURS[k - 1][channel] + share * (high - COLOURS[k - 1][channel]));
 }
 
-// Value of a map (height x width, values 0 to 1) at a place given in shares of its sides, bilinear between the cells' centres.
+// Interpolate a map (height x width, values 0 to 1) bilinearly at (x, y), 0 to 1 across its sides.
 function valueAt(map, x, y) {
   const column = Math.min(map.width - 1, Math.max(0, x * map.width - 0.5)), row = Math.min(map.height - 1, Math.max(0, y * map.height - 0.5));
   const left = Math.floor(column), top = Math.floor(row), right = Math.min(map.width - 1, left + 1), low = Math.min(map.height - 1, top + 1);
@@ -17,8 +17,8 @@ function valueAt(map, x, y) {
   return (1 - down) * ((1 - across) * at(top, left) + across * at(top, right)) + down * ((1 - across) * at(low, left) + across * at(low, right));
 }
 
-// Draws the image, and over it the map (or null) with this opacity, into the canvas. box: what of the image the map covers,
-// as shares of its sides: left, top, width, height.
+// Draw the image and, with this opacity (0 to 1), the map (or null) into the canvas. box: the part of the image that the map covers,
+// [left, top, width, height] as shares of its sides.
 export function draw(canvas, image, map, opacity, box = [0, 0, 1, 1]) {
   canvas.width = image.width;
   canvas.height = image.height;
