@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli import main as cli_main
+from seewhy.cli.guard import run_guarded
 from seewhy.config import TrainConfig
 
 Call = Callable[..., tuple[int, str, str]]
@@ -29,7 +30,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """call("predict", ...) -> (status, stdout, stderr), as the console script gives them."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run_guarded(lambda: cli.call([str(a) for a in arguments]))
+        status = run_guarded(lambda: cli_main.call([str(a) for a in arguments]))
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -315,5 +316,5 @@ def test_a_network_that_fails_is_not_called_a_disk(error: OSError, line: str, ca
     def fail() -> None:
         raise error
 
-    assert cli.run_guarded(fail) == 2
+    assert run_guarded(fail) == 2
     assert capsys.readouterr().err == f"seewhy: {line}\n"
