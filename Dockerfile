@@ -3,7 +3,7 @@
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs/NAME:/model:ro" seewhy-serve
 # What trains, without the extras ray and captum (some GB):
 #   docker build --target train -t seewhy-train .
-#   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" seewhy-train train pictures/ --backbone efficientnet_lite0
+#   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" seewhy-train train images/ --backbone efficientnet_lite0
 FROM python:3.11-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin seewhy

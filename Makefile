@@ -52,7 +52,7 @@ wheel-smoke: dist
 	$(SMOKE)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd $(SMOKE) && export SEEWHY_CACHE="$$PWD/cache" && bin/seewhy --help > /dev/null \
 		&& bin/seewhy train scenes --backbone efficientnet_lite0 --unfreeze 0 --epochs 2 --out run \
-		&& bin/seewhy predict run cache/scenes/pictures/*/000.jpg \
+		&& bin/seewhy predict run cache/scenes/images/*/000.jpg \
 		&& bin/seewhy export run \
 		&& { bin/seewhy serve run 2>&1 || true; } | grep -F 'pip install "seewhy[serve]"'
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import seewhy
-from seewhy.cli import run_guarded
+from seewhy.cli.guard import run_guarded
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     if not pointer.is_file():
         raise seewhy.RunError(f"{pointer}: no trained model here; run `python train.py` first")
     if len(sys.argv) < 2:
-        raise seewhy.DataError("name the pictures: python predict.py a.jpg folder/")
+        raise seewhy.DataError("name the images: python predict.py a.jpg folder/")
     print(seewhy.load(pointer.read_text().strip()).predict(sys.argv[1:]).table(top_k=3).to_string(index=False))
 
 

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from seewhy import export_state_dict
-from seewhy.cli import run_guarded, train_from_arguments
-from seewhy.distributed import launched_as_main
-from seewhy.signals import stop_on_signals
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import train_from_arguments
+from seewhy.core.distributed import launched_as_main
+from seewhy.core.signals import stop_on_signals
 
 FIGURES = {"training_curves": "training_curves", "heatmaps": "gradcam_examples", "confusion_matrix": "confusion_matrix"}
 

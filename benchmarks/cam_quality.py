@@ -1,13 +1,13 @@
 """How far can each heatmap method be trusted, and what does a map cost beside the peers'?
 
-    python benchmarks/cam_quality.py --data-root DIR --weights FILE [--pictures 500] [--removed 500] [--slow 50]     into results.json
+    python benchmarks/cam_quality.py --data-root DIR --weights FILE [--images 500] [--removed 500] [--slow 50]     into results.json
     python benchmarks/cam_quality.py --quick                                                     part of the demo set, one JSON line
 
 For each backbone and dataset a classifier is trained (`--unfreeze 0`), and maps of the class it predicts are scored on its test part,
-which neither training nor any choice has seen: average drop, confidence increase and the check by randomising on --pictures of them;
+which neither training nor any choice has seen: average drop, confidence increase and the check by randomising on --images of them;
 deletion, insertion and ROAD, which ask the network 34 times a map, on the first --removed of these; the pointing games on all that have
 an outline (the demo set's, Caltech's airplanes). Score-CAM, Integrated Gradients and occlusion ask the network so often for each map that
-they are scored on --slow pictures. HiResCAM and XGrad-CAM are Grad-CAM, for a head of average pooling and one linear layer (a test holds
+they are scored on --slow images. HiResCAM and XGrad-CAM are Grad-CAM, for a head of average pooling and one linear layer (a test holds
 that).
 """
 
@@ -32,13 +32,13 @@ SLOW = ("scorecam", "integrated_gradients", "occlusion")
 BACKBONES = ("efficientnet_lite0", "resnet18")
 FINE: dict[str, tuple[str, ...]] = {"efficientnet_lite0": ("blocks.5",), "resnet18": ()}
 BATCH = 8  # of the timed maps
-ALONE = ("ablationcam",)  # timed on one picture, once: pytorch-grad-cam's takes half a minute a picture
+ALONE = ("ablationcam",)  # timed on one image, once: pytorch-grad-cam's takes half a minute an image
 
 
 def test_paths(run: Any) -> list[Path]:
     """Files of the test part of a run, in the order of its split."""
-    from seewhy.images import open_images
-    from seewhy.split import read_split
+    from seewhy.curation.split import read_split
+    from seewhy.data.image_set import open_images
 
     images = open_images(run.config.data, run.config.data_root)
     return [Path(images.paths[i]) for i in read_split(run.path / "split.json", images).test]
@@ -46,8 +46,8 @@ def test_paths(run: Any) -> list[Path]:
 
 def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, slow: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of all methods, and what is left of their maps when the classifier is randomised."""
-    from seewhy.cam_quality import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
-    from seewhy.scoring import AREA, sanity_check, score_methods
+    from seewhy.explain.faithfulness import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
+    from seewhy.explain.method_comparison import AREA, sanity_check, score_methods
 
     parts: list[tuple[list[Path], tuple[str, ...], tuple[str, ...]]] = [
         (paths, FAST, tuple(MASKING_METRICS)),
@@ -57,9 +57,9 @@ def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, s
         (outlined[:slow], SLOW, ()),
     ]
     tables = []
-    for pictures, methods, scores in parts:
-        if pictures:
-            found = score_methods(run, pictures, methods, scores)
+    for images, methods, scores in parts:
+        if images:
+            found = score_methods(run, images, methods, scores)
             baselines = ["random", "centre", AREA] if methods == FAST else []
             tables.append(found[found["score"].isin(scores or list(LOCALIZATION_METRICS)) & found["method"].isin([*methods, *baselines])])
     if outlined:
@@ -69,8 +69,8 @@ def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, s
 
 
 def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
-    """Grad-CAM at the layer that points best on validation, as the mean over 16 moved copies of each picture."""
-    from seewhy.scoring import score_methods
+    """Grad-CAM at the layer that points best on validation, as the mean over 16 moved copies of each image."""
+    from seewhy.explain.method_comparison import score_methods
 
     layers = FINE[run.config.backbone]
     table = score_methods(run, outlined, ("gradcam",), (), layers, smooth=4).query("method == 'gradcam'")
@@ -79,7 +79,7 @@ def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
 
 def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a method: mean, interval and star of each score, and the rank correlation after randomising the classifier."""
-    from seewhy.scoring import wide
+    from seewhy.explain.method_comparison import wide
 
     shown = wide(table, "{mean:.2f} ({low:.2f}–{high:.2f})")
     first = sanity.drop_duplicates("method").set_index("method")["spearman_mean"].to_dict()
@@ -98,18 +98,18 @@ def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- what a map costs
 
 
-def ours(model: nn.Module, pictures: Tensor, method: str) -> Callable[[], Any]:
-    from seewhy.attribution import class_activation_maps
+def ours(model: nn.Module, images: Tensor, method: str) -> Callable[[], Any]:
+    from seewhy.explain.attribution import class_activation_maps
 
-    return lambda: class_activation_maps(model, pictures, method)
+    return lambda: class_activation_maps(model, images, method)
 
 
-def peers(model: nn.Module, pictures: Tensor, layer: nn.Module) -> dict[str, dict[str, Callable[[], Any]]]:
-    """method -> peer -> its maps of the same pictures, in eager PyTorch as ours here."""
+def peers(model: nn.Module, images: Tensor, layer: nn.Module) -> dict[str, dict[str, Callable[[], Any]]]:
+    """method -> peer -> its maps of the same images, in eager PyTorch as ours here."""
     import pytorch_grad_cam as theirs
     from captum.attr import IntegratedGradients, LayerGradCam, Occlusion
 
-    classes = model(pictures).argmax(dim=1)
+    classes = model(images).argmax(dim=1)
     named = {
         "gradcam": theirs.GradCAM,
         "gradcam++": theirs.GradCAMPlusPlus,
@@ -119,23 +119,21 @@ def peers(model: nn.Module, pictures: Tensor, layer: nn.Module) -> dict[str, dic
     }
     found: dict[str, dict[str, Callable[[], Any]]] = {}
     for method, kind in named.items():
-        found[method] = {
-            "pytorch-grad-cam": functools.partial(kind(model=model, target_layers=[layer]), input_tensor=pictures, targets=None)
-        }
+        found[method] = {"pytorch-grad-cam": functools.partial(kind(model=model, target_layers=[layer]), input_tensor=images, targets=None)}
     captum = LayerGradCam(model, layer)
-    found["gradcam"]["captum"] = lambda: captum.attribute(pictures, target=classes, relu_attributions=True)
-    size = pictures.shape[-1]
+    found["gradcam"]["captum"] = lambda: captum.attribute(images, target=classes, relu_attributions=True)
+    size = images.shape[-1]
     options = {"sliding_window_shapes": (3, size // 7, size // 7), "strides": (3, size // 14, size // 14)}
     found["integrated_gradients"] = {
-        "captum": lambda: IntegratedGradients(model).attribute(pictures, target=classes, n_steps=32, internal_batch_size=4 * BATCH)
+        "captum": lambda: IntegratedGradients(model).attribute(images, target=classes, n_steps=32, internal_batch_size=4 * BATCH)
     }
-    found["occlusion"] = {"captum": lambda: Occlusion(model).attribute(pictures, target=classes, **options)}
+    found["occlusion"] = {"captum": lambda: Occlusion(model).attribute(images, target=classes, **options)}
     return found
 
 
 def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Milliseconds a map of each method, and how far ahead of each peer; random weights, 101 classes: the work is the same."""
-    from seewhy.backbones import create_backbone
+    from seewhy.models.backbones import create_backbone
 
     rows, ratios = [], {}
     for name in names:
@@ -144,13 +142,13 @@ def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tu
             """A network of its own for each library: some leave hooks in it."""
             return create_backbone(name, 101, "none").model
 
-        pictures = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         peer_model, model = fresh(), fresh()
         layer = peer_model.get_submodule({"resnet18": "layer4", "efficientnet_lite0": "bn2"}[name])
-        found = peers(peer_model, pictures, layer)
-        found |= {method: others for method, others in peers(peer_model, pictures[:1], layer).items() if method in ALONE}
+        found = peers(peer_model, images, layer)
+        found |= {method: others for method, others in peers(peer_model, images[:1], layer).items() if method in ALONE}
         for method, others in ((method, found[method]) for method in found if method not in left_out):
-            batch, times = (pictures[:1], 1) if method in ALONE else (pictures, rounds)
+            batch, times = (images[:1], 1) if method in ALONE else (images, rounds)
             seconds = interleave({"seewhy": ours(model, batch, method), **others}, times)
             for peer in others:
                 ratios[f"{peer} {method} {name}"] = ratio(seconds, peer, "seewhy")
@@ -172,16 +170,16 @@ def costs(names: Sequence[str], rounds: int, left_out: Sequence[str] = ()) -> tu
 
 
 def trained(data: str, name: str, extra: list[str], place: Path) -> Any:
-    from seewhy.cli import train_from_arguments
+    from seewhy.cli.main import train_from_arguments
 
     return train_from_arguments([data, "--backbone", name, "--unfreeze", "0", *extra, "--out", str(place / f"{data}-{name}")])
 
 
 def keep(data: str, name: str, table: pd.DataFrame, sanity: pd.DataFrame, accuracy: float, command: str) -> None:
     notes = [
-        f"Test accuracy of this network: {accuracy:.1%}. Mean and 95% bootstrap interval over pictures; + higher, - lower is better; "
-        "* beyond random, centre and object area (chance level), which know nothing of the picture. Score-CAM, Integrated "
-        "Gradients and occlusion stand on fewer pictures than the head of a column says: see `raw`.",
+        f"Test accuracy of this network: {accuracy:.1%}. Mean and 95% bootstrap interval over images; + higher, - lower is better; "
+        "* beyond random, centre and object area (chance level), which know nothing of the image. Score-CAM, Integrated "
+        "Gradients and occlusion stand on fewer images than the head of a column says: see `raw`.",
         "Last column: mean rank correlation of the maps with those of the same network with a random classifier; 1: the map does not "
         "depend on what the classifier learnt.",
     ]
@@ -204,14 +202,14 @@ def main() -> None:
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
     parser.add_argument("--data", nargs="+", default=["scenes", "caltech101"])
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=BACKBONES)
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--removed", type=int, default=500)
     parser.add_argument("--slow", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["quality", "cost"])
     parser.add_argument("--quick", action="store_true", help="one network on part of the demo set")
     arguments = parser.parse_args()
-    from seewhy.outlines import outline_of
+    from seewhy.explain.masks import outline_of
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -225,7 +223,7 @@ def main() -> None:
             print(json.dumps({"name": "cam_quality", "ratios": ratios, "pointing game": pointing}))
             return
         ratios = {}
-        options = f"--pictures {arguments.pictures} --removed {arguments.removed} --slow {arguments.slow}"
+        options = f"--images {arguments.images} --removed {arguments.removed} --slow {arguments.slow}"
         for data in arguments.data if arguments.only != "cost" else []:
             for name in arguments.backbones:
                 extra = ["--weights", arguments.weights] if name == "resnet18" and arguments.weights else []
@@ -234,15 +232,15 @@ def main() -> None:
                 paths = test_paths(run)
                 drawn = np.random.default_rng(0).permutation(len(paths))
                 shuffled = [paths[i] for i in drawn]
-                outlined = [path for path in shuffled if outline_of(path, run.backbone.preprocessing) is not None][: arguments.pictures]
-                table, sanity = scores_of(run, shuffled[: arguments.pictures], outlined, arguments.removed, arguments.slow)
+                outlined = [path for path in shuffled if outline_of(path, run.backbone.preprocessing) is not None][: arguments.images]
+                table, sanity = scores_of(run, shuffled[: arguments.images], outlined, arguments.removed, arguments.slow)
                 command = f"python benchmarks/cam_quality.py --data {data} --backbones {name} {options}"
                 keep(data, name, table, sanity, run.metrics["test"]["accuracy"], command)
         if arguments.only != "quality":
             rows, ratios = costs(arguments.backbones, arguments.rounds)
             notes = [
-                f"Batches of {BATCH} pictures of 224 pixels, eager PyTorch for everybody, {arguments.rounds} interleaved rounds, medians; "
-                "random weights; Ablation-CAM on one picture, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with "
+                f"Batches of {BATCH} images of 224 pixels, eager PyTorch for everybody, {arguments.rounds} interleaved rounds, medians; "
+                "random weights; Ablation-CAM on one image, once. `benchmarks/heatmaps.py` measures Grad-CAM and Grad-CAM++ with "
                 "seewhy's engine. Integrated Gradients and occlusion are captum's own code on both sides, ours in batches of 32.",
             ]
             command = (

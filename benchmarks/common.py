@@ -22,7 +22,7 @@ RESULTS = FOLDER / "results.json"
 
 
 class Files(Dataset[tuple[Any, int]]):
-    """Picture files and labels through a transform of torchvision or timm: what a peer's DataLoader reads."""
+    """Image files and labels through a transform of torchvision or timm: what a peer's DataLoader reads."""
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Callable[[Image.Image], Any]) -> None:
         self.paths, self.labels, self.transform = paths, labels, transform
@@ -127,7 +127,7 @@ def record(name: str, question: str, entry: dict[str, Any], timed: bool = True) 
 
     timed: times of another processor are kept beside the new ones, not replaced by them.
     """
-    from seewhy.saved_run import hardware, installed_versions
+    from seewhy.models.saved_run import hardware, installed_versions
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     here = hardware()

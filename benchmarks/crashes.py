@@ -55,7 +55,8 @@ def start(command: list[str], cache: Path, log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ["SEEWHY_CACHE"] = str(cache)
-        from seewhy.cli import call, run_guarded
+        from seewhy.cli.guard import run_guarded
+        from seewhy.cli.main import call
 
         os._exit(run_guarded(lambda: call(command)))
     finally:
@@ -91,7 +92,7 @@ def content(out: Path) -> dict[str, str]:
 
     if out.is_file():
         return {"bytes": digest(out)}
-    names = ["model.safetensors", "unknowns.safetensors", "metrics.json", "split.json", "predictions_test.csv", "predictions_val.csv"]
+    names = ["model.safetensors", "ood_reference.safetensors", "metrics.json", "split.json", "predictions_test.csv", "predictions_val.csv"]
     found = {name: digest(out / name) for name in names}
     rows = (out / "history.csv").read_text().splitlines()
     found["history"] = repr([row.rsplit(",", 1)[0] for row in rows])  # the last column is seconds
@@ -183,11 +184,11 @@ def trial(job: Job, kills: int, warm: Path, chance: random.Random) -> dict[str, 
     }
 
 
-def linked(pictures: Path, folder: Path, copies: int) -> Path:
-    """The demo pictures under many names."""
+def linked(images: Path, folder: Path, copies: int) -> Path:
+    """The demo images under many names."""
     folder.mkdir()
     for n in range(copies):
-        for path in pictures.rglob("*.jpg"):
+        for path in images.rglob("*.jpg"):
             (folder / f"{n}-{path.parent.name}-{path.name}").symlink_to(path)
     return folder
 
@@ -207,14 +208,14 @@ def main() -> None:
         run([*STAGE, "--epochs", "1", "--out", str(place / "other")], ready, place / "log")
         # What the trials begin with: the demo set and the exported networks, which take 15 s and are written by one rename; no features.
         shutil.copytree(ready, warm, ignore=shutil.ignore_patterns("features"))
-        pictures = linked(warm / "scenes" / "pictures", place / "many", 2 if arguments.quick else 8)
-        ask = ["predict", str(place / "base"), str(pictures), "--top-k", "3"]
+        images = linked(warm / "scenes" / "images", place / "many", 2 if arguments.quick else 8)
+        ask = ["predict", str(place / "base"), str(images), "--top-k", "3"]
         jobs = [
             Job("train, everything frozen", FROZEN, ["--resume"], "run", 0.6),
             Job("train, last stage", STAGE, ["--resume"], "run", 0.4),
             Job("predict to .parquet", ask, [], "table.parquet", 0.2),
             Job("predict to .csv", ask, [], "table.csv", 0.15),
-            Job("export", ["export", str(place / "base"), "--pictures", "20"], [], "model.onnx", 0.2),
+            Job("export", ["export", str(place / "base"), "--images", "20"], [], "model.onnx", 0.2),
         ]
         jobs = [job for job in jobs if arguments.only in job.name]
         chance = random.Random(arguments.seed)
@@ -239,12 +240,22 @@ def preload() -> None:
     import onnxruntime
 
     import seewhy.cli
-    import seewhy.parity
-    import seewhy.predict
-    import seewhy.result_store
-    import seewhy.workflow
+    import seewhy.deploy.export
+    import seewhy.inference.batch_runner
+    import seewhy.inference.predict
+    import seewhy.training.pipeline
 
-    assert all((lightning.pytorch, onnxruntime, seewhy.cli, seewhy.parity, seewhy.predict, seewhy.result_store, seewhy.workflow))
+    assert all(
+        (
+            lightning.pytorch,
+            onnxruntime,
+            seewhy.cli,
+            seewhy.deploy.export,
+            seewhy.inference.predict,
+            seewhy.inference.batch_runner,
+            seewhy.training.pipeline,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -31,18 +31,18 @@ def main() -> None:
     answer = {
         "name": "demo",
         "seconds": round(statistics.median(seconds), 1),
-        "test_accuracy": round(runs[0]["answer"]["metrics"]["test"]["accuracy"], 4),
-        "n": runs[0]["answer"]["metrics"]["test"]["n"],
+        "test_accuracy": round(runs[0]["decision"]["metrics"]["test"]["accuracy"], 4),
+        "n": runs[0]["decision"]["metrics"]["test"]["n"],
     }
     if not arguments.quick:
         row = {
-            "what": "draw 480 pictures, extract, fit, measure, report",
+            "what": "draw 480 images, extract, fit, measure, report",
             "median s": answer["seconds"],
             "least to most s": f"{min(seconds)} to {max(seconds)}",
             "runs": len(seconds),
             "peak GB": max(run["peak_gb"] for run in runs),
             "test accuracy %": round(100 * answer["test_accuracy"], 1),
-            "test pictures": answer["n"],
+            "test images": answer["n"],
         }
         command_text = f"python benchmarks/demo.py --runs {len(seconds)}"
         record(

@@ -26,8 +26,8 @@ from common import interleave, matrix_limit, rates, ratio, record
 from torch import nn
 
 BATCH = 32
-AT_ONCE = f"ONNX Runtime, batches side by side, {BATCH} pictures at once"
-SIDE_BY_SIDE = "ONNX Runtime, batches side by side, 4 pictures at once (seewhy)"
+AT_ONCE = f"ONNX Runtime, batches side by side, {BATCH} images at once"
+SIDE_BY_SIDE = "ONNX Runtime, batches side by side, 4 images at once (seewhy)"
 Trunk = Callable[[Any], Any]
 
 
@@ -55,10 +55,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="lite0 alone, without torch.compile")
     arguments = parser.parse_args()
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.engines import FromSquares, make_engine
-    from seewhy.streams import in_order
+    from seewhy.core.parallel import map_ordered
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.executors import NormalizeInput, make_executor
+    from seewhy.models.trunk_tail import split_backbone
 
     names = ["efficientnet_lite0"] if arguments.quick else ["resnet18", "efficientnet_lite0"]
     rounds = 2 if arguments.quick else arguments.rounds
@@ -68,12 +68,12 @@ def main() -> None:
         os.environ["SEEWHY_CACHE"] = cache
         for name in names:
             backbone = create_backbone(name, 2, "none" if name == "resnet18" else None)
-            trunk, preprocessing = cut_backbone(backbone, 0).trunk, backbone.preprocessing
+            trunk, preprocessing = split_backbone(backbone, 0).trunk, backbone.preprocessing
             assert trunk is not None
-            network = FromSquares(trunk, preprocessing).eval()
+            network = NormalizeInput(trunk, preprocessing).eval()
             size = preprocessing.size
             squares = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)
-            one, many = (make_engine(trunk, preprocessing, pictures, "onnx") for pictures in (1, 1000))
+            one, many = (make_executor(trunk, preprocessing, images, "onnx") for images in (1, 1000))
             start: dict[str, float] = {}
             candidates: dict[str, Trunk] = {"eager PyTorch": eager(network)}
             candidates["eager, channels_last"] = eager(copy.deepcopy(network).to(memory_format=torch.channels_last))
@@ -82,14 +82,14 @@ def main() -> None:
                 candidates[label], start[label] = compiled(network, squares)
             at_once = replace(many, batch=None)
             candidates |= {"ONNX Runtime, all cores on a batch": one, AT_ONCE: at_once, SIDE_BY_SIDE: many}
-            work = {label: _two_batches(run, squares, in_order) for label, run in candidates.items()}
+            work = {label: _two_batches(run, squares, map_ordered) for label, run in candidates.items()}
             seconds = interleave(work, rounds)
             speed = rates(seconds, 2 * BATCH)
             for label in candidates:
                 ahead = ratio(seconds, "eager PyTorch", label)
                 ratios[f"eager over {label}, {name}"] = ahead
                 begin = f"{start[label]:.0f}" if label in start else "–"
-                rows.append({"backbone": name, "engine": label, "pictures/s": speed[label], "over eager": ahead, "s before": begin})
+                rows.append({"backbone": name, "engine": label, "images/s": speed[label], "over eager": ahead, "s before": begin})
     answer = {"name": "engines", "ratios": ratios, "rounds": rounds}
     if not arguments.quick:
         notes = [
@@ -103,9 +103,9 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-def _two_batches(run: Trunk, squares: Any, in_order: Any) -> Callable[[], Any]:
-    lanes = getattr(run, "lanes", 1)
-    return lambda: list(in_order(run, [squares, squares], lanes))
+def _two_batches(run: Trunk, squares: Any, map_ordered: Any) -> Callable[[], Any]:
+    max_parallel_batches = getattr(run, "lanes", 1)
+    return lambda: list(map_ordered(run, [squares, squares], max_parallel_batches))
 
 
 if __name__ == "__main__":

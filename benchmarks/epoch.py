@@ -1,10 +1,10 @@
-"""How many pictures a second does a training epoch of ResNet-18's last stage take in, the layers below frozen?
+"""How many images a second does a training epoch of ResNet-18's last stage take in, the layers below frozen?
 
-    python benchmarks/epoch.py --data-root DIR [--pictures 960] [--rounds 5]     Caltech-101, into results.json
-    python benchmarks/epoch.py --quick                                           demo pictures, one JSON line
+    python benchmarks/epoch.py --data-root DIR [--images 960] [--rounds 5]     Caltech-101, into results.json
+    python benchmarks/epoch.py --quick                                           demo images, one JSON line
 
 seewhy: an epoch of `seewhy train --unfreeze 1` on cached features (its own record in history.csv, one batch of validation included).
-Peer: the same network in the same training step, frozen the usual way (requires_grad False, frozen BatchNorm in eval mode), pictures
+Peer: the same network in the same training step, frozen the usual way (requires_grad False, frozen BatchNorm in eval mode), images
 through torchvision transforms and a DataLoader. Limit: the last stage's training step on one batch in memory, nothing else.
 Weights are random: the work is the same. The figures stand in RESULTS.md.
 """
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 BATCH, CLASSES = 32, 101
-STAGE_GFLOP = 2.5  # of one training step of layer4 and the classifier, a picture: forward 0.82, backward twice that
+STAGE_GFLOP = 2.5  # of one training step of layer4 and the classifier, an image: forward 0.82, backward twice that
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
@@ -60,13 +60,13 @@ def naive_epoch(paths: list[Path], labels: Any) -> Any:
 
 def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.memory_format | None = None, compiled: bool = False) -> Any:
     """The limit: the step alone, in the memory format that seewhy would choose or in a given one."""
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import feature_shape
-    from seewhy.fitting import best_memory_format
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import feature_shape
+    from seewhy.models.trunk_tail import split_backbone
+    from seewhy.training.module import best_memory_format
 
     backbone = create_backbone(name, CLASSES, "none")
-    cut = cut_backbone(backbone, 1)
+    cut = split_backbone(backbone, 1)
     assert cut.trunk is not None
     memory_format = memory_format or best_memory_format(cut.tail)
     tail = cut.tail.train().to(memory_format=memory_format)
@@ -84,33 +84,33 @@ def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.mem
 
 def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     """Seconds of each epoch of seewhy's fit."""
-    from seewhy.backbones import create_backbone
-    from seewhy.batches import CachedViews
     from seewhy.config import make_config
-    from seewhy.cutting import cut_backbone
-    from seewhy.features import Features, extract_features
-    from seewhy.fitting import fit
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import Features, extract_features
+    from seewhy.models.trunk_tail import split_backbone
+    from seewhy.training.fit import fit
+    from seewhy.training.loaders import CachedViews, TrainingData
 
     config = make_config(data=images.name, backbone="resnet18", weights="none", epochs=epochs, patience=epochs).resolved()
     backbone = create_backbone("resnet18", CLASSES, "none")
-    cut = cut_backbone(backbone, 1)
+    cut = split_backbone(backbone, 1)
     features = extract_features(images, indices, 2, cut, backbone.preprocessing)
     train = CachedViews(features, images.labels[indices])
     val = CachedViews(Features(features.store, features.rows[:BATCH, :1], 0), images.labels[indices][:BATCH])
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(backbone, cut, train, val, images.labels[indices], CLASSES, config, Path(folder))
+        fitted = fit(backbone, cut, TrainingData(train, val, images.labels[indices], CLASSES), config, Path(folder))
     return [row["seconds"] for row in fitted.history]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
-    parser.add_argument("--pictures", type=int, default=960)
+    parser.add_argument("--images", type=int, default=960)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set")
+    parser.add_argument("--quick", action="store_true", help="fewer images of the demo set")
     arguments = parser.parse_args()
-    count, rounds = (192, 2) if arguments.quick else (arguments.pictures // BATCH * BATCH, arguments.rounds)
-    from seewhy.images import open_images
+    count, rounds = (192, 2) if arguments.quick else (arguments.images // BATCH * BATCH, arguments.rounds)
+    from seewhy.data.image_set import open_images
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SEEWHY_CACHE"] = cache
@@ -137,27 +137,27 @@ def main() -> None:
     speed = rates({name: seconds[name] for name in candidates}, count)
     layouts = rates({name: times for name, times in seconds.items() if name not in candidates}, count // 4 // BATCH * BATCH)
     ratios = {"naive freezing": ratio(seconds, "peer", "seewhy"), "the step alone": ratio(seconds, "limit", "seewhy")}
-    answer = {"name": "epoch", "ratios": ratios, "pictures_per_s": speed | layouts, "n": count, "rounds": rounds}
+    answer = {"name": "epoch", "ratios": ratios, "images_per_s": speed | layouts, "n": count, "rounds": rounds}
     if not arguments.quick:
         limit = matrix_limit()
         rows = [
-            {"what": "seewhy, cached features", "pictures/s": speed["seewhy"], "seewhy is ahead": "–"},
-            {"what": "naive freezing, DataLoader", "pictures/s": speed["peer"], "seewhy is ahead": ratios["naive freezing"]},
+            {"what": "seewhy, cached features", "images/s": speed["seewhy"], "seewhy is ahead": "–"},
+            {"what": "naive freezing, DataLoader", "images/s": speed["peer"], "seewhy is ahead": ratios["naive freezing"]},
             {
                 "what": "limit: the step alone, one batch in memory",
-                "pictures/s": speed["limit"],
+                "images/s": speed["limit"],
                 "seewhy is ahead": ratios["the step alone"],
             },
-            *({"what": f"the step alone, {name}", "pictures/s": speed, "seewhy is ahead": "–"} for name, speed in layouts.items()),
+            *({"what": f"the step alone, {name}", "images/s": speed, "seewhy is ahead": "–"} for name, speed in layouts.items()),
         ]
         notes = [
-            f"ResNet-18 at 224 pixels, layer4 and classifier trained, batch {BATCH}, {count} pictures of Caltech-101 an epoch, {rounds} "
+            f"ResNet-18 at 224 pixels, layer4 and classifier trained, batch {BATCH}, {count} images of Caltech-101 an epoch, {rounds} "
             "interleaved rounds; medians, and the median of the rounds' ratios.",
             f"A large float32 matrix product reached {limit:.0f} GFLOP/s in this run: at most {limit / STAGE_GFLOP:.0f} such training "
-            f"steps a second ({STAGE_GFLOP} GFLOP a picture).",
+            f"steps a second ({STAGE_GFLOP} GFLOP an image).",
             "GPU: not measured.",
         ]
-        command = f"python benchmarks/epoch.py --pictures {count} --rounds {rounds}"
+        command = f"python benchmarks/epoch.py --images {count} --rounds {rounds}"
         record(
             "epoch", "A training epoch with frozen layers", {"rows": rows, "raw": {"seconds": seconds}, "notes": notes, "command": command}
         )

@@ -1,9 +1,9 @@
 """Does an exported file say what its run says?
 
     python benchmarks/export.py --data-root DIR --weights FILE     Caltech-101, both named backbones, into results.json
-    python benchmarks/export.py --quick                            demo pictures, lite0, one JSON line
+    python benchmarks/export.py --quick                            demo images, lite0, one JSON line
 
-Frozen networks are trained, exported as each kind of file, and compared with their runs on all test pictures, from picture files to
+Frozen networks are trained, exported as each kind of file, and compared with their runs on all test images, from image files to
 answers. Milliseconds: median of an answer on one core, reading and decoding included. The figures stand in RESULTS.md.
 """
 
@@ -24,10 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
     parser.add_argument("--weights", help="weights file for resnet18, where timm's cannot be fetched")
-    parser.add_argument("--quick", action="store_true", help="demo pictures, efficientnet_lite0")
+    parser.add_argument("--quick", action="store_true", help="demo images, efficientnet_lite0")
     arguments = parser.parse_args()
-    from seewhy.cli import train_from_arguments
-    from seewhy.parity import export_file
+    from seewhy.cli.main import train_from_arguments
+    from seewhy.deploy.export import export_file
 
     data = "scenes" if arguments.quick else "caltech101"
     root = ["--data-root", arguments.data_root] if arguments.data_root else []
@@ -52,7 +52,7 @@ def main() -> None:
                         "largest probability difference": f"{parity.difference:.1e}",
                         "heatmap correlation, mean (least)": f"{parity.correlation_mean:.5f} ({parity.correlation_least:.5f})",
                         "accuracy % (run's)": f"{100 * parity.accuracy:.1f} ({100 * parity.run_accuracy:.1f})",
-                        "ms a picture, one core": f"{parity.milliseconds:.1f}",
+                        "ms an image, one core": f"{parity.milliseconds:.1f}",
                     }
                 )
     ratios = {

@@ -1,11 +1,11 @@
 """Can bytes chosen by a coverage-guided fuzzer (atheris) crash what reads files and requests of strangers?
 
     python benchmarks/fuzz.py [--seconds 300]              each target for so long, into results.json
-    python benchmarks/fuzz.py --target NAME --seconds 20   one of record, graph, weights, picture, upload, config; one JSON line
+    python benchmarks/fuzz.py --target NAME --seconds 20   one of record, graph, weights, image, upload, config; one JSON line
     python benchmarks/fuzz.py --quick                      each target for 5 s, one JSON line
 
 Anything but an answer or an error of seewhy's own, in one line, is a crash: it ends the target, and its input is written beside the
-results. Targets: record (run.json), graph (an exported file), weights (a weights file), picture (decoding), upload (POST /predict with
+results. Targets: record (run.json), graph (an exported file), weights (a weights file), image (decoding), upload (POST /predict with
 any body and headers), config (YAML and --set).
 """
 
@@ -48,10 +48,10 @@ def small_run() -> Any:
     from dataclasses import replace
 
     from seewhy.api import Run
-    from seewhy.backbones import create_backbone
     from seewhy.config import make_config
-    from seewhy.cutting import cut_backbone
-    from seewhy.saved_run import make_manifest
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.saved_run import make_manifest
+    from seewhy.models.trunk_tail import split_backbone
 
     backbone = create_backbone("test_resnet.r160_in1k", 3, weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=64))
@@ -60,14 +60,14 @@ def small_run() -> Any:
         "metrics": {"test": {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "n": 10}},
         "data": {"hash": "0" * 64, "name": "x"},
         "split": {"hash": "0" * 64},
-        "calibration": {"temperature": 1.5, "abstain": [{"precision": 0.9, "threshold": 0.7}]},
-        "unknowns": {"threshold": 0.8},
+        "calibration": {"temperature": 1.5, "selective": [{"precision": 0.9, "threshold": 0.7}]},
+        "ood": {"threshold": 0.8},
     }
     classes = ("ant", "bee", "cat")
-    return Run(Path("small"), config, classes, backbone, cut_backbone(backbone, 1), make_manifest(config, classes, backbone, facts))
+    return Run(Path("small"), config, classes, backbone, split_backbone(backbone, 1), make_manifest(config, classes, backbone, facts))
 
 
-def picture_bytes() -> bytes:
+def image_bytes() -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
@@ -79,14 +79,14 @@ def picture_bytes() -> bytes:
 
 
 def _record() -> tuple[list[bytes], Target]:
-    from seewhy.manifest import check_manifest
+    from seewhy.models.manifest import check_manifest
 
     return [json.dumps(small_run().manifest).encode()], lambda data: answers(lambda: check_manifest(data, "run.json"))
 
 
 def _graph() -> tuple[list[bytes], Target]:
-    from seewhy.portable import build_onnx
-    from seewhy.runtime import load_onnx
+    from seewhy.deploy.onnx_export import build_onnx
+    from seewhy.inference.onnx_model import load_onnx
 
     return [build_onnx(small_run()).SerializeToString()], lambda data: answers(lambda: load_onnx(data))
 
@@ -95,7 +95,7 @@ def _weights() -> tuple[list[bytes], Target]:
     import torch
     from safetensors.torch import save
 
-    from seewhy.backbones import read_weights
+    from seewhy.models.weights import read_weights
 
     state = {"a.weight": torch.ones(2, 3), "b": torch.tensor([1.0])}
     file = io.BytesIO()
@@ -110,10 +110,10 @@ def _weights() -> tuple[list[bytes], Target]:
     return [save(state), file.getvalue()], target
 
 
-def _picture() -> tuple[list[bytes], Target]:
+def _image() -> tuple[list[bytes], Target]:
     from torture import seeds
 
-    from seewhy.decoding import decode
+    from seewhy.data.decode import decode
 
     def target(data: bytes) -> None:
         with suppress(ValueError):
@@ -126,13 +126,13 @@ def _upload() -> tuple[list[bytes], Target]:
     """The first line of the input is the path with its query and the content type, the rest is the body."""
     from fastapi.testclient import TestClient
 
-    from seewhy.portable import build_onnx
-    from seewhy.serve import create_app
-    from seewhy.watch import Limits
+    from seewhy.deploy.app import create_app
+    from seewhy.deploy.middleware import Limits
+    from seewhy.deploy.onnx_export import build_onnx
 
     app = create_app(build_onnx(small_run()).SerializeToString(), 1, Limits(request_bytes=1_000_000, pixels=1_000_000))
     client = TestClient(app)  # which raises what the server does not catch
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + picture_bytes() + b"\r\n--x--\r\n"
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + image_bytes() + b"\r\n--x--\r\n"
     heads = [b"/predict?top_k=2 multipart/form-data; boundary=x\n", b"/predict?heatmap=ant&k=3 multipart/form-data; boundary=x\n"]
 
     def target(data: bytes) -> None:
@@ -167,7 +167,7 @@ def _tar() -> tuple[list[bytes], Target]:
     import io
     import tarfile
 
-    from seewhy.shards import members, stream
+    from seewhy.data.shards import members, stream
 
     place = Path(tempfile.mkdtemp()) / "x.tar"
     beginnings = []
@@ -197,7 +197,7 @@ TARGETS: dict[str, Callable[[], tuple[list[bytes], Target]]] = {
     "record": _record,
     "graph": _graph,
     "weights": _weights,
-    "picture": _picture,
+    "image": _image,
     "upload": _upload,
     "config": _config,
     "tar": _tar,

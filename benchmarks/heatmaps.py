@@ -1,9 +1,9 @@
-"""How many heatmaps a second, against pytorch-grad-cam, torch-cam and captum on the same network and pictures?
+"""How many heatmaps a second, against pytorch-grad-cam, torch-cam and captum on the same network and images?
 
     python benchmarks/heatmaps.py [--rounds 7]     ResNet-18 and EfficientNet-Lite0, batch 32, 101 classes, into results.json
     python benchmarks/heatmaps.py --quick          ResNet-18, fewer rounds, one JSON line
 
-Everybody starts from the same normalised batch and ends with maps of the size of the picture. seewhy runs the network on ONNX
+Everybody starts from the same normalised batch and ends with maps of the size of the image. seewhy runs the network on ONNX
 Runtime, as `seewhy explain` does, and once in eager PyTorch like its peers. Weights are random: the work is the same.
 The figures stand in RESULTS.md.
 """
@@ -32,11 +32,11 @@ def enlarge(maps: Tensor) -> Tensor:
 
 def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dict[str, Callable[[], Any]]:
     """Our candidates, by row."""
-    from seewhy.attribution import FeatureMaps, maps_of_features
-    from seewhy.cam import gradcam_all_classes
-    from seewhy.engines import make_engine
+    from seewhy.explain.attribution import FeatureMaps, maps_of_features
+    from seewhy.explain.cam import gradcam_all_classes
+    from seewhy.models.executors import make_executor
 
-    forward = make_engine(FeatureMaps(model), preprocessing, len(squares), engine)
+    forward = make_executor(FeatureMaps(model), preprocessing, len(squares), engine)
 
     def features() -> Tensor:
         return torch.from_numpy(forward(squares))
@@ -63,40 +63,40 @@ def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dic
     }
 
 
-def grad_cam_peer(model: nn.Module, layer: str, pictures: Tensor, method: str) -> Callable[[], Any]:
+def grad_cam_peer(model: nn.Module, layer: str, images: Tensor, method: str) -> Callable[[], Any]:
     from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     extractor = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus}[method](model=model, target_layers=[model.get_submodule(layer)])
-    targets = [ClassifierOutputTarget(n % CLASSES) for n in range(len(pictures))]
-    return lambda: extractor(input_tensor=pictures, targets=targets)
+    targets = [ClassifierOutputTarget(n % CLASSES) for n in range(len(images))]
+    return lambda: extractor(input_tensor=images, targets=targets)
 
 
-def torchcam_peer(model: nn.Module, layer: str, pictures: Tensor, method: str) -> Callable[[], Any]:
+def torchcam_peer(model: nn.Module, layer: str, images: Tensor, method: str) -> Callable[[], Any]:
     from torchcam.methods import GradCAM, GradCAMpp
 
     extractor = {"gradcam": GradCAM, "gradcam++": GradCAMpp}[method](model, layer)
-    targets = [n % CLASSES for n in range(len(pictures))]
+    targets = [n % CLASSES for n in range(len(images))]
 
     def run() -> Tensor:
-        maps: Tensor = extractor(targets, model(pictures))[0]
+        maps: Tensor = extractor(targets, model(images))[0]
         return enlarge(maps[:, None])
 
     return run
 
 
-def captum_peer(model: nn.Module, layer: str, pictures: Tensor) -> Callable[[], Any]:
+def captum_peer(model: nn.Module, layer: str, images: Tensor) -> Callable[[], Any]:
     from captum.attr import LayerGradCam
 
     extractor = LayerGradCam(model, model.get_submodule(layer))
-    targets = torch.arange(len(pictures)) % CLASSES
-    return lambda: enlarge(extractor.attribute(pictures, target=targets, relu_attributions=True))
+    targets = torch.arange(len(images)) % CLASSES
+    return lambda: enlarge(extractor.attribute(images, target=targets, relu_attributions=True))
 
 
 def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows of one backbone, and how far ahead of each peer."""
-    from seewhy.backbones import create_backbone
-    from seewhy.engines import FromSquares
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.executors import NormalizeInput
 
     def fresh() -> nn.Module:
         """A network of its own for each library: some leave hooks in it. The same weights by the same seed."""
@@ -105,17 +105,17 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, flo
 
     squares = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
     preprocessing = create_backbone(name, 2, "none").preprocessing
-    pictures = FromSquares(nn.Identity(), preprocessing)(torch.from_numpy(squares))
+    images = NormalizeInput(nn.Identity(), preprocessing)(torch.from_numpy(squares))
     onnx, eager = (ours(fresh(), preprocessing, squares, engine) for engine in ("onnx", "torch"))
     candidates: dict[str, Callable[[], Any]] = {}
     for method in ("gradcam", "gradcam++"):
         row = f"{method}, 1 class"
         candidates[f"seewhy | {row}"] = onnx[row]
         candidates[f"seewhy, eager | {row}"] = eager[row]
-        candidates[f"pytorch-grad-cam | {row}"] = grad_cam_peer(fresh(), LAYERS[name], pictures, method)
-        candidates[f"torch-cam | {row}"] = torchcam_peer(fresh(), LAYERS[name], pictures, method)
+        candidates[f"pytorch-grad-cam | {row}"] = grad_cam_peer(fresh(), LAYERS[name], images, method)
+        candidates[f"torch-cam | {row}"] = torchcam_peer(fresh(), LAYERS[name], images, method)
         if method == "gradcam":
-            candidates[f"captum | {row}"] = captum_peer(fresh(), LAYERS[name], pictures)
+            candidates[f"captum | {row}"] = captum_peer(fresh(), LAYERS[name], images)
             candidates[f"seewhy | {method}, all classes"] = onnx[f"{method}, all classes"]
             candidates[f"seewhy, eager | {method}, all classes"] = eager[f"{method}, all classes"]
     candidates["seewhy | forward alone"] = onnx["forward alone"]
@@ -138,7 +138,7 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, flo
                 "backbone": name,
                 "library": library,
                 "what": row,
-                "pictures/s": speed[candidate],
+                "images/s": speed[candidate],
                 "maps/s": round(speed[candidate] * (CLASSES if "all" in row else "1 class" in row)) or "–",
                 "seewhy is ahead": ratios.get(f"{library} {row.split(',')[0]} {name}", "–"),
             }
@@ -160,11 +160,11 @@ def main() -> None:
         ratios |= ahead
     if not arguments.quick:
         notes = [
-            f"Batches of {BATCH} pictures of {SIZE} pixels, {CLASSES} classes, {rounds} interleaved rounds; medians, and the median of the "
-            "rounds' ratios. Peers and 1-class rows give maps of the picture's size, all-classes rows maps of the network's.",
+            f"Batches of {BATCH} images of {SIZE} pixels, {CLASSES} classes, {rounds} interleaved rounds; medians, and the median of the "
+            "rounds' ratios. Peers and 1-class rows give maps of the image's size, all-classes rows maps of the network's.",
             "Behind a last layer that average pooling reads, a map costs the forward pass and next to nothing: for ResNet-18, where eager "
             "PyTorch is nearly as fast as ONNX Runtime on this processor, captum and torch-cam can be at most that little behind.",
-            f"A large float32 matrix product reached {matrix_limit():.0f} GFLOP/s in this run; the forward pass needs 3.6 GFLOP a picture "
+            f"A large float32 matrix product reached {matrix_limit():.0f} GFLOP/s in this run; the forward pass needs 3.6 GFLOP an image "
             "(ResNet-18) or 0.77 (EfficientNet-Lite0).",
             "GPU: not measured.",
         ]

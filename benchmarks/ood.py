@@ -1,9 +1,9 @@
-"""Which score tells pictures of no known class best, and how well?
+"""Which score tells images of no known class best, and how well?
 
     python benchmarks/ood.py --data-root DIR [--seeds 0 1 2]     Caltech-101, into results.json
     python benchmarks/ood.py --quick                             demo set, two classes held out, one JSON line
 
-efficientnet_lite0 with its classifier trained, as `seewhy train --unfreeze 0` does. Known: the test part. Unknown: the pictures of ten
+efficientnet_lite0 with its classifier trained, as `seewhy train --unfreeze 0` does. Known: the test part. Unknown: the images of ten
 classes that were held out of training altogether (others with each seed), and BACKGROUND_Google, which is no class of Caltech-101.
 Each score of ood_scores.py is fitted to the training part. The figures stand in RESULTS.md.
 """
@@ -24,7 +24,7 @@ HELD_OUT = 10
 
 
 def without_classes(images: Any, names: set[str]) -> tuple[Any, Any]:
-    """The pictures of all other classes as an ImageSet of their own, and the places of those left out."""
+    """The images of all other classes as an ImageSet of their own, and the places of those left out."""
     inside = np.array([images.classes[label] not in names for label in images.labels])
     kept = np.flatnonzero(inside)
     classes = tuple(name for name in images.classes if name not in names)
@@ -40,11 +40,12 @@ def without_classes(images: Any, names: set[str]) -> tuple[Any, Any]:
 
 def background(data_root: str | None) -> Any:
     """BACKGROUND_Google as an ImageSet of one class."""
-    from seewhy.checking import check_files
-    from seewhy.images import ImageSet, list_caltech101, list_pictures
+    from seewhy.data.image_set import ImageSet
+    from seewhy.data.listing import list_caltech101, list_images
+    from seewhy.data.verify import check_files
 
     folder = list_caltech101(data_root).root / "BACKGROUND_Google"
-    paths = list_pictures(folder)
+    paths = list_images(folder)
     checked = check_files(paths)
     good = [n for n, found in enumerate(checked) if not found.problem]
     return ImageSet(
@@ -65,11 +66,11 @@ def background(data_root: str | None) -> Any:
 def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) -> dict[str, dict[str, tuple[float, float]]]:
     """score -> unknown set -> (AUROC, FPR@95)."""
     from seewhy.config import make_config
-    from seewhy.embedding import embed
-    from seewhy.evaluate import tail_logits
-    from seewhy.metrics import auroc, fpr_at_tpr
-    from seewhy.search import fit_candidate
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.evaluation.evaluate import tail_logits
+    from seewhy.evaluation.metrics import auroc, fpr_at_tpr
+    from seewhy.models.features import embed
+    from seewhy.training.search import fit_candidate
 
     kept, out = without_classes(images, held_out)
     split = split_images(kept, seed=seed)
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="the demo set, two of its classes held out")
     arguments = parser.parse_args()
-    from seewhy.images import open_images
+    from seewhy.data.image_set import open_images
 
     images = open_images("scenes" if arguments.quick else "caltech101", arguments.data_root)
     others = {} if arguments.quick else {"BACKGROUND_Google": background(arguments.data_root)}
@@ -117,14 +118,14 @@ def main() -> None:
         ]
         notes = [
             f"Means over seeds {' '.join(map(str, seeds))}, each with {count} other classes held out and a split of its own. Known: the "
-            "test part of the other classes. BACKGROUND_Google: 467 pictures, "
+            "test part of the other classes. BACKGROUND_Google: 467 images, "
             "many of which show things that are classes of Caltech-101.",
-            "AUROC: probability that an unknown picture scores higher than a known one. FPR@95: share of unknown pictures that pass where "
+            "AUROC: probability that an unknown image scores higher than a known one. FPR@95: share of unknown images that pass where "
             "95% of the known do; lower is better.",
         ]
         command = f"python benchmarks/ood.py --seeds {' '.join(map(str, seeds))}"
         entry = {"rows": rows, "raw": {"seeds": seeds, "found": found}, "notes": notes, "command": command}
-        record("ood", "Telling pictures of no known class", entry, timed=False)
+        record("ood", "Telling images of no known class", entry, timed=False)
     print(json.dumps(answer))
 
 

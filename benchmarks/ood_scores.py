@@ -11,14 +11,14 @@ from scipy.linalg import eigh
 from scipy.special import logsumexp
 from sklearn.covariance import ledoit_wolf
 
-from seewhy.unknowns import Array, Score, fit_reference
+from seewhy.models.ood import Array, Score, fit_reference
 
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of N training pictures: vectors (N, K) before the classifier, logits (N, C), labels (N,)."""
+    """What is known of N training images: vectors (N, K) before the classifier, logits (N, C), labels (N,)."""
 
     vectors: Array
     logits: Array
@@ -46,7 +46,7 @@ def energy(known: Known) -> Measure:
 def mahalanobis(known: Known) -> Measure:
     """Squared Mahalanobis distance to the nearest class mean, one covariance for all classes (Lee 2018, arXiv:1807.03888).
 
-    The covariance is shrunken (Ledoit and Wolf 2004), since features often are as many as pictures.
+    The covariance is shrunken (Ledoit and Wolf 2004), since features often are as many as images.
     """
     means, whiten = class_means(known), _whitening(known)
     centres = means @ whiten
@@ -58,7 +58,7 @@ def mahalanobis(known: Known) -> Measure:
 
 
 def relative_mahalanobis(known: Known) -> Measure:
-    """The same, less the squared distance to the mean of all pictures under the covariance of all (Ren 2021, arXiv:2106.09022)."""
+    """The same, less the squared distance to the mean of all images under the covariance of all (Ren 2021, arXiv:2106.09022)."""
     near = mahalanobis(known)
     centre = known.vectors.mean(axis=0)
     covariance = _covariance(known.vectors.astype(np.float64))
@@ -75,7 +75,7 @@ def relative_mahalanobis(known: Known) -> Measure:
 def nearest_neighbours(known: Known) -> Measure:
     """Cosine distance to the third nearest of a sample of the training images: what runs use."""
     reference = fit_reference(known.vectors)
-    return lambda vectors, logits: reference.strangeness(vectors)
+    return lambda vectors, logits: reference.ood_score(vectors)
 
 
 def virtual_logit(known: Known) -> Measure:
@@ -108,7 +108,7 @@ SCORES: dict[str, Callable[[Known], Measure]] = {
 
 
 def class_means(known: Known) -> npt.NDArray[np.float64]:
-    """(C, K) mean vector of each class that has pictures."""
+    """(C, K) mean vector of each class that has images."""
     return np.stack([known.vectors[known.labels == c].mean(axis=0) for c in np.unique(known.labels)]).astype(np.float64)
 
 

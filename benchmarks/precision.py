@@ -1,9 +1,9 @@
 """What does it cost to keep frozen features in half precision?
 
     python benchmarks/precision.py --data-root DIR [--seeds 0 1 2]     Caltech-101, into results.json
-    python benchmarks/precision.py --quick                             demo pictures, one JSON line
+    python benchmarks/precision.py --quick                             demo images, one JSON line
 
-`efficientnet_lite0 --unfreeze 0` trained on the same pictures, splits and seeds with its features (vectors of 1,280 numbers) kept as
+`efficientnet_lite0 --unfreeze 0` trained on the same images, splits and seeds with its features (vectors of 1,280 numbers) kept as
 float32, the default, and as float16. The figures stand in RESULTS.md.
 """
 
@@ -23,7 +23,7 @@ KINDS = ("float32", "float16")
 
 
 def trained(data: str, data_root: str | None, kind: str, seed: int, out: Path) -> dict[str, Any]:
-    """Test logits and accuracies of one training, and the bytes a picture and view takes in the store."""
+    """Test logits and accuracies of one training, and the bytes an image and view takes in the store."""
     import seewhy
 
     options: dict[str, Any] = {"backbone": "efficientnet_lite0", "unfreeze": 0, "data_root": data_root, "seed": seed, "feature_dtype": kind}
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="demo pictures, one seed")
+    parser.add_argument("--quick", action="store_true", help="demo images, one seed")
     arguments = parser.parse_args()
     data, seeds = ("scenes", [0]) if arguments.quick else ("caltech101", arguments.seeds)
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
@@ -55,7 +55,7 @@ def main() -> None:
     rows = [
         {
             "kept as": kind,
-            "bytes a picture and view": 1280 * np.dtype(kind).itemsize,
+            "bytes an image and view": 1280 * np.dtype(kind).itemsize,
             "test accuracy %": _shown([row["accuracy"] for row in found[kind]]),
             "mean per-class %": _shown([row["mean per-class"] for row in found[kind]]),
         }
@@ -64,7 +64,7 @@ def main() -> None:
     if not arguments.quick:
         notes = [
             f"Caltech-101, efficientnet_lite0, classifier trained, seeds {' '.join(map(str, seeds))}, "
-            f"{len(pairs[0][0]['predicted']):,} test pictures each; mean ± sample standard deviation. Of the answers {100 * same:.2f}% are "
+            f"{len(pairs[0][0]['predicted']):,} test images each; mean ± sample standard deviation. Of the answers {100 * same:.2f}% are "
             f"the same in both; no probability differs by more than {largest:.1e}.",
         ]
         command = f"python benchmarks/precision.py --seeds {' '.join(map(str, seeds))}"

@@ -1,7 +1,7 @@
 """What do two processes cost that share the cores of one?
 
-    python benchmarks/processes.py --data-root DIR [--pictures 2000] [--rounds 3]     pictures of Caltech-101, into results.json
-    python benchmarks/processes.py --quick                                            demo pictures, one JSON line
+    python benchmarks/processes.py --data-root DIR [--images 2000] [--rounds 3]     images of Caltech-101, into results.json
+    python benchmarks/processes.py --quick                                            demo images, one JSON line
 
 The same training as one process with all cores, and as two processes (gloo) with half of them each, in turn, each from an empty cache with
 the exported network and the record of checked images at hand: what is measured is features and fit. One machine gains nothing by that; what
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from common import measure, record, seewhy
-from growth import repeat_pictures
+from growth import repeat_images
 
 WAYS = {"efficientnet_lite0, --unfreeze 0": ("efficientnet_lite0", "0"), "convnext_atto, --unfreeze 1": ("convnext_atto", "1")}
 STAGES = ("features", "fit", "evaluation")
@@ -31,7 +31,7 @@ def train(arguments: list[str], devices: int, cache: Path, out: Path) -> dict[st
     shutil.rmtree(cache / "features", ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
     found = measure(seewhy("train", *arguments, "--devices", str(devices), "--out", str(out), "--json"), {"SEEWHY_CACHE": str(cache)})
-    return {**found["answer"]["seconds"], "whole command": found["seconds"], "accuracy": found["answer"]["metrics"]["test"]["accuracy"]}
+    return {**found["decision"]["seconds"], "whole command": found["seconds"], "accuracy": found["decision"]["metrics"]["test"]["accuracy"]}
 
 
 def compare(arguments: list[str], rounds: int) -> dict[int, list[dict[str, float]]]:
@@ -49,18 +49,18 @@ def compare(arguments: list[str], rounds: int) -> dict[int, list[dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="of the fit where a stage is trained")
-    parser.add_argument("--quick", action="store_true", help="demo pictures, one round")
+    parser.add_argument("--quick", action="store_true", help="demo images, one round")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = "scenes"
         if not arguments.quick:
-            from seewhy.images import open_images
+            from seewhy.data.image_set import open_images
 
-            folder = str(Path(place) / "pictures")
-            repeat_pictures(open_images("caltech101", arguments.data_root), arguments.pictures, Path(folder))
+            folder = str(Path(place) / "images")
+            repeat_images(open_images("caltech101", arguments.data_root), arguments.images, Path(folder))
         ask(folder, arguments)
 
 
@@ -94,13 +94,13 @@ def ask(folder: str, arguments: argparse.Namespace) -> None:
         )
     if not arguments.quick:
         notes = [
-            f"{arguments.pictures:,} pictures of Caltech-101, seed 0, 1 view, equal files kept together, {arguments.rounds} rounds "
+            f"{arguments.images:,} images of Caltech-101, seed 0, 1 view, equal files kept together, {arguments.rounds} rounds "
             "A B A B; medians, and the median of the rounds' ratios.",
             "Two processes with a core each against one with two; the whole command has the start of Python and PyTorch in it, for two "
             "processes twice at once.",
             f"Cores: {os.cpu_count()}. On GPUs and several machines: not measured; none were at hand.",
         ]
-        command = f"python benchmarks/processes.py --pictures {arguments.pictures} --rounds {arguments.rounds} --epochs {arguments.epochs}"
+        command = f"python benchmarks/processes.py --images {arguments.images} --rounds {arguments.rounds} --epochs {arguments.epochs}"
         record("processes", "Two processes on the cores of one", {"rows": rows, "raw": raw, "notes": notes, "command": command})
     print(json.dumps({"name": "processes", "rows": rows}))
 

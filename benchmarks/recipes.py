@@ -1,11 +1,11 @@
-"""Which recipe is best on validation? A variant of `seewhy train caltech101`, tried on cached features; no test picture is looked at.
+"""Which recipe is best on validation? A variant of `seewhy train caltech101`, tried on cached features; no test image is looked at.
 
     python benchmarks/recipes.py --data-root DIR --seeds 0 1 --set backbone=efficientnet_lite0 unfreeze=1 ema_decay=0.99
     python benchmarks/recipes.py --range-test ...             the learning rate that Lightning's range test suggests, then as above
     python benchmarks/recipes.py --quick                      two variants on the demo set, one JSON line
 
 Each call adds its row to results.json, also where the variant turned out worse. The test part of each seed is set aside (20% of each
-class, the same pictures as in caltech101.py) and never read. Of the rest, a quarter (20% of all) validates, twice the usual share,
+class, the same images as in caltech101.py) and never read. Of the rest, a quarter (20% of all) validates, twice the usual share,
 for steadier choices; so what trains is less than in a real run, and accuracies are lower. The figures stand in RESULTS.md.
 """
 
@@ -20,15 +20,15 @@ from typing import Any
 
 from common import RESULTS, record
 
-from seewhy.backbones import create_backbone
-from seewhy.batches import make_loader, training_data
 from seewhy.config import make_config, parse_settings
-from seewhy.cutting import cut_backbone
-from seewhy.evaluate import evaluate_network
-from seewhy.fitting import FitModule
-from seewhy.images import ImageSet, open_images
-from seewhy.search import fit_candidate
-from seewhy.split import split_images
+from seewhy.curation.split import split_images
+from seewhy.data.image_set import ImageSet, open_images
+from seewhy.evaluation.evaluate import evaluate_part
+from seewhy.models.backbones import create_backbone
+from seewhy.models.trunk_tail import split_backbone
+from seewhy.training.loaders import make_loader, training_data
+from seewhy.training.module import FitModule
+from seewhy.training.search import fit_candidate
 
 
 def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, float]:
@@ -36,7 +36,8 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
     backbone, cut, fitted = fit_candidate(images, split, config)
-    plain, both = (evaluate_network(backbone, cut, images, split.val, "val", flip=flip).metrics["accuracy"] for flip in (False, True))
+    ways = [config.model_copy(update={"tta_flip": flip}) for flip in (False, True)]
+    plain, both = (evaluate_part(images, split.val, "val", backbone, cut, way).metrics["accuracy"] for way in ways)
     return {
         "val_accuracy": plain,
         "val_accuracy_flip": both,
@@ -54,8 +55,8 @@ def suggested_lr(images: ImageSet, options: dict[str, Any], seed: int) -> float:
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
     backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = cut_backbone(backbone, config.unfreeze)
-    train_data, _ = training_data(images, split, backbone, cut, config)
+    cut = split_backbone(backbone, config.unfreeze)
+    train_data = training_data(images, split, backbone, cut, config).train
     loader = make_loader(train_data, int(config.batch_size or 32), config.seed, config.workers)
     module = FitModule(backbone, cut, config, len(images.classes), None, len(loader))
     module.lr = 0.0  # type: ignore[assignment]  # the tuner asks for the attribute; its rates go to the optimiser directly
@@ -110,10 +111,10 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
         "unfreeze": options["unfreeze"],
         "options": " ".join(filter(None, [", ".join(f"{name} {value}" for name, value in shown.items()) or "defaults", remark])),
         "val accuracy %": mean("val_accuracy"),
-        "with test_flip %": mean("val_accuracy_flip"),
+        "with tta_flip %": mean("val_accuracy_flip"),
         "val loss": mean("val_loss", 1, 4),
         "seeds": " ".join(map(str, seeds)),
-        "val pictures": sum(int(t["n_val"]) for t in trials),
+        "val images": sum(int(t["n_val"]) for t in trials),
         "fit s": mean("fit_s", 1, 0),
     }
     entry = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get("recipes", {"rows": []})
@@ -121,7 +122,7 @@ def keep(options: dict[str, Any], seeds: list[int], trials: list[dict[str, float
     rows = [*(old for old in entry["rows"] if [old[k] for k in key] != [row[k] for k in key]), row]
     notes = [
         "Validation only. 60% of each class trains, 20% validates, 20% is set aside unseen. One standard error of an accuracy with 1,736 "
-        "pictures is about 0.45 points; label smoothing enters the loss.",
+        "images is about 0.45 points; label smoothing enters the loss.",
         "Each row is a call of its own. Seconds of the fit are no benchmark: other work ran beside some of them.",
     ]
     command = "python benchmarks/recipes.py --seeds SEEDS --set backbone=BACKBONE unfreeze=UNFREEZE OPTIONS"

@@ -1,11 +1,11 @@
 """How fast and how steady is `seewhy serve`, beside a plain FastAPI handler with PyTorch?
 
     python benchmarks/serving.py --data-root DIR [--requests 1600] [--rounds 3] [--soak 6000]     Caltech-101, into results.json
-    python benchmarks/serving.py --quick                                                          demo pictures, one JSON line
+    python benchmarks/serving.py --quick                                                          demo images, one JSON line
 
 A frozen efficientnet_lite0 is trained and exported, then served from a process of its own. Throughput: 32 clients (sockets of this
-process, connections kept), one picture a request, against `predict` of the same run on the same files. Latency: one client, against the
-exported file asked in this process by one caller (file to answer, all cores). Cold start: process start to the first answer, picture
+process, connections kept), one image a request, against `predict` of the same run on the same files. Latency: one client, against the
+exported file asked in this process by one caller (file to answer, all cores). Cold start: process start to the first answer, image
 included. Soak: good and bad requests mixed; every good one must be answered, and memory must stay. Peer: what a tutorial of FastAPI
 writes, timm's eager network behind `UploadFile`, in uvicorn. The figures stand in RESULTS.md.
 """
@@ -161,9 +161,9 @@ def peer(run_folder: str) -> None:
 
     @app.post("/predict")
     def predict(files: UploadFile) -> dict[str, Any]:
-        picture = transform(Image.open(io.BytesIO(files.file.read())).convert("RGB"))
+        image = transform(Image.open(io.BytesIO(files.file.read())).convert("RGB"))
         with torch.inference_mode():
-            probs, order = model(picture[None]).softmax(dim=1)[0].topk(5)
+            probs, order = model(image[None]).softmax(dim=1)[0].topk(5)
         return {"top": [{"class": run.classes[int(c)], "prob": float(p)} for p, c in zip(probs, order, strict=True)]}
 
     listening = socket.create_server(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ def peer(run_folder: str) -> None:
 
 
 def throughput(commands: dict[str, list[str]], run: Any, files: list[Path], requests: int, rounds: int) -> dict[str, list[float]]:
-    """Pictures/s of each candidate in each round, A B A B, after a short warming up; "... a CPU second": by its own processor time."""
+    """Images/s of each candidate in each round, A B A B, after a short warming up; "... a CPU second": by its own processor time."""
     bodies = [form(files[n % len(files)].read_bytes()) for n in range(requests)]
     found: dict[str, list[float]] = {}
     run.predict(files[:64])
@@ -207,10 +207,10 @@ def cpu_seconds(pid: int) -> float:
 
 def latency(commands: dict[str, list[str]], model_file: Path, files: list[Path], count: int, rounds: int) -> dict[str, list[list[float]]]:
     """Seconds of single requests in each round, one client, A B A B; `bare`: the exported file asked in this process with all cores."""
-    from seewhy.runtime import load_onnx
+    from seewhy.inference.onnx_model import load_onnx
 
     model = load_onnx(model_file, threads=os.cpu_count() or 1)
-    wanted = [name for name in model.outputs if name not in ("logits", "squares")]
+    wanted = [name for name in model.outputs if name not in ("logits", "network_input")]
     chosen = [files[n % len(files)] for n in range(count)]
     bodies = [form(path.read_bytes()) for path in chosen]
     found: dict[str, list[list[float]]] = {name: [] for name in ("bare", *commands)}
@@ -242,7 +242,7 @@ def soak(command: list[str], files: list[Path], count: int) -> dict[str, Any]:
     """Mixed requests from 8 clients: how many good ones failed, what the bad ones got, resident memory along the way."""
     rng = np.random.default_rng(0)
     good = [form(path.read_bytes()) for path in files[:200]]
-    bad = [form(b""), form(b"no picture"), form(files[0].read_bytes()[:1500]), form(b"x" * 300_000, "../../x"), b"garbage"]
+    bad = [form(b""), form(b"no image"), form(files[0].read_bytes()[:1500]), form(b"x" * 300_000, "../../x"), b"garbage"]
     kinds = rng.random(count) < 0.7
     bodies = [good[rng.integers(len(good))] if kind else bad[rng.integers(len(bad))] for kind in kinds]
     memory, failed, statuses = [], 0, set()
@@ -271,17 +271,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=6000)
     parser.add_argument("--peer", metavar="RUN", help="serve this run as the peer does (how the benchmark starts it)")
-    parser.add_argument("--quick", action="store_true", help="demo pictures, fewer requests")
+    parser.add_argument("--quick", action="store_true", help="demo images, fewer requests")
     arguments = parser.parse_args()
     if arguments.peer:
         peer(arguments.peer)
         return
     if arguments.quick:
         arguments.requests, arguments.rounds, arguments.soak = 96, 1, 100
-    from seewhy.cli import train_from_arguments
-    from seewhy.images import open_images
-    from seewhy.parity import export_file
-    from seewhy.split import read_split
+    from seewhy.cli.main import train_from_arguments
+    from seewhy.curation.split import read_split
+    from seewhy.data.image_set import open_images
+    from seewhy.deploy.export import export_file
 
     data = "scenes" if arguments.quick else "caltech101"
     with tempfile.TemporaryDirectory() as place:
@@ -289,7 +289,7 @@ def main() -> None:
         run = train_from_arguments([data, "--backbone", "efficientnet_lite0", "--unfreeze", "0", *root, "--out", f"{place}/run"])
         images = open_images(data, arguments.data_root)
         files = [images.paths[i] for i in read_split(run.path, images).test[:640]]
-        model_file, _ = export_file(run, Path(place) / "model.onnx", pictures=16)
+        model_file, _ = export_file(run, Path(place) / "model.onnx", images=16)
         commands = {
             "seewhy": seewhy("serve", str(model_file), "--port", "0"),
             "peer": [sys.executable, __file__, "--peer", str(run.path)],
@@ -335,7 +335,7 @@ def keep(
     rows = [
         {
             "candidate": label,
-            f"pictures/s, {CLIENTS} clients": f"{statistics.median(rates[name]):.0f}" if name in rates else "–",
+            f"images/s, {CLIENTS} clients": f"{statistics.median(rates[name]):.0f}" if name in rates else "–",
             "p50 ms, 1 client": typical(waits[name], 0.5) if name in waits else "–",
             "p99 ms, 1 client": typical(waits[name], 0.99) if name in waits else "–",
             "s from start to first answer": f"{statistics.median(starts[name]):.2f}" if name in starts else "–",
@@ -344,7 +344,7 @@ def keep(
     ]
     memory = steady["memory MB"]
     notes = [
-        f"Caltech-101, efficientnet_lite0, 101 classes; {arguments.requests} requests of one picture a round, {arguments.rounds} rounds "
+        f"Caltech-101, efficientnet_lite0, 101 classes; {arguments.requests} requests of one image a round, {arguments.rounds} rounds "
         f"A B A B, medians; {len(waits['bare'][0])} single requests a round; clients run on the same cores. Throughput is "
         f"{ratios[OF_PREDICT]:.0%} of predict's ({ratios[BY_CPU]:.0%} by processor time: the clients take "
         f"{statistics.median(rates['seewhy, share of clients']):.0%} of what both use) and "
@@ -354,7 +354,7 @@ def keep(
         f"{', '.join(map(str, steady['bad got']))}; resident memory after each tenth: {', '.join(f'{m:.0f}' for m in memory)} MB.",
     ]
     command = f"python benchmarks/serving.py --requests {arguments.requests} --rounds {arguments.rounds} --soak {arguments.soak}"
-    raw = {"pictures/s": rates, "start s": starts, "ratios": ratios, "soak": steady}
+    raw = {"images/s": rates, "start s": starts, "ratios": ratios, "soak": steady}
     record("serving", "Answers over HTTP", {"rows": rows, "raw": raw, "notes": notes, "command": command})
 
 

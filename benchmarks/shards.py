@@ -1,12 +1,12 @@
-"""What do pictures cost that lie in a tar or parquet file, against the same in a folder: files a second, and memory?
+"""What do images cost that lie in a tar or parquet file, against the same in a folder: files a second, and memory?
 
-    python benchmarks/shards.py --data-root DIR [--pictures 640] [--rounds 5]     Caltech-101, into results.json
-    python benchmarks/shards.py --quick                                            demo pictures, one JSON line
+    python benchmarks/shards.py --data-root DIR [--images 640] [--rounds 5]     Caltech-101, into results.json
+    python benchmarks/shards.py --quick                                            demo images, one JSON line
 
-The same pictures as files in class folders, as one tar, and as one parquet file in row groups of 100. Reading: the bytes alone, by two
+The same images as files in class folders, as one tar, and as one parquet file in row groups of 100. Reading: the bytes alone, by two
 threads, in the order of the listing and in a random one (what training on fresh views does). Features: `extract_features` with an empty
 cache, pooled features of efficientnet_lite0, as `seewhy train` computes them. Memory: a process of its own lists a shard of 20,000
-pictures (200 MB; row groups of 100 and of 2,000) and reads all of it. The figures stand in RESULTS.md.
+images (200 MB; row groups of 100 and of 2,000) and reads all of it. The figures stand in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import interleave, measure, rates, ratio, record
 
-LARGE = 20_000  # pictures of LARGE_BYTES in the shard whose memory is measured
+LARGE = 20_000  # images of LARGE_BYTES in the shard whose memory is measured
 LARGE_BYTES = 10_000
 READ_ALL = """
 import sys
 from pathlib import Path
-from seewhy import shards
+from seewhy.data import shards
 shard, how = Path(sys.argv[1]), sys.argv[2]
 import pyarrow.parquet  # part of the base that is taken off
 if how == "by name":
@@ -56,7 +56,7 @@ def write_tar(file: Path, entries: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def write_parquet(file: Path, entries: Iterable[tuple[str, bytes]], rows: int) -> Path:
-    """As Hugging Face lays pictures out, a row group at a time."""
+    """As Hugging Face lays images out, a row group at a time."""
     kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.string())])
     with pq.ParquetWriter(file, kinds) as writer:
         group: list[dict[str, Any]] = []
@@ -72,15 +72,15 @@ def write_parquet(file: Path, entries: Iterable[tuple[str, bytes]], rows: int) -
 
 def candidates_of(places: dict[str, Path], cache: Path, extract: bool) -> dict[str, Callable[[], Any]]:
     """Reading in order and at random, and features, from each place."""
-    from seewhy.backbones import create_backbone
-    from seewhy.cutting import cut_backbone
-    from seewhy.decoding import read_bytes
-    from seewhy.features import extract_features
-    from seewhy.images import open_images
-    from seewhy.streams import in_order
+    from seewhy.core.parallel import map_ordered
+    from seewhy.data.decode import read_bytes
+    from seewhy.data.image_set import open_images
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.features import FeatureSpec, extract_features
+    from seewhy.models.trunk_tail import split_backbone
 
     backbone = create_backbone("efficientnet_lite0", 2)
-    cut = cut_backbone(backbone, 0)
+    cut = split_backbone(backbone, 0)
     candidates: dict[str, Callable[[], Any]] = {}
     for kind, place in places.items():
         images = open_images(str(place), skip_bad=True)
@@ -88,11 +88,11 @@ def candidates_of(places: dict[str, Path], cache: Path, extract: bool) -> dict[s
         few = shuffled[: max(1, len(shuffled) // 10)]  # a tenth: from parquet it is slow
 
         def read(paths: Any) -> Callable[[], Any]:
-            return lambda: sum(len(data) for data in in_order(read_bytes, paths, 2))
+            return lambda: sum(len(data) for data in map_ordered(read_bytes, paths, 2))
 
         def features(images: Any = images) -> None:
             shutil.rmtree(cache / "features", ignore_errors=True)
-            extract_features(images, np.arange(len(images)), 1, cut, backbone.preprocessing, "onnx")
+            extract_features(images, np.arange(len(images)), 1, cut, backbone.preprocessing, FeatureSpec("onnx"))
 
         candidates |= {f"{kind} | reading, in order": read(images.paths), f"{kind} | reading, a random tenth": read(few)}
         if extract:
@@ -116,7 +116,7 @@ def memory_of(folder: Path, count: int) -> list[dict[str, Any]]:
     for what, shard in shards.items():
         found = {how: measure([sys.executable, "-c", READ_ALL, str(shard), how]) for how in ("not at all", "by name", "as a stream")}
         for how in ("by name", "as a stream"):
-            if int(found[how]["answer"]) != count * LARGE_BYTES:
+            if int(found[how]["decision"]) != count * LARGE_BYTES:
                 raise SystemExit(f"{shard}: {found[how]['answer']} bytes read {how}")
             megabytes = round(1000 * (found[how]["own_gb"] - found["not at all"]["own_gb"]))
             rows.append({"from": what, "what": f"{count * LARGE_BYTES / 1e6:.0f} MB {how}", "MB": megabytes})
@@ -127,12 +127,12 @@ def memory_of(folder: Path, count: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", help="folder that holds caltech101 (or $SEEWHY_DATA)")
-    parser.add_argument("--pictures", type=int, default=640)
+    parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="fewer pictures of the demo set, and a smaller shard")
+    parser.add_argument("--quick", action="store_true", help="fewer images of the demo set, and a smaller shard")
     arguments = parser.parse_args()
-    count, rounds, large = (64, 2, 2000) if arguments.quick else (arguments.pictures, arguments.rounds, LARGE)
-    from seewhy.images import list_data
+    count, rounds, large = (64, 2, 2000) if arguments.quick else (arguments.images, arguments.rounds, LARGE)
+    from seewhy.data.listing import list_data
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -160,22 +160,22 @@ def main() -> None:
         over = ratio(seconds, f"folder | {what}", key) if kind != "folder" else "–"
         if isinstance(over, float):
             ratios[f"{kind} over folder, {what}"] = over
-        rows.append({"from": kind, "what": what, "pictures/s": speed[key], "over the folder": over})
+        rows.append({"from": kind, "what": what, "images/s": speed[key], "over the folder": over})
     rows += [{"from": row["from"], "what": row["what"], "MB more than at the start": row["MB"]} for row in memory]
-    columns = ("from", "what", "pictures/s", "over the folder", "MB more than at the start")
+    columns = ("from", "what", "images/s", "over the folder", "MB more than at the start")
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
-    answer = {"name": "shards", "ratios": ratios, "pictures_per_s": speed, "memory_mb": memory, "n": count, "rounds": rounds}
+    answer = {"name": "shards", "ratios": ratios, "images_per_s": speed, "memory_mb": memory, "n": count, "rounds": rounds}
     if not arguments.quick:
         notes = [
             f"{count} JPEG files of Caltech-101, {rounds} interleaved rounds; medians, and the median of the rounds' ratios. The files lie "
             "in the system's cache: what is compared is the work, not the disk. The parquet file has "
             f"{-(-count // 100)} row groups, two of which are held: the larger a file, the slower it is in a random order.",
-            f"Memory: anonymous memory at its largest, seen 50 times a second; {large:,} pictures of {LARGE_BYTES:,} random bytes in one "
+            f"Memory: anonymous memory at its largest, seen 50 times a second; {large:,} images of {LARGE_BYTES:,} random bytes in one "
             "shard. The list of names is part of it.",
         ]
-        command = f"python benchmarks/shards.py --pictures {count} --rounds {rounds}"
+        command = f"python benchmarks/shards.py --images {count} --rounds {rounds}"
         raw = {"ratios": ratios, "memory": memory}
-        record("shards", "Pictures in shards", {"rows": rows, "raw": raw, "notes": notes, "command": command})
+        record("shards", "Images in shards", {"rows": rows, "raw": raw, "notes": notes, "command": command})
     print(json.dumps(answer))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy.py --data-root DIR --weights FILE [--only NAME] [--limit-s 1500]     into results.json
     python benchmarks/time_to_accuracy.py --plain-epochs 20 ...        how many epochs the plain recipe needs, into results.json
-    python benchmarks/time_to_accuracy.py --quick                      demo pictures, 80%, one JSON line
+    python benchmarks/time_to_accuracy.py --quick                      demo images, 80%, one JSON line
 
 Candidates, all from the same ImageNet weights of ResNet-18 where not said otherwise, batch 32, seed 0, 70% of each class to train on:
 seewhy frozen and with its last stage trained (also with efficientnet_lite0), cold, process start included up to the epoch that reaches the
@@ -53,7 +53,8 @@ def network(weights: str | None, classes: int) -> Any:
     """timm's ResNet-18 with the given weights and a new classifier; without weights, lite0 with those of its package."""
     import timm
 
-    from seewhy.backbones import create_backbone, load_state, read_weights
+    from seewhy.models.backbones import create_backbone
+    from seewhy.models.weights import load_state, read_weights
 
     if weights is None:
         return create_backbone("efficientnet_lite0", classes).model
@@ -63,7 +64,7 @@ def network(weights: str | None, classes: int) -> Any:
 
 
 def loaders(images: Any, split: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training pictures in random views, validation pictures as they are."""
+    """Training images in random views, validation images as they are."""
     from torchvision import transforms
 
     random = transforms.RandomResizedCrop(224, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()
@@ -128,12 +129,12 @@ def lightning_frozen(weights: str | None, images: Any, split: Any, goal: float, 
 
     train, val = loaders(images, split)
 
-    class Watch(Callback):
+    class RequestMiddleware(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             reached.append((since_start(), accuracy(model, val)))
             trainer.should_stop = reached[-1][1] >= goal or reached[-1][0] > limit_s
 
-    trainer = Trainer(max_epochs=100, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Watch()])
+    trainer = Trainer(max_epochs=100, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[RequestMiddleware()])
     trainer.fit(Module(), train)
     return reached
 
@@ -167,7 +168,7 @@ def fastai_fine_tune(weights: str | None, images: Any, split: Any, goal: float, 
     learner = vision_learner(data, resnet18, metrics=accuracy, pretrained=False)
     if weights:
         body = resnet18()
-        from seewhy.backbones import read_weights
+        from seewhy.models.weights import read_weights
 
         body.load_state_dict(read_weights(Path(weights)), strict=False)
         theirs = [module.state_dict() for module in list(body.children())[:-2]]
@@ -232,18 +233,18 @@ def seewhy_cold(options: list[str], data: str, extra: list[str], goal: float) ->
         run = measure(seewhy("train", data, *options, *extra, "--out", str(out), "--json"), {"SEEWHY_CACHE": str(Path(place) / "cache")})
         with (out / "history.csv").open() as file:
             rows = list(csv.DictReader(file))
-    stages = run["answer"]["seconds"]
+    stages = run["decision"]["seconds"]
     start = run["seconds"] - stages["total"]  # of the process, up to its first stage (its end included)
     fit_start = stages["fit"] - sum(float(row["seconds"]) for row in rows)
     passed = [n for n, row in enumerate(rows) if float(row["val_accuracy"]) >= goal]
     epochs = rows[: passed[0] + 1] if passed else rows
-    reach = start + stages["pictures"] + stages["features"] + fit_start + sum(float(row["seconds"]) for row in epochs)
+    reach = start + stages["images"] + stages["features"] + fit_start + sum(float(row["seconds"]) for row in epochs)
     return {
         "reach_s": round(reach, 1) if passed else None,
         "total_s": run["seconds"],
         "epochs": len(epochs),
-        "val_accuracy": run["answer"]["metrics"]["val"]["accuracy"],
-        "test_accuracy": run["answer"]["metrics"]["test"]["accuracy"],
+        "val_accuracy": run["decision"]["metrics"]["val"]["accuracy"],
+        "test_accuracy": run["decision"]["metrics"]["test"]["accuracy"],
     }
 
 
@@ -257,7 +258,7 @@ PEERS: dict[str, Callable[..., Reached]] = {
 def peer_cold(name: str, arguments: list[str]) -> Reached:
     """A peer in a process of its own, its clock started with the process, as seewhy's is."""
     command = [sys.executable, __file__, "--peer", name, *arguments]
-    reached: Reached = measure(command, {"STARTED": str(time.time())})["answer"]
+    reached: Reached = measure(command, {"STARTED": str(time.time())})["decision"]
     return reached
 
 
@@ -274,11 +275,11 @@ def main() -> None:
     parser.add_argument("--peer", choices=list(PEERS), help="run this peer alone, in this process (how the benchmark starts it)")
     parser.add_argument("--data", default="caltech101", help="what --peer trains on")
     parser.add_argument("--goal", type=float, default=GOAL, help="validation accuracy at which --peer stops")
-    parser.add_argument("--quick", action="store_true", help="demo pictures and 80%%: seewhy frozen against a Lightning module")
+    parser.add_argument("--quick", action="store_true", help="demo images and 80%%: seewhy frozen against a Lightning module")
     arguments = parser.parse_args()
-    from seewhy.images import open_images
-    from seewhy.saved_run import hardware
-    from seewhy.split import split_images
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.saved_run import hardware
 
     extra = [
         word for flag in ("data_root", "weights") if (value := getattr(arguments, flag)) for word in (f"--{flag.replace('_', '-')}", value)

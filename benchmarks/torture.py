@@ -1,11 +1,11 @@
-"""What do 12,000 spoiled picture files do to decoding, training and predicting?
+"""What do 12,000 spoiled image files do to decoding, training and predicting?
 
     python benchmarks/torture.py [--files 12000] [--seed 0]     into results.json
     python benchmarks/torture.py --quick                        600 files, decoding alone, one JSON line
 
 Files of JPEG, PNG, GIF, BMP, WebP and TIFF in their variants are spoiled by flipped bits, cut ends, swapped and repeated segments, wild
-headers and large numbers in them, and parts of another file. Survived means: a picture, or a line that says why not; never another
-exception, a hang or a crash of the process. The largest pictures that are allowed are decoded too, one of each kind, for their memory.
+headers and large numbers in them, and parts of another file. Survived means: an image, or a line that says why not; never another
+exception, a hang or a crash of the process. The largest images that are allowed are decoded too, one of each kind, for their memory.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def spoiled(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def decode_all(count: int, seed: int) -> dict[str, Any]:
-    """In this process: how many were pictures, were refused and why, the slowest, and the most memory that was added."""
-    from seewhy.decoding import decode
+    """In this process: how many were images, were refused and why, the slowest, and the most memory that was added."""
+    from seewhy.data.decode import decode
 
     reasons: Counter[str] = Counter()
     slowest, before = 0.0, resident_gb("VmRSS")
@@ -141,7 +141,7 @@ def resident_gb(name: str) -> float:
 
 LARGEST: dict[
     str, tuple[str, str, dict[str, Any]]
-] = {  # kind -> how a picture of the most pixels that are allowed is made: mode, format, options
+] = {  # kind -> how an image of the most pixels that are allowed is made: mode, format, options
     "JPEG": ("RGB", "JPEG", {}),
     "JPEG, progressive": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
     "JPEG, turned": ("RGB", "JPEG", {"turned": True}),
@@ -156,7 +156,7 @@ LARGEST: dict[
 
 
 def largest(kind: str, place: Path) -> None:
-    from seewhy.decoding import FORMAT_PIXELS, MAX_PIXELS
+    from seewhy.data.decode import FORMAT_PIXELS, MAX_PIXELS
 
     mode, form, options = LARGEST[kind]
     width = 10_000
@@ -169,7 +169,7 @@ def largest(kind: str, place: Path) -> None:
 
 
 def check_one(place: Path) -> dict[str, Any]:
-    from seewhy.checking import check_file
+    from seewhy.data.verify import check_file
 
     began, before = time.perf_counter(), resident_gb("VmRSS")
     found = check_file(place)
@@ -190,9 +190,9 @@ def own_process(*arguments: str) -> Any:
 
 def train_and_predict(count: int, seed: int, place: Path) -> list[dict[str, Any]]:
     """Rows of training on the demo set with the spoiled files among its classes, and of predicting all of them."""
-    from seewhy.scenes import draw_scenes
+    from seewhy.data.synthetic import draw_scenes
 
-    demo = draw_scenes(place / "scenes") / "pictures"
+    demo = draw_scenes(place / "scenes") / "images"
     classes = sorted(demo.iterdir())
     for n, (name, data) in enumerate(spoiled(count, seed)):
         (classes[n % len(classes)] / f"spoiled-{name}").write_bytes(data)
@@ -208,7 +208,7 @@ def train_and_predict(count: int, seed: int, place: Path) -> list[dict[str, Any]
         {
             "what": "seewhy train --skip-bad",
             "files": total,
-            "used": used["pictures"],
+            "used": used["images"],
             "refused": len(used["bad"]),
             "slowest s": "–",
             "peak GB": f"{trained['own_gb']} (clean: {clean['own_gb']})",
@@ -275,7 +275,7 @@ def main() -> None:
         "part of the whole process, PyTorch included.",
     ]
     command = f"python benchmarks/torture.py --files {count} --seed {arguments.seed}"
-    record("torture", "Spoiled picture files", {"rows": rows, "notes": notes, "command": command}, timed=False)
+    record("torture", "Spoiled image files", {"rows": rows, "notes": notes, "command": command}, timed=False)
     print(json.dumps({"name": "torture", "files": count, "peak_gb": max(row["peak GB"] for row in rows[: 1 + len(LARGEST)])}))
 
 

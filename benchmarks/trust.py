@@ -43,8 +43,8 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
         row = {name: test[name] for name in ("accuracy", "mean_per_class_accuracy")}
         row["ece"] = test["expected_calibration_error"]
         row["ece_before"] = test["expected_calibration_error_uncalibrated"]
-        row |= {f"{name}_at_{a['precision']}": a.get(f"test_{name}") for a in calibration["abstain"] for name in ("answered", "right")}
-        row["unknown_flagged"] = run.manifest["unknowns"]["test_flagged"]
+        row |= {f"{name}_at_{a['precision']}": a.get(f"test_{name}") for a in calibration["selective"] for name in ("answered", "right")}
+        row["unknown_flagged"] = run.manifest["ood"]["test_flagged"]
         for name, value in row.items():
             found.setdefault(name, []).append(value)
     return found
@@ -52,7 +52,7 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
 
 def flips_found(vectors: Any, labels: Any, groups: Any, seed: int) -> tuple[float, float]:
     """Share of the flipped labels among as many first places: by log-odds, and by margin."""
-    from seewhy.labels import out_of_fold, rank_label_issues, with_label_noise
+    from seewhy.curation.label_issues import out_of_fold, rank_label_issues, with_label_noise
 
     moved, wrong = with_label_noise(labels, SHARE, seed)
     log_probs = out_of_fold(vectors, moved, groups)
@@ -71,10 +71,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--quick", action="store_true", help="the demo set, one seed")
     arguments = parser.parse_args()
-    from seewhy.duplicates import group_numbers, near_pairs
-    from seewhy.embedding import embed
-    from seewhy.images import open_images
-    from seewhy.split import split_images
+    from seewhy.curation.near_duplicates import label_groups, near_pairs
+    from seewhy.curation.split import split_images
+    from seewhy.data.image_set import open_images
+    from seewhy.models.features import embed
 
     data = "scenes" if arguments.quick else "caltech101"
     seeds = [0] if arguments.quick else arguments.seeds
@@ -83,7 +83,7 @@ def main() -> None:
     began = time.perf_counter()
     near = near_pairs(images, vectors)
     seconds = time.perf_counter() - began
-    groups = group_numbers(len(images), near.pairs)
+    groups = label_groups(len(images), near.pairs)
     splits = [split_images(images, seed=seed) for seed in seeds]
     leaked = [float(np.isin(groups[split.test], groups[split.train]).mean()) for split in splits]
     flips = [flips_found(vectors, images.labels, groups, seed) for seed in seeds]
@@ -124,11 +124,11 @@ def main() -> None:
         nests = ", ".join(f"{name} {count}" for count, name in sorted(zip(most[1], most[0], strict=True), reverse=True)[:6])
         notes = [
             f"efficientnet_lite0, classifier trained, 70/10/20, means ± sample standard deviation over seeds {' '.join(map(str, seeds))}; "
-            f"{len(splits[0].test):,} test pictures a seed.",
+            f"{len(splits[0].test):,} test images a seed.",
             f"Near-duplicates: {len(near):,} pairs ({kinds['exact']} equal files, {kinds['hash']} by perceptual hash and features, "
-            f"{kinds['features']} by features alone), {int(sizes[sizes > 1].sum())} pictures in {int((sizes > 1).sum())} groups; pairs by "
+            f"{kinds['features']} by features alone), {int(sizes[sizes > 1].sum())} images in {int((sizes > 1).sum())} groups; pairs by "
             f"class: {nests}. Across labels: {int((images.labels[near.pairs[:, 0]] != images.labels[near.pairs[:, 1]]).sum())}. Found in "
-            f"{seconds:.1f} s once the features are there. Of a random split's test pictures {100 * statistics.mean(leaked):.1f}% have "
+            f"{seconds:.1f} s once the features are there. Of a random split's test images {100 * statistics.mean(leaked):.1f}% have "
             "a near-duplicate in training.",
             f"Wrong labels: of 5% flipped at random, the first 5% of the ranking by log-odds hold {100 * odds:.1f}%, by margin "
             f"{100 * margins:.1f}% (mean of {len(seeds)} seeds).",

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.api import Run
-from seewhy.backbones import create_backbone
 from seewhy.config import make_config
-from seewhy.cutting import cut_backbone
-from seewhy.transforms import Preprocessing
+from seewhy.models.backbones import create_backbone
+from seewhy.models.transforms import Preprocessing
+from seewhy.models.trunk_tail import split_backbone
 
+UNCALIBRATED = {"temperature": 1.0, "selective": []}
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
 
@@ -29,5 +30,5 @@ def cheap_run(name: str = "resnet18", classes: Sequence[str] = CLASSES, size: in
     backbone = create_backbone(name, len(classes), weights="none", seed=0)
     backbone = replace(backbone, preprocessing=replace(backbone.preprocessing, size=size, resize=resize))
     backbone.model.get_classifier().weight.data.mul_(100)  # the small start would leave all classes as good as equal
-    config = make_config(data="x", backbone=name, weights="none", **{"test_flip": False, **options}).resolved()
-    return Run(Path("cheap"), config, tuple(classes), backbone, cut_backbone(backbone, 1), {"metrics": {}})
+    config = make_config(data="x", backbone=name, weights="none", **{"tta_flip": False, **options}).resolved()
+    return Run(Path("cheap"), config, tuple(classes), backbone, split_backbone(backbone, 1), {"metrics": {}, "calibration": UNCALIBRATED})

@@ -1,4 +1,4 @@
-"""A cheap run as a folder on the disk, and small pictures in shards, for tests of what other processes read."""
+"""A cheap run as a folder on the disk, and small images in shards, for tests of what other processes read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cheap_run import cheap_run
 from PIL import Image
 
 from seewhy.api import Run, load
-from seewhy.saved_run import finish, make_manifest, save_weights
+from seewhy.models.saved_run import finish, make_manifest, save_weights
+from tests.cheap_run import UNCALIBRATED, cheap_run
 
 
 def saved_cheap_run(folder: Path, **options: object) -> Run:
@@ -23,13 +23,14 @@ def saved_cheap_run(folder: Path, **options: object) -> Run:
     work = folder.parent / f".{folder.name}.work"
     work.mkdir(parents=True)
     save_weights(run.backbone, work)
-    facts = {"metrics": {"test": {"accuracy": 0.5, "n": 6}}, "data": {"hash": "0"}, "split": {"hash": "0"}}
+    metrics = {"test": {"accuracy": 0.5, "n": 6}}
+    facts = {"metrics": metrics, "data": {"hash": "0"}, "split": {"hash": "0"}, "calibration": UNCALIBRATED}
     finish(work, folder, make_manifest(run.config, run.classes, run.backbone, facts))
     return load(folder)
 
 
 def jpegs(count: int, side: int = 40) -> list[bytes]:
-    """Small pictures, all different."""
+    """Small images, all different."""
     found = []
     for n in range(count):
         file = io.BytesIO()
@@ -40,7 +41,7 @@ def jpegs(count: int, side: int = 40) -> list[bytes]:
 
 
 def write_parquet(file: Path, contents: Sequence[bytes], first: int = 0) -> Path:
-    """A shard with a counter behind each picture's bytes, so that no two are equal."""
+    """A shard with a counter behind each image's bytes, so that no two are equal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [data + f" {first + n}".encode() for n, data in enumerate(contents)]
     pq.write_table(pa.table({"image": rows, "label": [f"class {n % 2}" for n in range(len(rows))]}), file, row_group_size=100)

@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, small picture folders, the real pictures where present."""
+"""What the tests share: a cache of their own, small image folders, the real images where present."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def caltech_root() -> Path:
-    """The real pictures, or a skip."""
+    """The real images, or a skip."""
     root = data_root()
     if root is None:
         pytest.skip("Caltech-101 is not here: set SEEWHY_DATA to the folder that holds caltech101")
@@ -85,9 +85,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """make_folder({"cat": 5, "dog": 4}) -> a folder of small pictures, each class in a colour of its own."""
+    """make_folder({"cat": 5, "dog": 4}) -> a folder of small images, each class in a colour of its own."""
 
-    def make(classes: dict[str, int], name: str = "pictures", size: tuple[int, int] = (48, 40)) -> Path:
+    def make(classes: dict[str, int], name: str = "images", size: tuple[int, int] = (48, 40)) -> Path:
         root = tmp_path / name
         for c, (label, count) in enumerate(classes.items()):
             (root / label).mkdir(parents=True)
@@ -104,7 +104,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def demo_set(for_all: Path, session_cache: Path) -> Path:
     """The demo set in the session's cache, drawn once for all processes."""
-    from seewhy.scenes import draw_scenes
+    from seewhy.data.synthetic import draw_scenes
 
     with FileLock(for_all / "scenes.lock"):
         drawn = draw_scenes(for_all / "cache" / "scenes")
@@ -121,7 +121,7 @@ def demo_run(for_all: Path, demo_set: Path, session_cache: Path, tmp_path_factor
         if not made.exists():
             patch.setenv("SEEWHY_CACHE", str(cache))
             seewhy.train("scenes", backbone="efficientnet_lite0", unfreeze=0, out=made)
-    for kept in (*cache.glob("features/*"), *cache.glob("engines/*.onnx")):  # what the training has left behind in its cache
+    for kept in (*cache.glob("features/*"), *cache.glob("executors/*.onnx")):  # what the training has left behind in its cache
         place = session_cache / kept.relative_to(cache)
         place.parent.mkdir(exist_ok=True)
         if kept.is_file():
@@ -134,7 +134,7 @@ def demo_run(for_all: Path, demo_set: Path, session_cache: Path, tmp_path_factor
 @pytest.fixture(scope="session")
 def demo_onnx(demo_run: Run, for_all: Path) -> Path:
     """The demo run as an exported file, likewise; read only."""
-    from seewhy.portable import build_onnx
+    from seewhy.deploy.onnx_export import build_onnx
 
     path = for_all / "exported" / "model.onnx"
     with FileLock(for_all / "exported.lock"):
@@ -145,12 +145,12 @@ def demo_onnx(demo_run: Run, for_all: Path) -> Path:
 
 
 @pytest.fixture
-def demo_pictures(demo_set: Path) -> list[Path]:
-    """Three pictures of each class of the demo set."""
-    return sorted((demo_set / "pictures").rglob("00[0-2].jpg"))
+def demo_images(demo_set: Path) -> list[Path]:
+    """Three images of each class of the demo set."""
+    return sorted((demo_set / "images").rglob("00[0-2].jpg"))
 
 
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """For trainings whose report nobody looks at: to draw it takes about half of a small training."""
-    monkeypatch.setattr("seewhy.workflow.write_report", lambda run, history, test, folder: None)
+    monkeypatch.setattr("seewhy.training.pipeline.write_report", lambda run, history, test, folder: None)

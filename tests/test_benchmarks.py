@@ -34,7 +34,7 @@ def test_measured_process() -> None:
     began = time.perf_counter()
     found = common.measure([sys.executable, "-c", code])
     assert 0.3 <= found["seconds"] <= time.perf_counter() - began + 0.01
-    assert found["answer"] == {"n": 3}
+    assert found["decision"] == {"n": 3}
     assert 0.25 < found["own_gb"] <= found["peak_gb"] + 0.01
 
 
@@ -73,10 +73,10 @@ def test_every_benchmark_has_a_quick_answer(file: str, monkeypatch: pytest.Monke
 def test_times_of_another_processor_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(common, "FOLDER", tmp_path)
-    entry = {"rows": [{"pictures/s": 1}], "command": "python x.py"}
+    entry = {"rows": [{"images/s": 1}], "command": "python x.py"}
     for cpu, speed in (("Slow", 1), ("Fast", 2), ("Fast", 3), ("Slow", 4)):
-        monkeypatch.setattr("seewhy.saved_run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
-        common.record("x", "How fast?", {**entry, "rows": [{"pictures/s": speed}]})
-    kept = {name: entry["rows"][0]["pictures/s"] for name, entry in json.loads(common.RESULTS.read_text()).items()}
+        monkeypatch.setattr("seewhy.models.saved_run.hardware", lambda cpu=cpu: {"cpu": cpu, "cores": 2, "memory_gb": 4.0, "gpu": None})
+        common.record("x", "How fast?", {**entry, "rows": [{"images/s": speed}]})
+    kept = {name: entry["rows"][0]["images/s"] for name, entry in json.loads(common.RESULTS.read_text()).items()}
     assert kept == {"x": 4, "x | Fast": 3}
     assert "## How fast?, on Fast\n" in (tmp_path / "RESULTS.md").read_text()

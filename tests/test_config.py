@@ -24,20 +24,20 @@ def error_of(**values: Any) -> str:
 
 
 def test_defaults_are_the_documented_ones() -> None:
-    config = make_config(data="pictures")
+    config = make_config(data="images")
     assert (config.backbone, config.unfreeze, config.views, config.protocol) == ("resnet18", 1, 2, "ratio")
     assert (config.val_fraction, config.test_fraction, config.seed) == (0.1, 0.2, 0)
     assert (config.epochs, config.lr, config.batch_size, config.patience) == (None, None, None, None)
 
 
 def test_is_frozen() -> None:
-    config = make_config(data="pictures")
+    config = make_config(data="images")
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1  # type: ignore[misc]  # frozen on purpose, which is what is tested
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
-    config = make_config(data="pictures", unfreeze="all", lr=3e-4, label_smoothing=0, mix="mixup", skip_bad=True)
+    config = make_config(data="images", unfreeze="all", lr=3e-4, label_smoothing=0, mixup="mixup", skip_bad=True)
     values = dump_config(config)
     (tmp_path / "c.json").write_text(json.dumps(values))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
@@ -107,7 +107,7 @@ def test_unknown_option_names_it_and_the_known_ones() -> None:
         ("val_fraction", 0),
         ("test_fraction", 1),
         ("label_smoothing", 1.0),
-        ("stage_lr_decay", 0),
+        ("layer_decay", 0),
         ("workers", 65),
         ("skip_bad", "perhaps"),
     ],
@@ -125,17 +125,17 @@ def test_missing_data_is_said_without_dumping_the_other_values() -> None:
 
 
 def test_randaugment_needs_fresh_views() -> None:
-    with pytest.raises(ConfigError, match=r"^augment=randaugment needs fresh pictures every epoch; add --views 0$"):
+    with pytest.raises(ConfigError, match=r"^augment=randaugment needs fresh images every epoch; add --views 0$"):
         make_config(data="d", augment="randaugment").resolved()
     assert make_config(data="d", views=0, augment="randaugment").resolved().augment == "randaugment"
     assert make_config(data="d", unfreeze="all", augment="randaugment").resolved().augment == "randaugment"
 
 
 def test_cutmix_needs_maps() -> None:
-    with pytest.raises(ConfigError, match=r"^mix=cutmix cuts maps"):
-        make_config(data="d", unfreeze=0, mix="cutmix").resolved()
-    assert make_config(data="d", unfreeze=0, mix="mixup").resolved().mix == "mixup"
-    assert make_config(data="d", unfreeze=1, mix="cutmix").resolved().mix == "cutmix"
+    with pytest.raises(ConfigError, match=r"^mixup=cutmix cuts maps"):
+        make_config(data="d", unfreeze=0, mixup="cutmix").resolved()
+    assert make_config(data="d", unfreeze=0, mixup="mixup").resolved().mixup == "mixup"
+    assert make_config(data="d", unfreeze=1, mixup="cutmix").resolved().mixup == "cutmix"
 
 
 def test_fractions_must_leave_something_to_train_on() -> None:
@@ -145,12 +145,12 @@ def test_fractions_must_leave_something_to_train_on() -> None:
 
 
 def test_parse_settings_reads_values_as_yaml() -> None:
-    settings = ["label_smoothing=0", "class-weights=true", "mix=none", " workers =4", "precision=32-true", "lr=1e-3", "weights=a=b.pth"]
+    settings = ["label_smoothing=0", "class-weights=true", "mixup=none", " workers =4", "precision=32-true", "lr=1e-3", "weights=a=b.pth"]
     values = parse_settings(settings)
     assert values == {
         "label_smoothing": 0,
         "class_weights": True,
-        "mix": "none",
+        "mixup": "none",
         "workers": 4,
         "precision": "32-true",
         "lr": "1e-3",
@@ -205,7 +205,7 @@ def test_every_option_has_a_description_and_says_where_it_belongs() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_are_finite(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"option {name}: input should be a finite number, not {value}"):
-        make_config(data="pictures", **{name: value})
+        make_config(data="images", **{name: value})
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.lists(st.integers(), max_size=2)
@@ -216,7 +216,7 @@ NAMES = st.sampled_from(sorted(TrainConfig.model_fields)) | st.text(max_size=6)
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
 def test_any_options_are_a_config_that_comes_back_or_one_line(values: dict[str, Any]) -> None:
     try:
-        config = make_config(**{"data": "pictures", **values})
+        config = make_config(**{"data": "images", **values})
     except ConfigError as error:
         said = str(error)
     else:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from test_docs import cli_help
-from test_serving import served
+
+from tests.deploy.test_server import served
+from tests.test_docs import cli_help
 
 REPOSITORY = Path(__file__).parents[1]
 Instruction = tuple[str, str]
@@ -145,7 +146,7 @@ def test_compose_is_closed_unless_opened(service: Any) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     limits = service["deploy"]["resources"]["limits"]
     assert limits == {"cpus": "${SEEWHY_CORES:-2}", "memory": "${SEEWHY_MEMORY:-2g}"}
-    from seewhy.serving import DRAIN_S
+    from seewhy.deploy.server import DRAIN_S
 
     assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_S
     assert not {"privileged", "network_mode", "env_file", "devices"} & set(service)

@@ -21,13 +21,16 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import seewhy
-from seewhy import cli, errors, serve, watch
+from seewhy import errors
 from seewhy.api import Run
-from seewhy.backbones import BACKBONES
-from seewhy.cam import ALL_METHODS
-from seewhy.cam_quality import LOCALIZATION_METRICS, QUALITY
+from seewhy.cli.guard import INTERRUPTED, run_guarded
+from seewhy.cli.main import call
 from seewhy.config import RECIPES, TrainConfig
-from seewhy.corruptions import CORRUPTIONS
+from seewhy.deploy import app, middleware
+from seewhy.evaluation.corruptions import CORRUPTIONS
+from seewhy.explain.cam import ALL_METHODS
+from seewhy.explain.faithfulness import LOCALIZATION_METRICS, QUALITY
+from seewhy.models.backbones import BACKBONES
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -220,13 +223,13 @@ def test_inputs_outputs_and_metadata_of_an_exported_file_are_described(demo_onnx
 @pytest.fixture(scope="module")
 def paths(demo_onnx: Path) -> dict[str, Any]:
     """The server's own description of its paths."""
-    found: dict[str, Any] = serve.create_app(demo_onnx).openapi()["paths"]
+    found: dict[str, Any] = app.create_app(demo_onnx).openapi()["paths"]
     return found
 
 
 def test_every_request_and_error_of_the_server_is_described(paths: dict[str, Any]) -> None:
     assert {f"{method.upper()} {path}" for path, item in paths.items() for method in item} == set(rows("http-paths"))
-    source = inspect.getsource(serve) + inspect.getsource(watch)
+    source = inspect.getsource(app) + inspect.getsource(middleware)
     found = {code: status for status, code in re.findall(r"(\d{3})(?:,|:) \"([a-z_]+)\"", source)}
     assert found == {code: status for code, (status, _) in rows("http-errors").items()}
 
@@ -238,7 +241,7 @@ def test_every_record_of_the_server_is_described(paths: dict[str, Any]) -> None:
 
 
 def test_every_exit_code_and_error_is_described() -> None:
-    assert set(rows("exit-codes")) == {"0", "1", "2", str(cli.INTERRUPTED), str(128 + signal.SIGTERM)}
+    assert set(rows("exit-codes")) == {"0", "1", "2", str(INTERRUPTED), str(128 + signal.SIGTERM)}
     tree = reference.errors()
     for name, item in vars(errors).items():
         if inspect.isclass(item) and issubclass(item, errors.SeewhyError):
@@ -342,7 +345,7 @@ def run_line(line: str, fail: Callable[[str], None]) -> None:
     assert words[0] == "seewhy", f"{line}: only seewhy is run here; mark the block"
     quoted = re.findall(r"'([^']*)'", line)
     expanded = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word and word not in quoted else [word])]
-    if (status := cli.run_guarded(lambda: cli.call(expanded[1:]))) != 0:
+    if (status := run_guarded(lambda: call(expanded[1:]))) != 0:
         fail(f"{line}: status {status}")
 
 

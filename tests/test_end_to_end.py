@@ -1,4 +1,4 @@
-"""The main job on real pictures: train, measure, explain, save, use; the demo set always, Caltech-101 where present."""
+"""The main job on real images: train, measure, explain, save, use; the demo set always, Caltech-101 where present."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EACH = 32
 
 @pytest.fixture(scope="module")
 def subset(caltech_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 32 pictures of 6 classes of Caltech-101, linked, in torchvision's layout."""
+    """The first 32 images of 6 classes of Caltech-101, linked, in torchvision's layout."""
     root = tmp_path_factory.mktemp("data")
     for name in CLASSES:
         folder = root / "caltech101" / "101_ObjectCategories" / name
@@ -39,18 +39,18 @@ def subset(caltech_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_demo_run_is_right_and_looks_at_the_object(demo_run: Run, demo_set: Path) -> None:
     assert demo_run.metrics["test"]["accuracy"] >= 0.9
-    pictures = sorted((demo_set / "pictures").rglob("05?.jpg"))
-    explanation = demo_run.explain(pictures, "gradcam++")
+    images = sorted((demo_set / "images").rglob("05?.jpg"))
+    explanation = demo_run.explain(images, "gradcam++")
     inside = []
-    for n, path in enumerate(pictures):
-        mask = Image.open((demo_set / "masks" / path.relative_to(demo_set / "pictures")).with_suffix(".png"))
+    for n, path in enumerate(images):
+        mask = Image.open((demo_set / "masks" / path.relative_to(demo_set / "images")).with_suffix(".png"))
         small = np.asarray(mask.resize((7, 7), Image.Resampling.BOX)) > 25  # cells that hold a tenth of object
         inside.append(bool(small[np.unravel_index(explanation.maps[n].argmax(), (7, 7))]))
     assert len(inside) == 80
-    assert np.mean(inside) >= 0.7  # objects cover about a sixth of a picture
+    assert np.mean(inside) >= 0.7  # objects cover about a sixth of an image
 
 
-def test_frozen_lite0_on_real_pictures(subset: Path, tmp_path: Path) -> None:
+def test_frozen_lite0_on_real_images(subset: Path, tmp_path: Path) -> None:
     run = seewhy.train("caltech101", data_root=str(subset), backbone="efficientnet_lite0", unfreeze=0, out=tmp_path / "run")
     assert run.classes == CLASSES
     assert run.manifest["split"]["test"] == 6 * 6
@@ -59,13 +59,13 @@ def test_frozen_lite0_on_real_pictures(subset: Path, tmp_path: Path) -> None:
     assert run.predict([sunflower]).table(1).loc[0, "class_1"] == "sunflower"
 
 
-def test_last_stage_on_real_pictures_with_caltech30(subset: Path, tmp_path: Path) -> None:
+def test_last_stage_on_real_images_with_caltech30(subset: Path, tmp_path: Path) -> None:
     run = seewhy.train(
         "caltech101", data_root=str(subset), backbone="efficientnet_lite0", unfreeze=1, protocol="caltech30", epochs=2, out=tmp_path / "run"
     )
     split = run.manifest["split"]
     assert [split[part] for part in ("protocol", "train", "val", "test")] == ["caltech30", 162, 18, 12]
-    assert split["grouped_pictures"] == 4  # two mirrored pairs among these 32 leopards
+    assert split["grouped_images"] == 4  # two mirrored pairs among these 32 leopards
     assert run.metrics["test"]["mean_per_class_accuracy"] >= 0.75
     history = (tmp_path / "run" / "history.csv").read_text().splitlines()
     assert history[0] == "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds"
@@ -80,8 +80,8 @@ def test_the_classic_scripts(subset: Path, resnet18_weights: Path, tmp_path: Pat
     for name in ("training_curves", "gradcam_examples", "confusion_matrix"):
         with Image.open(tmp_path / "results" / f"{name}.png") as figure:
             assert min(figure.size) > 200
-    picture = subset / "caltech101/101_ObjectCategories/dollar_bill/image_0003.jpg"
-    predict = [sys.executable, REPOSITORY / "predict.py", str(picture)]
+    image = subset / "caltech101/101_ObjectCategories/dollar_bill/image_0003.jpg"
+    predict = [sys.executable, REPOSITORY / "predict.py", str(image)]
     answer = subprocess.run(predict, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
     assert "dollar_bill" in answer.splitlines()[1].split()[1]
 
@@ -116,5 +116,5 @@ def test_the_tour_runs(tmp_path: Path) -> None:
     assert [n for n in kinds if "text/html" in kinds[n]] == [8, 10]  # tables
     texts = {n: "".join(output.get("text", "") for output in held) for n, held in outputs.items()}
     assert "test accuracy" in texts[8]
-    for line in ("640 pictures, 8 classes", "epochs, best ", "test accuracy"):  # what the stages of `train` say as they end
+    for line in ("480 images, 8 classes; train 336", "val accuracy", "test accuracy"):  # what the stages of `train` say as they end
         assert line in texts[5]

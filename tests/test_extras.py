@@ -11,7 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from seewhy.cli import call, run_guarded
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -28,11 +29,11 @@ def names(requirements: list[str]) -> set[str]:
     ("module", "extra", "what", "command"),
     [
         *((name, "serve", "seewhy serve", ["serve", "model.onnx"]) for name in SERVE),
-        ("optuna", "search", "--search", ["train", "DATA", *NETWORK, "--search", "2"]),
+        ("optuna", "search", "--search-trials", ["train", "DATA", *NETWORK, "--search-trials", "2"]),
         ("cleanvision", "audit", "seewhy audit", ["audit", "DATA"]),
         ("tensorboard", "tensorboard", "--tracker tensorboard", ["train", "DATA", *NETWORK, "--tracker", "tensorboard"]),
         ("mlflow", "mlflow", "--tracker mlflow", ["train", "DATA", *NETWORK, "--tracker", "mlflow"]),
-        ("ray", "ray", "--engine ray", ["predict", "RUN", "a.jpg", "--engine", "ray", "--out", "a.parquet"]),
+        ("ray", "ray", "--backend ray", ["predict", "RUN", "a.jpg", "--backend", "ray", "--out", "a.parquet"]),
     ],
 )
 def test_a_missing_package_is_one_line_before_any_work(
@@ -49,7 +50,7 @@ def test_a_missing_package_is_one_line_before_any_work(
     folder = make_folder({"ant": 10, "bee": 10})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)  # so Python says that it is not there
-    monkeypatch.setattr("seewhy.checking.check_file", lambda path: pytest.fail("images are read"))
+    monkeypatch.setattr("seewhy.data.verify.check_file", lambda path: pytest.fail("images are read"))
     assert run_guarded(lambda: call([str(folder) if word == "DATA" else word for word in command])) == 2
     printed = capsys.readouterr()
     assert printed.err == f'seewhy: {what} needs {module}, which is not installed; pip install "seewhy[{extra}]"\n'
@@ -62,7 +63,7 @@ def test_pixel_methods_without_captum(method: str, monkeypatch: pytest.MonkeyPat
     import torch
 
     from seewhy.errors import ConfigError
-    from seewhy.pixels import pixel_maps
+    from seewhy.explain.pixel_attribution import pixel_maps
 
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ConfigError, match=rf'^{method} needs captum, which is not installed; pip install "seewhy\[captum\]"$'):
@@ -79,9 +80,10 @@ import sys
 for name in {optional}:
     sys.modules[name] = None
 import seewhy
-import seewhy.workflow, seewhy.predict, seewhy.explain, seewhy.parity, seewhy.report, seewhy.evaluate, seewhy.compare, seewhy.robustness
-import seewhy.sharing, seewhy.website, seewhy.dry_run, seewhy.cli_scale, seewhy.audit
-from seewhy.cli import call
+import seewhy.training.pipeline, seewhy.inference.predict, seewhy.explain.explainer, seewhy.deploy.export
+import seewhy.reports.run_report, seewhy.evaluation.evaluate, seewhy.evaluation.comparison, seewhy.evaluation.robustness
+import seewhy.deploy.hub, seewhy.deploy.static_site, seewhy.training.dry_run, seewhy.cli.batch, seewhy.curation.audit
+from seewhy.cli.main import call
 call(["serve", "--help"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

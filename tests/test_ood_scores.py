@@ -11,7 +11,7 @@ from scipy.spatial.distance import mahalanobis
 from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 
-from seewhy.metrics import auroc
+from seewhy.evaluation.metrics import auroc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -57,7 +57,7 @@ def test_relative_mahalanobis_takes_the_common_distance_away(known: Known, new: 
 
 
 def test_virtual_logit_by_its_definition(known: Known, new: tuple[np.ndarray, np.ndarray]) -> None:
-    """The residual outside the main space, scaled so that on training pictures it is the mean largest logit."""
+    """The residual outside the main space, scaled so that on training images it is the mean largest logit."""
     centred = (known.vectors - known.vectors.mean(axis=0)).astype(np.float64)
     _, _, right = np.linalg.svd(centred, full_matrices=False)
     rest = right[6:].T  # the six directions of least variance

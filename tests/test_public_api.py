@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,26 @@ def test_the_first_line_of_every_docstring_is_a_sentence() -> None:
         if isinstance(node, kinds) and (text := ast.get_docstring(node)) and not text.splitlines()[0].endswith(".")
     ]
     assert cut == []
+
+
+ARRAYS = r"NDArray|ndarray|DataFrame|\bTensor"
+
+
+def test_what_holds_arrays_is_compared_by_identity() -> None:
+    """Comparing the fields of such dataclasses raises ValueError, and hashing them TypeError."""
+    held: dict[str, tuple[bool, list[str]]] = {}
+    for file in (REPOSITORY / "src" / "seewhy").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and (made := [d for d in map(ast.unparse, node.decorator_list) if d.startswith("dataclass")]):
+                kinds = [ast.unparse(field.annotation) for field in node.body if isinstance(field, ast.AnnAssign)]
+                held[node.name] = "eq=False" in made[0], [kind for kind in kinds if "Callable" not in kind]
+    arrays: set[str] = set()
+    while (
+        more := {
+            name for name, (_, kinds) in held.items() if re.search("|".join([ARRAYS, *(rf"\b{a}\b" for a in arrays)]), " ".join(kinds))
+        }
+        - arrays
+    ):
+        arrays |= more
+    assert {"ImageSet", "Split", "Evaluation", "Predictions", "Explanation", "SavedRun"} <= arrays
+    assert sorted(name for name in arrays if not held[name][0]) == []

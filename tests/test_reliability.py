@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 import seewhy
+from seewhy.data.image_set import ImageSet, open_images
 from seewhy.errors import OutputError, RunError
-from seewhy.images import ImageSet, open_images
-from seewhy.store import FeatureStore, as_keys
+from seewhy.models.feature_store import FeatureStore, as_keys
 
-SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "engine": "torch"}
+SMALL = {"backbone": "test_resnet.r160_in1k", "weights": "none", "epochs": 3, "batch_size": 8, "workers": 0, "runtime": "torch"}
 WORDS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 SEEWHY = [sys.executable, "-m", "seewhy.cli"]
 
@@ -92,7 +92,7 @@ def test_killed_and_interrupted_then_resumed_has_the_same_bits(folder: Path, tmp
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(number: signal.Signals, status: int) -> None:
     code = (
-        "import time\nfrom seewhy.signals import stop_on_signals\nstop_on_signals()\n"
+        "import time\nfrom seewhy.core.signals import stop_on_signals\nstop_on_signals()\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('saving', flush=True)\n    time.sleep(60)\n"
     )
@@ -191,8 +191,8 @@ def test_a_quota_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("run")) == []
 
 
-def test_pictures_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network drive that goes away after the pictures were checked."""
+def test_images_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network drive that goes away after the images were checked."""
     original = open_images
 
     def gone(*arguments: Any) -> ImageSet:
@@ -200,7 +200,7 @@ def test_pictures_that_vanish_are_named(folder: Path, tmp_path: Path, monkeypatc
         folder.rename(tmp_path / "elsewhere")
         return images
 
-    monkeypatch.setattr("seewhy.workflow.open_images", gone)
+    monkeypatch.setattr("seewhy.training.pipeline.open_images", gone)
     with pytest.raises(seewhy.ImageError, match=r"\.png: no such file"):
         seewhy.train(folder, out=tmp_path / "run", group_by="exact", **SMALL)
     assert not (tmp_path / "run").exists()
@@ -215,7 +215,7 @@ def test_two_at_once_share_a_cache_and_get_names_of_their_own(folder: Path, tmp_
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == ["pictures-test_resnet.r160_in1k-unfreeze1-seed0", "pictures-test_resnet.r160_in1k-unfreeze1-seed0-2"]
+    assert names == ["images-test_resnet.r160_in1k-unfreeze1-seed0", "images-test_resnet.r160_in1k-unfreeze1-seed0-2"]
     assert_same_weights(*(tmp_path / "runs" / name for name in names))
     (store,) = (cache / "features").iterdir()
     keys = np.fromfile(store / "keys.bin", dtype=np.uint8).reshape(-1, 32)
@@ -233,7 +233,7 @@ def test_a_power_cut_leaves_no_key_without_its_row(tmp_path: Path, monkeypatch: 
         synced.append(rows.stat().st_size)
 
     monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr("seewhy.store.SYNC_S", -1.0)
+    monkeypatch.setattr("seewhy.models.feature_store.SYNC_S", -1.0)
     store = FeatureStore(tmp_path, (3,))
     seen = []
 

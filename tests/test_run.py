@@ -16,7 +16,7 @@ from seewhy.api import Run, load
 from seewhy.errors import RunError
 
 FILES = {"model.safetensors", "run.json", "split.json", "metrics.json", "history.csv", "predictions_test.csv", "report.html"}
-FILES |= {"predictions_val.csv", "README.md", "unknowns.safetensors", "log.txt"}
+FILES |= {"predictions_val.csv", "README.md", "ood_reference.safetensors", "log.txt"}
 FIGURES = {"training_curves.png", "confusion_matrix.png", "heatmaps.png"}
 
 
@@ -27,8 +27,8 @@ def copied(demo_run: Run, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(demo_set: Path) -> list[str]:
-    return [str(path) for path in sorted((demo_set / "pictures").rglob("00[0-3].jpg"))]
+def images(demo_set: Path) -> list[str]:
+    return [str(path) for path in sorted((demo_set / "images").rglob("00[0-3].jpg"))]
 
 
 def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
@@ -40,14 +40,14 @@ def test_the_folder_is_whole_and_nothing_else_is_left(demo_run: Run) -> None:
     assert [path.name for path in demo_run.path.parent.iterdir()] == [demo_run.path.name]  # no work folder, no lock
 
 
-def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, pictures: list[str]) -> None:
-    expected = demo_run.predict(pictures)
-    found = load(copied).predict(pictures)
+def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, images: list[str]) -> None:
+    expected = demo_run.predict(images)
+    found = load(copied).predict(images)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
     assert found.classes == expected.classes
-    assert found.unknown.tolist() == expected.unknown.tolist()
+    assert found.ood.tolist() == expected.ood.tolist()
     assert demo_run.references is not None  # a run fresh from training can tell strangers too
-    assert len(pictures) == 32
+    assert len(images) == 32
 
 
 def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
@@ -56,7 +56,7 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert manifest["config"]["backbone"] == "efficientnet_lite0"
     assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
     assert [manifest["split"][part] for part in ("protocol", "train", "val", "test")] == ["ratio", 336, 48, 96]
-    assert (manifest["split"]["grouped_pictures"], manifest["split"]["torn_classes"]) == (0, [])  # no two scenes are alike
+    assert (manifest["split"]["grouped_images"], manifest["split"]["classes_with_split_groups"]) == (0, [])  # no two scenes are alike
     assert manifest["calibration"]["temperature"] > 0
     assert manifest["calibration"]["n"] == 48
     assert len(manifest["data"]["hash"]) == 64
@@ -70,7 +70,7 @@ def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     assert low < metrics["test"]["accuracy"] < high <= 1
 
 
-def test_split_file_names_every_picture_once(demo_run: Run) -> None:
+def test_split_file_names_every_image_once(demo_run: Run) -> None:
     split = json.loads((demo_run.path / "split.json").read_text())
     hashes = [h for part in ("train", "val", "test") for h in split[part]]
     assert len(hashes) == len(set(hashes)) == 480
@@ -142,7 +142,7 @@ def test_weights_of_another_architecture(copied: Path) -> None:
 
 def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     """The stored temperature is the one that fits val best; the threshold is that of val's answers; a wish too high is refused."""
-    from seewhy.calibration import fit_temperature, threshold_for
+    from seewhy.evaluation.calibration import fit_temperature, threshold_for
 
     val = demo_run.evaluate("val")
     assert demo_run.temperature == pytest.approx(fit_temperature(val.labels, val.logits), rel=1e-3)
@@ -150,15 +150,8 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     expected = threshold_for(val.confidence, val.correct, 0.8)
     assert expected is not None
     assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation pictures"):
+    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation images"):
         demo_run.threshold_for(0.999)
-
-
-def test_a_run_of_an_older_version_is_uncalibrated(demo_run: Run) -> None:
-    import dataclasses
-
-    old = dataclasses.replace(demo_run, manifest={k: v for k, v in demo_run.manifest.items() if k != "calibration"})
-    assert old.temperature == 1.0
 
 
 def test_model_card_tells_the_numbers_of_the_run(demo_run: Run) -> None:
@@ -172,4 +165,4 @@ def test_model_card_tells_the_numbers_of_the_run(demo_run: Run) -> None:
     assert metrics["accuracy"] == pytest.approx(demo_run.metrics["test"]["accuracy"], abs=1e-4)
     assert f"{100 * demo_run.metrics['test']['accuracy']:.1f}%" in body
     assert "boat, car" in body
-    assert "fewer than 10" not in body  # 12 test pictures a class
+    assert "fewer than 10" not in body  # 12 test images a class

@@ -57,7 +57,7 @@ def commands() -> dict[str, Any]:
     """Name -> click command, in the order of `seewhy --help`."""
     import typer
 
-    from seewhy.cli import app
+    from seewhy.cli.main import app
 
     group: Any = typer.main.get_command(app)
     return dict(group.commands)
@@ -130,7 +130,7 @@ def recipes() -> str:
 
 def backbones() -> str:
     """The backbones with a name of their own."""
-    from seewhy.backbones import BACKBONES
+    from seewhy.models.backbones import BACKBONES
 
     rows = []
     for name, named in BACKBONES.items():
@@ -170,7 +170,7 @@ def methods() -> str:
 
 def scores() -> str:
     """Every score of heatmaps."""
-    from seewhy.cam_quality import LOCALIZATION_METRICS, QUALITY
+    from seewhy.explain.faithfulness import LOCALIZATION_METRICS, QUALITY
 
     rows = [[name, score.better, cite(_plain(first_paragraph(score.of)))] for name, score in QUALITY.items()]
     rows += [[name, "higher", cite(_plain(first_paragraph(function)))] for name, function in LOCALIZATION_METRICS.items()]
@@ -186,7 +186,7 @@ def _plain(docstring: str) -> str:
 
 def corruptions() -> str:
     """The corruptions of `seewhy robustness`."""
-    from seewhy.corruptions import CORRUPTIONS
+    from seewhy.evaluation.corruptions import CORRUPTIONS
 
     rows = [[f"`{name}`", item.unit, ", ".join(map(str, item.values))] for name, item in CORRUPTIONS.items()]
     return table(["`--corruption`", "unit", "strengths 1 to 5"], rows)

@@ -1,4 +1,4 @@
-"""Train an image classifier on your own pictures in minutes on a laptop, and see why it says what it says."""
+"""Train an image classifier on your own images in minutes on a laptop, and see why it says what it says."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from seewhy.version import __version__ as __version__
 if TYPE_CHECKING:
     from seewhy.api import Run, load, pull, train
     from seewhy.config import TrainConfig
+    from seewhy.curation.split import Split, split_images
+    from seewhy.data.image_set import ImageSet, open_images
+    from seewhy.deploy.export import export_state_dict
     from seewhy.errors import (
         BackboneError,
         ConfigError,
         DataError,
         ImageError,
         OutputError,
-        ReachError,
         RunError,
         SeewhyError,
         SplitError,
+        StorageUnavailableError,
         WeightsError,
     )
-    from seewhy.evaluate import Evaluation
-    from seewhy.explain import Explanation
-    from seewhy.export import export_state_dict
-    from seewhy.images import ImageSet, open_images
-    from seewhy.predictions import Predictions
-    from seewhy.split import Split, split_images
+    from seewhy.evaluation.evaluate import Evaluation
+    from seewhy.explain.explainer import Explanation
+    from seewhy.inference.predictions import Predictions
 
 __all__ = [
     "BackboneError",
@@ -39,12 +39,12 @@ __all__ = [
     "ImageSet",
     "OutputError",
     "Predictions",
-    "ReachError",
     "Run",
     "RunError",
     "SeewhyError",
     "Split",
     "SplitError",
+    "StorageUnavailableError",
     "TrainConfig",
     "WeightsError",
     "export_state_dict",
@@ -60,12 +60,12 @@ _HOMES = {
     "api": ("Run", "load", "pull", "train"),
     "config": ("TrainConfig",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "evaluate": ("Evaluation",),
-    "explain": ("Explanation",),
-    "export": ("export_state_dict",),
-    "images": ("ImageSet", "open_images"),
-    "predictions": ("Predictions",),
-    "split": ("Split", "split_images"),
+    "evaluation.evaluate": ("Evaluation",),
+    "explain.explainer": ("Explanation",),
+    "deploy.export": ("export_state_dict",),
+    "data.image_set": ("ImageSet", "open_images"),
+    "inference.predictions": ("Predictions",),
+    "curation.split": ("Split", "split_images"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 10,
         "label_smoothing": 0.0,
         "ema_decay": 0.0,
-        "test_flip": False,
+        "tta_flip": False,
     },
     "tail": {
         "epochs": 8,
@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 3,
         "label_smoothing": 0.1,
         "ema_decay": 0.99,
-        "test_flip": True,
+        "tta_flip": True,
     },
     "full": {
         "epochs": 12,
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 4,
         "label_smoothing": 0.1,
         "ema_decay": 0.0,
-        "test_flip": False,
+        "tta_flip": False,
     },
 }
 
@@ -70,8 +70,8 @@ class TrainConfig(BaseModel):
     backbone: str = _main("resnet18", "a named backbone or any timm model")
     weights: str | None = _main(None, "a weights file (safetensors, pth), or 'none' for a random start")
     unfreeze: int | Literal["all"] = _main(1, "train the N deepest stages with the classifier; 0 = classifier only, all")
-    views: int = _main(2, "views of each training picture: 1 plain, 2 + mirrored, more = random; 0 = fresh every epoch", ge=0, le=64)
-    protocol: Literal["ratio", "caltech30"] = _main("ratio", "ratio (70/10/20 of each class) or caltech30 (30 training pictures a class)")
+    views: int = _main(2, "views of each training image: 1 plain, 2 + mirrored, more = random; 0 = fresh every epoch", ge=0, le=64)
+    protocol: Literal["ratio", "caltech30"] = _main("ratio", "ratio (70/10/20 of each class) or caltech30 (30 training images a class)")
     group_by: str = _main(
         "duplicates",
         "what stays in one part of the split: duplicates (near ones too), exact (equal files alone), a .csv of path and group, or a "
@@ -80,16 +80,18 @@ class TrainConfig(BaseModel):
     split_from: str | None = _main(None, "use the split of another run (its folder or split.json)")
     epochs: int | None = _main(None, "most epochs; early stopping may end sooner", ge=1)
     lr: float | None = _main(None, "learning rate of the classifier", gt=0)
-    batch_size: int | None = _main(None, "pictures a step", ge=1)
+    batch_size: int | None = _main(None, "images a step", ge=1)
     seed: int = _main(0, "seed of the split, the classifier's start and the order", ge=0)
-    search: int = _main(0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000)
-    skip_bad: bool = _main(False, "leave unusable pictures out instead of stopping; they are listed in run.json")
+    search_trials: int = _main(
+        0, "first try this many variants of the options on val, and train with the best; 0 = no search", ge=0, le=10_000
+    )
+    skip_bad: bool = _main(False, "leave unusable images out instead of stopping; they are listed in run.json")
     tracker: Literal["tensorboard", "mlflow", "none"] = _main(
         "none", "who is told of each epoch: files for TensorBoard in the run, MLflow at $MLFLOW_TRACKING_URI, or nobody"
     )
     cache: bool = _main(True, "keep frozen features on disk (the same weights either way)")
 
-    resize: Literal["squash", "crop"] = _fine("squash", "show the network the whole picture, or its centred square")
+    resize: Literal["squash", "crop"] = _fine("squash", "show the network the whole image, or its centred square")
     size: int | None = _fine(None, "side of the square the network sees, in pixels; default: what it was made for", ge=32, le=1024)
     val_fraction: float = _fine(0.1, "share of each class for validation", gt=0, lt=1)
     test_fraction: float = _fine(0.2, "share of each class for test", gt=0, lt=1)
@@ -99,22 +101,22 @@ class TrainConfig(BaseModel):
     warmup_epochs: float = _fine(1.0, "epochs of linear warm-up (cosine)", ge=0)
     patience: int | None = _fine(None, "epochs without a better val loss before early stopping", ge=1)
     min_delta: float = _fine(0.0, "least fall of the val loss that counts as better", ge=0)
-    stage_lr_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
+    layer_decay: float = _fine(0.3, "learning rate of each stage, as a share of that of the one above", gt=0, le=1)
     label_smoothing: float | None = _fine(None, "share of each target spread over all classes", ge=0, lt=1)
     ema_decay: float | None = _fine(None, "moving average of the trained weights over the steps, validated and kept; 0 = off", ge=0, lt=1)
     class_weights: bool = _fine(False, "weigh classes by the inverse of their size")
     augment: Literal["standard", "randaugment"] = _fine("standard", "what a fresh view goes through (views = 0)")
-    mix: Literal["none", "mixup", "cutmix"] = _fine(
-        "none", "MixUp or CutMix of what a batch trains on: pictures, or features behind a frozen trunk"
+    mixup: Literal["none", "mixup", "cutmix"] = _fine(
+        "none", "MixUp or CutMix of what a batch trains on: images, or features behind a frozen trunk"
     )
-    test_flip: bool | None = _fine(None, "answer with the mean over a picture and its mirror image; doubles the cost of an answer")
+    tta_flip: bool | None = _fine(None, "answer with the mean over an image and its mirror image; doubles the cost of an answer")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "arithmetic of the fit")
     compile: bool = _fine(False, "torch.compile for the training step: half a minute to start, then faster for some networks")
-    engine: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
+    runtime: Literal["auto", "onnx", "torch"] = _fine("auto", "what runs the frozen trunk")
     feature_dtype: Literal["auto", "float16", "float32"] = _fine(
         "auto", "what frozen features are kept as: maps in float16 and vectors in float32, or all of them so"
     )
-    workers: int = _fine(2, "threads or processes that decode pictures", ge=0, le=64)
+    workers: int = _fine(2, "threads or processes that decode images", ge=0, le=64)
 
     @field_validator("unfreeze", mode="before")
     @classmethod
@@ -136,7 +138,7 @@ class TrainConfig(BaseModel):
 
     @property
     def fresh_views(self) -> bool:
-        """Whether each epoch sees new random views of the pictures (nothing can be cached then)."""
+        """Whether each epoch sees new random views of the images (nothing can be cached then)."""
         return self.views == 0 or self.unfreeze == "all"
 
     def resolved(self) -> TrainConfig:
@@ -144,9 +146,9 @@ class TrainConfig(BaseModel):
         filled = {name: value for name, value in RECIPES[self.recipe].items() if getattr(self, name) is None}
         config = self.model_copy(update=filled)
         if not config.fresh_views and config.augment != "standard":
-            raise ConfigError(f"augment={config.augment} needs fresh pictures every epoch; add --views 0")
-        if config.mix == "cutmix" and config.unfreeze == 0:
-            raise ConfigError("mix=cutmix cuts maps, and --unfreeze 0 trains on vectors; use mix=mixup, or --unfreeze 1")
+            raise ConfigError(f"augment={config.augment} needs fresh images every epoch; add --views 0")
+        if config.mixup == "cutmix" and config.unfreeze == 0:
+            raise ConfigError("mixup=cutmix cuts maps, and --unfreeze 0 trains on vectors; use mixup=mixup, or --unfreeze 1")
         if config.val_fraction + config.test_fraction >= 1:
             raise ConfigError(
                 f"val_fraction {config.val_fraction} + test_fraction {config.test_fraction} leave nothing to train on; "

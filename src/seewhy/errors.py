@@ -3,9 +3,9 @@
 SeewhyError
 |-- ConfigError     an option or a config file is wrong
 |-- DataError       a dataset, folder or class is missing or unusable
-|   `-- ImageError  pictures that cannot be used
-|-- ReachError      what is there cannot be read at the moment
-|-- SplitError      the pictures cannot be divided as asked
+|   `-- ImageError  images that cannot be used
+|-- StorageUnavailableError      what is there cannot be read at the moment
+|-- SplitError      the images cannot be divided as asked
 |-- BackboneError   an unknown network, or one that cannot be cut as asked
 |   `-- WeightsError  weights that are missing or do not fit
 |-- RunError        a saved run is missing, half-written or of another version
@@ -61,7 +61,7 @@ class DataError(SeewhyError):
 
 
 class ImageError(DataError):
-    """Pictures that cannot be used; `bad` lists (path, reason)."""
+    """Images that cannot be used; `bad` lists (path, reason)."""
 
     def __init__(self, message: str, bad: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
@@ -76,15 +76,15 @@ class ImageError(DataError):
         count = len(bad) if count is None else count
         shown = ", ".join(f"{path} ({reason})" for path, reason in bad[:5])
         more = f", and {count - 5} more" if count > 5 else ""
-        return ImageError(f"{count} of {total} pictures cannot be used: {shown}{more}; {advice}", tuple(bad))
+        return ImageError(f"{count} of {total} images cannot be used: {shown}{more}; {advice}", tuple(bad))
 
 
-class ReachError(SeewhyError):
+class StorageUnavailableError(SeewhyError):
     """What is there cannot be read at the moment: a network, a disk or credentials failed."""
 
 
 class SplitError(SeewhyError):
-    """The pictures cannot be divided as asked."""
+    """The images cannot be divided as asked."""
 
 
 class BackboneError(SeewhyError):

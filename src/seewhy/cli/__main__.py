@@ -1,0 +1,5 @@
+"""python -m seewhy.cli."""
+
+from seewhy.cli.main import main
+
+main()
