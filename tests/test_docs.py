@@ -329,7 +329,7 @@ def world(
         shutil.copytree(demo_run.path, tmp_path / "runs" / "first")
     if name != "docs/start/tour.md":  # which asks its run for a threshold
         monkeypatch.setitem(RECIPES["linear"], "epochs", 2)
-    monkeypatch.setattr("seewhy.cli_out.exported", lambda run: demo_onnx)
+    monkeypatch.setattr("seewhy.cli.deploy.exported", lambda run: demo_onnx)
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: [item.close() for item in sockets])
     listen = socket.create_server
     monkeypatch.setattr(socket, "create_server", lambda address, **options: listen((address[0], 0), **options))
