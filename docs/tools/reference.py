@@ -144,7 +144,8 @@ def backbones() -> str:
 
 def method_texts() -> dict[str, tuple[str, str]]:
     """Method -> (what it computes, the docstring that cites its paper); those of pixels share the function that describes them."""
-    from seewhy import cam, pixels
+    from seewhy.explain import cam
+    from seewhy.explain import pixel_attribution as pixels
 
     described: dict[str, tuple[str, str]] = {}
     for name in cam.ALL_METHODS:
@@ -199,7 +200,7 @@ def http_models() -> str:
     """The JSON records of the server."""
     from pydantic import BaseModel
 
-    from seewhy import wire
+    from seewhy.deploy import schemas as wire
 
     parts = []
     for name, model in vars(wire).items():

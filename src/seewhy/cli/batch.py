@@ -44,9 +44,10 @@ def predict_batch(run: Path, top_k: int, least: float | None, precision: float |
     if is_exported(run):
         loaded: Any = load_onnx(run)
     else:
+        from seewhy.api import Run
         from seewhy.inference.tasks import prepared
 
-        loaded = prepared("predict", run, batch.backend == "ray")
+        loaded = Run(**vars(prepared("predict", run, batch.backend == "ray")))
     least = loaded.threshold_for(precision) if precision is not None else least
     options = {"top_k": top_k, "min_confidence": least}
     types = columns_of("predict", options, len(loaded.classes))
