@@ -57,17 +57,17 @@ def measure_row(data: str, options: list[str], seeds: list[int], place: Path, re
         runs.append(train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run"))
         if fresh and repeat and again is None:
             again = train_once(data, options, seed, cache, Path(tempfile.mkdtemp(dir=place)) / "run")
-        tests = [run["decision"]["metrics"]["test"] for run in runs]
+        tests = [run["answer"]["metrics"]["test"] for run in runs]
         yield {
             "accuracy": [test["accuracy"] for test in tests],
             "mean_per_class": [test["mean_per_class_accuracy"] for test in tests],
-            "val_accuracy": [run["decision"]["metrics"]["val"]["accuracy"] for run in runs],
+            "val_accuracy": [run["answer"]["metrics"]["val"]["accuracy"] for run in runs],
             "seeds": seeds[: len(runs)],
             "n_test": tests[0]["n"],
             "cold_s": runs[0]["seconds"] if fresh else None,
             "warm_s": again["seconds"] if again else None,
             "peak_gb": max(run["peak_gb"] for run in runs),
-            "stages_s": [run["decision"]["seconds"] for run in runs],
+            "stages_s": [run["answer"]["seconds"] for run in runs],
         }
 
 
@@ -122,7 +122,7 @@ def quick(data_root: str | None) -> dict[str, Any]:
                 for file in sorted(folder.iterdir())[:40]:
                     (Path(data) / folder.name / file.name).symlink_to(file.resolve())
         run = train_once(data, options, 0, Path(place) / "cache", Path(place) / "run")
-    test = run["decision"]["metrics"]["test"]
+    test = run["answer"]["metrics"]["test"]
     return {"name": "caltech101", "data": Path(data).name, "test_accuracy": test["accuracy"], "n": test["n"], "seconds": run["seconds"]}
 
 

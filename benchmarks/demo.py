@@ -31,8 +31,8 @@ def main() -> None:
     answer = {
         "name": "demo",
         "seconds": round(statistics.median(seconds), 1),
-        "test_accuracy": round(runs[0]["decision"]["metrics"]["test"]["accuracy"], 4),
-        "n": runs[0]["decision"]["metrics"]["test"]["n"],
+        "test_accuracy": round(runs[0]["answer"]["metrics"]["test"]["accuracy"], 4),
+        "n": runs[0]["answer"]["metrics"]["test"]["n"],
     }
     if not arguments.quick:
         row = {

@@ -103,7 +103,7 @@ def main() -> None:
     starts = start_up(3 if arguments.quick else 7)
     rows = []
     for size in found:
-        stages, n = size["train"]["decision"]["seconds"], size["n"]
+        stages, n = size["train"]["answer"]["seconds"], size["n"]
         rows.append(
             {
                 "images": f"{n:,}",
@@ -125,7 +125,7 @@ def main() -> None:
     # A ratio above 1: the larger size costs less an image (time) or no more in all (memory).
     ratios = {
         f"{what} an image, {before['n']} to {last['n']}": round(
-            factor * before["train"]["decision"]["seconds"][stage] / last["train"]["decision"]["seconds"][stage], 2
+            factor * before["train"]["answer"]["seconds"][stage] / last["train"]["answer"]["seconds"][stage], 2
         )
         for what, stage in (("checking", "images"), ("features", "features"), ("fit", "fit"))
     }

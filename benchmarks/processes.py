@@ -31,7 +31,7 @@ def train(arguments: list[str], devices: int, cache: Path, out: Path) -> dict[st
     shutil.rmtree(cache / "features", ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
     found = measure(seewhy("train", *arguments, "--devices", str(devices), "--out", str(out), "--json"), {"SEEWHY_CACHE": str(cache)})
-    return {**found["decision"]["seconds"], "whole command": found["seconds"], "accuracy": found["decision"]["metrics"]["test"]["accuracy"]}
+    return {**found["answer"]["seconds"], "whole command": found["seconds"], "accuracy": found["answer"]["metrics"]["test"]["accuracy"]}
 
 
 def compare(arguments: list[str], rounds: int) -> dict[int, list[dict[str, float]]]:

@@ -116,7 +116,7 @@ def memory_of(folder: Path, count: int) -> list[dict[str, Any]]:
     for what, shard in shards.items():
         found = {how: measure([sys.executable, "-c", READ_ALL, str(shard), how]) for how in ("not at all", "by name", "as a stream")}
         for how in ("by name", "as a stream"):
-            if int(found[how]["decision"]) != count * LARGE_BYTES:
+            if int(found[how]["answer"]) != count * LARGE_BYTES:
                 raise SystemExit(f"{shard}: {found[how]['answer']} bytes read {how}")
             megabytes = round(1000 * (found[how]["own_gb"] - found["not at all"]["own_gb"]))
             rows.append({"from": what, "what": f"{count * LARGE_BYTES / 1e6:.0f} MB {how}", "MB": megabytes})

@@ -233,7 +233,7 @@ def seewhy_cold(options: list[str], data: str, extra: list[str], goal: float) ->
         run = measure(seewhy("train", data, *options, *extra, "--out", str(out), "--json"), {"SEEWHY_CACHE": str(Path(place) / "cache")})
         with (out / "history.csv").open() as file:
             rows = list(csv.DictReader(file))
-    stages = run["decision"]["seconds"]
+    stages = run["answer"]["seconds"]
     start = run["seconds"] - stages["total"]  # of the process, up to its first stage (its end included)
     fit_start = stages["fit"] - sum(float(row["seconds"]) for row in rows)
     passed = [n for n, row in enumerate(rows) if float(row["val_accuracy"]) >= goal]
@@ -243,8 +243,8 @@ def seewhy_cold(options: list[str], data: str, extra: list[str], goal: float) ->
         "reach_s": round(reach, 1) if passed else None,
         "total_s": run["seconds"],
         "epochs": len(epochs),
-        "val_accuracy": run["decision"]["metrics"]["val"]["accuracy"],
-        "test_accuracy": run["decision"]["metrics"]["test"]["accuracy"],
+        "val_accuracy": run["answer"]["metrics"]["val"]["accuracy"],
+        "test_accuracy": run["answer"]["metrics"]["test"]["accuracy"],
     }
 
 
@@ -258,7 +258,7 @@ PEERS: dict[str, Callable[..., Reached]] = {
 def peer_cold(name: str, arguments: list[str]) -> Reached:
     """A peer in a process of its own, its clock started with the process, as seewhy's is."""
     command = [sys.executable, __file__, "--peer", name, *arguments]
-    reached: Reached = measure(command, {"STARTED": str(time.time())})["decision"]
+    reached: Reached = measure(command, {"STARTED": str(time.time())})["answer"]
     return reached
 
 

@@ -34,7 +34,7 @@ def test_measured_process() -> None:
     began = time.perf_counter()
     found = common.measure([sys.executable, "-c", code])
     assert 0.3 <= found["seconds"] <= time.perf_counter() - began + 0.01
-    assert found["decision"] == {"n": 3}
+    assert found["answer"] == {"n": 3}
     assert 0.25 < found["own_gb"] <= found["peak_gb"] + 0.01
 
 

@@ -323,8 +323,8 @@ def world(
     name: str, demo_run: Run, demo_onnx: Path, demo_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_report: None
 ) -> Path:
     """A folder with what the pages name: images/, masks/ and, unless the page trains it, runs/first. Short fits, no listening server."""
-    for part in ("pictures", "masks"):
-        shutil.copytree(demo_set / part, tmp_path / {"pictures": "images"}.get(part, part), copy_function=os.link)
+    for part in ("images", "masks"):
+        shutil.copytree(demo_set / part, tmp_path / part, copy_function=os.link)
     if "--out runs/first" not in read(name):
         shutil.copytree(demo_run.path, tmp_path / "runs" / "first")
     if name != "docs/start/tour.md":  # which asks its run for a threshold

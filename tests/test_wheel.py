@@ -48,7 +48,7 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
         names = wheel.namelist()
         facts = f"seewhy-{seewhy.__version__}.dist-info/"
         assert sorted(name for name in names if not name.startswith(facts)) == PACKAGE
-        assert {"seewhy/py.typed", "seewhy/templates/report.html", "seewhy/web/page.css"} <= set(names)
+        assert {"seewhy/py.typed", "seewhy/reports/templates/report.html", "seewhy/deploy/web/page.css"} <= set(names)
         metadata = wheel.read(f"{facts}METADATA").decode()
         assert "seewhy = seewhy.cli.main:main" in wheel.read(f"{facts}entry_points.txt").decode()
     assert f"{facts}licenses/LICENSE" in names

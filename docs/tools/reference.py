@@ -149,7 +149,8 @@ def backbones() -> str:
 
 def method_texts() -> dict[str, tuple[str, str]]:
     """Method -> (what it computes, the docstring that cites its paper); those of pixels share the function that describes them."""
-    from seewhy import cam, pixels
+    from seewhy.explain import cam
+    from seewhy.explain import pixel_attribution as pixels
 
     described: dict[str, tuple[str, str]] = {}
     for name in cam.ALL_METHODS:

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call
 from seewhy.core import retry
 from seewhy.core.retry import DENIED, RetryingFile, permanent_failure, with_retries
 from seewhy.data import remote
@@ -212,13 +213,13 @@ def test_a_job_ends_and_goes_on_where_reading_failed(
     command = ["predict", str(run.path), str(folder), "--backend", "local", "--out", str(out)]
     with monkeypatch.context() as patch:
         watch(patch, "b.parquet", failing(ConnectionResetError("Connection reset by peer")))
-        assert cli.run_guarded(lambda: cli.call(command)) == 2
+        assert run_guarded(lambda: call(command)) == 2
     told = capsys.readouterr().err
     assert f"seewhy: {folder}/b.parquet: cannot be read now (Connection reset by peer)" in told
     assert "Traceback" not in told
     assert "1 of 3 shards and blocks of files are done and kept" in told
     assert not out.exists()
-    assert cli.run_guarded(lambda: cli.call(command)) == 0
+    assert run_guarded(lambda: call(command)) == 0
     assert "going on: 1 of 3" in capsys.readouterr().err
     assert len(pq.read_table(out)) == 90
     assert not (tmp_path / "answers.errors.parquet").exists()

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call
 from seewhy.data import remote
 from seewhy.data.remote import inside, list_files, names_in, open_file, remove_file, write_whole
 from seewhy.errors import DataError, OutputError
@@ -117,7 +118,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
         run_batch(request, columns, find_sources(inputs), out, stopped)
     (first,) = [file for file in list_files(out) if "part-" in file.place]
     command = ["predict", str(run.path), *inputs, "--backend", "local", "--skip-bad", "--out", out, "--json"]
-    assert cli.run_guarded(lambda: cli.call(command)) == 0
+    assert run_guarded(lambda: call(command)) == 0
     told = capsys.readouterr()
     assert "going on: 1 of 2 shards and blocks of files are done" in told.err
     assert json.loads(told.out) == {

@@ -27,12 +27,12 @@ import seewhy
 from seewhy.api import Run
 from seewhy.cli.guard import run_guarded
 from seewhy.cli.main import call
-from seewhy.deploy import hub
+from seewhy.deploy import hub as hub_module
 from seewhy.errors import OutputError, RunError
 from seewhy.models.transforms import eval_view, render
 from tests.cheap_run import cheap_run, normalised
 
-OWN = set(hub.FILES)
+OWN = set(hub_module.FILES)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def data_config(model: Any) -> dict[str, Any]:
 
 def test_pushed_and_pulled_it_says_the_same(demo_run: Run, tmp_path: Path, demo_images: list[Path]) -> None:
     shared = Path(demo_run.push(tmp_path / "share" / "animals"))
-    assert files_of(shared) == {*OWN, *hub.REPORT, "config.json"}
+    assert files_of(shared) == {*OWN, *hub_module.REPORT, "config.json"}
     pulled = seewhy.pull(shared, tmp_path / "mine")
     assert files_of(pulled.path) == OWN
     assert sorted(os.listdir(tmp_path)) == ["mine", "share"]  # no work folder, no lock
@@ -138,7 +138,7 @@ def test_timm_s_config_fits_other_networks(name: str, resize: str, size: int, tm
     run = cheap_run(name, size=size, resize=resize)
     state = {key: value.contiguous() for key, value in run.backbone.model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(hub.timm_config(run)))
+    (tmp_path / "config.json").write_text(json.dumps(hub_module.timm_config(run)))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     inputs = torch.rand(2, 3, size, size)
     with torch.inference_mode():
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_nothing(small_run: Run, tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "write_json", full)
+    monkeypatch.setattr(hub_module, "write_json", full)
     with pytest.raises(OutputError, match=r"share/x: cannot be written \(No space left on device\); choose another destination"):
         small_run.push(tmp_path / "share" / "x")
     assert os.listdir(tmp_path) == []

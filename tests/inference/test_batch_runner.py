@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 from threadpoolctl import threadpool_info
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call
 from seewhy.core.parallel import Worker
 from seewhy.data import verify
 from seewhy.errors import ConfigError, ImageError, OutputError, RunError
@@ -230,7 +231,7 @@ def test_rows_of_a_folder_are_counted_without_reading_them(run: Run, few: Path, 
 
 def test_only_bad_images_give_no_table(run: Run, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [b"x", b"y"])
-    with pytest.raises(ImageError, match=r"2 of 2 images cannot be used: .*listed in .*answers.errors.parquet\); none is left to predict"):
+    with pytest.raises(ImageError, match=r"2 of 2 images cannot be used: .*listed in .*answers.errors.parquet; none is left to predict"):
         run_batch(request_for(run), COLUMNS, find_sources([shard]), str(tmp_path / "answers.parquet"), run_local, True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "answers.errors.parquet"]
 
@@ -238,7 +239,7 @@ def test_only_bad_images_give_no_table(run: Run, tmp_path: Path) -> None:
 def test_heatmaps_are_those_of_explain(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "maps.parquet"
     command = ["explain", str(run.path), str(few / "plain"), "--backend", "local", "--out", str(out), "--json"]
-    assert cli.run_guarded(lambda: cli.call(command)) == 0
+    assert run_guarded(lambda: call(command)) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out), "images": 20, "skipped": 0, "errors": None}
     rows, wanted = pq.read_table(out).to_pylist(), run.explain([few / "plain"])
     for n, row in enumerate(rows):
@@ -253,11 +254,11 @@ def test_skip_bad_means_the_same_by_any_engine(
 ) -> None:
     out = tmp_path / "answers.csv"
     command = ["predict", str(run.path), str(few / "shards" / "a.tar"), *backend, "--out", str(out)]
-    assert cli.run_guarded(lambda: cli.call(command)) == 2
+    assert run_guarded(lambda: call(command)) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"seewhy: 1 of 60 images cannot be used: .*00059\.jpg \(not an image\) .*pass --skip-bad", told)
     assert not out.exists()
-    assert cli.run_guarded(lambda: cli.call([*command, "--skip-bad", "--json"])) == 0
+    assert run_guarded(lambda: call([*command, "--skip-bad", "--json"])) == 0
     assert json.loads(capsys.readouterr().out) == {
         "out": str(out),
         "images": 59,
@@ -268,22 +269,22 @@ def test_skip_bad_means_the_same_by_any_engine(
 
 def test_a_table_of_heatmaps_refuses_bad_images_too(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["explain", str(run.path), str(few / "shards" / "a.tar"), "--backend", "local", "--out", str(tmp_path / "maps.parquet")]
-    assert cli.run_guarded(lambda: cli.call(command)) == 2
+    assert run_guarded(lambda: call(command)) == 2
     assert "1 of 60 images cannot be used" in capsys.readouterr().err
-    assert cli.run_guarded(lambda: cli.call([*command, "--skip-bad"])) == 0
+    assert run_guarded(lambda: call([*command, "--skip-bad"])) == 0
 
 
 def test_a_slash_behind_the_folder_changes_nothing(run: Run, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the shell completes it: overlays where no table was asked for; a table stays in a folder that is there."""
     image, maps, answers = str(few / "plain" / "00.jpg"), tmp_path / "maps", tmp_path / "answers"
     for out in (str(maps), f"{maps}/"):
-        assert cli.run_guarded(lambda out=out: cli.call(["explain", str(run.path), image, "--out", out])) == 0
+        assert run_guarded(lambda out=out: call(["explain", str(run.path), image, "--out", out])) == 0
         assert [file.suffix for file in maps.iterdir()] == [".png"]
     answers.mkdir()
     for out in (f"{answers}/", str(answers)):
-        assert cli.run_guarded(lambda out=out: cli.call(["predict", str(run.path), image, "--out", out])) == 0
+        assert run_guarded(lambda out=out: call(["predict", str(run.path), image, "--out", out])) == 0
         assert len(pq.read_table(answers)) == 1
-    assert cli.run_guarded(lambda: cli.call(["explain", str(run.path), image, "--out", str(tmp_path / "maps.parquet")])) == 2
+    assert run_guarded(lambda: call(["explain", str(run.path), image, "--out", str(tmp_path / "maps.parquet")])) == 2
     assert "overlays and scores go into a folder; add --backend local" in capsys.readouterr().err
 
 
@@ -309,10 +310,10 @@ def test_features_leave_nothing_for_train_to_compute(
 
     data = make_folder({"cat": 12, "dog": 12})
     options = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--json"]
-    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), *options])) == 0
+    assert run_guarded(lambda: call(["precompute", str(data), *options])) == 0
     first = json.loads(capsys.readouterr().out)
     assert first == {"images": 24, "skipped": 0, "computed": 24 * 2 + 24}  # two views, and the embedder's own size
-    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), *options])) == 0
+    assert run_guarded(lambda: call(["precompute", str(data), *options])) == 0
     assert json.loads(capsys.readouterr().out)["computed"] == 0
 
     def refused(*given: Any) -> Any:
@@ -324,9 +325,9 @@ def test_features_leave_nothing_for_train_to_compute(
     assert group_images(found) is not None
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
     training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)  # all that `train` extracts
-    assert cli.run_guarded(lambda: cli.call(["audit", str(data), "--backend", "local", "--out", str(tmp_path / "audit"), "--json"])) == 0
+    assert run_guarded(lambda: call(["audit", str(data), "--backend", "local", "--out", str(tmp_path / "audit"), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
-    assert cli.run_guarded(lambda: cli.call(["precompute", str(data), "--unfreeze", "all"])) == 2
+    assert run_guarded(lambda: call(["precompute", str(data), "--unfreeze", "all"])) == 2
     assert "nothing to keep" in capsys.readouterr().err
 
 
@@ -341,7 +342,7 @@ def test_what_needs_images_here_refuses_an_address_first(
     monkeypatch.setattr(precompute, "_fill", lambda *given: pytest.fail("computed features"))
     fsspec.filesystem("memory").pipe("/audited/a.tar", write_tar(tmp_path / "a.tar", jpegs(4)).read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert cli.run_guarded(lambda: cli.call([*command, "memory://audited/?secret=1"])) == 2
+    assert run_guarded(lambda: call([*command, "memory://audited/?secret=1"])) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
     assert line.startswith("seewhy: memory://audited/: an address, and this needs images on a disk of this machine; copy or mount them")
 
@@ -356,7 +357,7 @@ def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkey
     copy = write_tar(tmp_path / "a.tar", jpegs(20))
     fsspec.filesystem("memory").pipe("/far/a.tar", copy.read_bytes())
     recipe = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--set", "runtime=onnx"]
-    assert cli.run_guarded(lambda: cli.call(["precompute", "memory://far/a.tar", *recipe])) == 0
+    assert run_guarded(lambda: call(["precompute", "memory://far/a.tar", *recipe])) == 0
     monkeypatch.setattr(features, "_compute", lambda *given: pytest.fail("computed again"))
     config = make_config(data=str(copy), backbone="efficientnet_lite0", unfreeze=0, size=64, runtime="onnx").resolved()
     found = open_images(str(copy))
@@ -422,7 +423,7 @@ def test_a_killed_worker_costs_nothing(cluster: None, run: Run, shards: Path, lo
 
 def answered(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """What a command says with --json."""
-    assert cli.run_guarded(lambda: cli.call([*command, "--json"])) == 0
+    assert run_guarded(lambda: call([*command, "--json"])) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -449,9 +450,9 @@ def test_features_and_audit_on_ray_are_the_local_ones(
     cluster: None, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After `features --backend ray`, `train` computes nothing; `audit --backend ray` writes the tables of `audit`."""
-    from seewhy import images
     from seewhy.config import make_config
     from seewhy.curation.split import split_images
+    from seewhy.data import image_set
     from seewhy.models import features
     from seewhy.training.loaders import training_data
 
@@ -477,7 +478,7 @@ def test_features_and_audit_on_ray_are_the_local_ones(
 
     monkeypatch.setattr(features, "_compute", refused)
     monkeypatch.setattr(verify, "check_file", refused)
-    found = images.open_images(str(data), skip_bad=True)
+    found = image_set.open_images(str(data), skip_bad=True)
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
     training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)  # all that `train` extracts
     told.append(answered([*plain, *on_ray, "--out", str(folders[1])], capsys))

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from seewhy import cli
 from seewhy.api import Run
+from seewhy.cli.guard import run_guarded
+from seewhy.cli.main import call
 from seewhy.errors import RunError
 from seewhy.inference import ray_backend
 from seewhy.inference.batch_runner import Request
@@ -165,11 +166,11 @@ def test_a_shard_that_kills_its_workers_ends_in_one_line(
     ]
     with monkeypatch.context() as patch:
         patch.setattr(ray_backend, "InferenceActor", Mortal)
-        assert cli.run_guarded(lambda: cli.call(command)) == 2
+        assert run_guarded(lambda: call(command)) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
     assert len(told) == 1
     assert f"{shards[1]}: 3 workers died of it" in told[0]
     finished = f"part-{find_sources(shards)[0].key}-00000-last.parquet"
     assert (tmp_path / ".answers.parquet.parts" / finished).is_file()
-    assert cli.run_guarded(lambda: cli.call(command)) == 0  # what was finished stays, and nothing of it is counted against the shard
+    assert run_guarded(lambda: call(command)) == 0  # what was finished stays, and nothing of it is counted against the shard
     assert pq.read_table(out).column("path").to_pylist() == [f"{shard}/{'ab'[n % 2]}/{n:05d}.jpg" for shard in shards for n in range(10)]

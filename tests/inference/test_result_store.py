@@ -81,7 +81,7 @@ def test_half_written_and_foreign_files_are_no_parts(tmp_path: Path) -> None:
 def test_bad_images_refuse_the_table_and_skip_bad_takes_what_was_answered(tmp_path: Path, suffix: str) -> None:
     out, errors = tmp_path / f"a{suffix}", tmp_path / f"a.bad{suffix}"
     with pytest.raises(
-        ImageError, match=r"^2 of 14 images cannot be used: 1-x\.jpg \(truncated\), 3-x\.jpg \(truncated\) \(all are"
+        ImageError, match=r"^2 of 14 images cannot be used: 1-x\.jpg \(truncated\), 3-x\.jpg \(truncated\); all are"
     ) as told:
         ask(out, bad=[1, 3])
     assert "pass --skip-bad" in str(told.value)

@@ -187,7 +187,7 @@ def test_a_copy_with_synchronised_batch_norm_trains_the_network(
 ) -> None:
     """What several GPUs train shares parameters alone with the network; here with its own layers, the result is the same, bit for bit."""
     _, expected = run_fit(setup(unfreeze), tmp_path / "plain", cached=True, unfreeze=unfreeze)
-    monkeypatch.setattr(fit_module, "sync_batch_norm", lambda tail: copy.deepcopy(tail, {id(p): p for p in tail.parameters()}))
+    monkeypatch.setattr("seewhy.training.module.sync_batch_norm", lambda tail: copy.deepcopy(tail, {id(p): p for p in tail.parameters()}))
     _, found = run_fit(setup(unfreeze), tmp_path / "copy", cached=True, unfreeze=unfreeze)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -351,13 +351,13 @@ def test_averaged_weights_are_the_moving_average_of_the_steps(
 def test_depthwise_networks_train_in_channels_last() -> None:
     depthwise = split_backbone(create_backbone("efficientnet_lite0", 3, "none"), 1).tail
     plain = split_backbone(create_backbone("resnet18", 3, "none"), 1).tail
-    assert fit.best_memory_format(depthwise) is torch.channels_last
-    assert fit.best_memory_format(plain) is torch.contiguous_format
+    assert module.best_memory_format(depthwise) is torch.channels_last
+    assert module.best_memory_format(plain) is torch.contiguous_format
 
 
 def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = run_fit(setup(1), tmp_path / "plain", cached=True, unfreeze=1, epochs=2)
-    monkeypatch.setattr(fit_module, "best_memory_format", lambda tail: torch.channels_last)
+    monkeypatch.setattr("seewhy.training.module.best_memory_format", lambda tail: torch.channels_last)
     parts = setup(1)
     last, _ = run_fit(parts, tmp_path / "last", cached=True, unfreeze=1, epochs=2)
     np.testing.assert_allclose([r["train_loss"] for r in last.history], [r["train_loss"] for r in plain.history], atol=1e-4)
@@ -371,6 +371,6 @@ def test_early_stopping_is_not_undone_by_a_resume(tmp_path: Path) -> None:
     for waited, stopped in ((1, False), (2, True)):
         states = {"EarlyStopping{'monitor': 'val_loss'}": {"wait_count": waited, "patience": 2}, keeper.state_key: {"rows": rows}}
         torch.save({"callbacks": states}, tmp_path / "last.ckpt")
-        assert fit._stopped_early(tmp_path / "last.ckpt", keeper) is stopped
+        assert fit_module._stopped_early(tmp_path / "last.ckpt", keeper) is stopped
     assert keeper.rows == rows
-    assert not fit._stopped_early(tmp_path / "none.ckpt", keeper)
+    assert not fit_module._stopped_early(tmp_path / "none.ckpt", keeper)

@@ -40,9 +40,10 @@ def predict_batch(run: Path, top_k: int, min_confidence: float | None, target_pr
     if is_exported(run):
         loaded: Any = load_onnx(run)
     else:
+        from seewhy.api import Run
         from seewhy.inference.tasks import prepared
 
-        loaded = prepared("predict", run, batch.backend == "ray")
+        loaded = Run(**vars(prepared("predict", run, batch.backend == "ray")))
     min_confidence = loaded.threshold_for(target_precision) if target_precision is not None else min_confidence
     options = {"top_k": top_k, "min_confidence": min_confidence}
     types = columns_of("predict", options, len(loaded.classes))

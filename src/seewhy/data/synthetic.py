@@ -12,7 +12,7 @@ from seewhy.core.files import atomic_folder, locked, remove_tree
 
 IMAGES_PER_CLASS = 60
 SEED = 101
-VERSION = "1"  # part of the folder's marker: change it when the drawing changes
+VERSION = "2"  # part of the folder's marker: raised when the drawing or its folders change
 _SUPERSAMPLE = 3
 
 # Each object is a list of (shape, colour role, points) in a unit square, x right, y down.
