@@ -49,7 +49,7 @@ def main() -> None:
                         "MB": f"{file.stat().st_size / 1e6:.1f}",
                         "n": parity.n,
                         "equal top-1 %": f"{100 * parity.same_class:.2f}",
-                        "largest probability difference": f"{parity.difference:.1e}",
+                        "largest probability difference": f"{parity.max_difference:.1e}",
                         "heatmap correlation, mean (least)": f"{parity.correlation_mean:.5f} ({parity.correlation_min:.5f})",
                         "accuracy % (run's)": f"{100 * parity.accuracy:.1f} ({100 * parity.run_accuracy:.1f})",
                         "ms an image, one core": f"{parity.milliseconds:.1f}",

@@ -136,7 +136,11 @@ COMMON: Parameters = [
 TRAIN: Parameters = [
     ("data", Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)], None),
     ("out", Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME)")], None),
-    ("dry_run", Annotated[bool, typer.Option("--dry-run", help="show data, model and estimated time; train and write nothing")], False),
+    (
+        "dry_run",
+        Annotated[bool, typer.Option("--dry-run", help="show data, model and estimated time, without training or writing anything")],
+        False,
+    ),
     ("resume", Annotated[bool, typer.Option("--resume", help="resume an unfinished run of the same options")], False),
     ("devices", Annotated[int, typer.Option(min=1, help="GPUs of this machine to train on, or processes on its CPU")], 1),
     ("nodes", Annotated[int, typer.Option(min=1, help="machines to train on; run the same command on each")], 1),
