@@ -1,4 +1,4 @@
-"""Train an image classifier on your own images in minutes on a laptop, and see why it says what it says."""
+"""Train an image classifier on your own images in minutes on a laptop, and see why it predicts what it predicts."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ __all__ = [
     "train",
 ]
 
-# torch and timm take seconds to import; each name is fetched when it is first used.
-_HOMES = {
+# Importing torch and timm takes seconds, so each name is imported on first use.
+_MODULES = {
     "api": ("Run", "load", "pull", "train"),
     "config": ("TrainConfig",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
@@ -67,12 +67,12 @@ _HOMES = {
     "inference.predictions": ("Predictions",),
     "curation.split": ("Split", "split_images"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(import_module(f"seewhy.{_HOME_OF[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"seewhy.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'seewhy' has no attribute {name!r}")
 
 

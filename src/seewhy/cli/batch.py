@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from seewhy.cli.options import print_json
-from seewhy.data.remote import shown
+from seewhy.data.remote import without_options
 from seewhy.errors import ConfigError, RunError, one_line
 from seewhy.inference.batch_runner import Request, columns_of, run_batch
 from seewhy.inference.onnx_model import is_exported, load_onnx
@@ -81,13 +81,13 @@ def explain_batch(run: Path, method: str, target: str | None, contrast: str | No
 def _answer(request: Request, types: dict[str, type], out: str, batch: Batch) -> None:
     backend = get_backend(batch.backend, batch.address, batch.workers)
     rows, bad = run_batch(request, types, find_sources(batch.images), out, backend, batch.skip_bad)
-    place = shown(errors_path(out))
+    place = without_options(errors_path(out))
     if batch.as_json:
-        print_json({"out": shown(out), "images": rows, "skipped": bad, "bad": place if bad else None})
+        print_json({"out": without_options(out), "images": rows, "skipped": bad, "bad": place if bad else None})
         return
     if bad:
         typer.echo(one_line(f"left out: {bad:,} images that cannot be used, with reasons in {place}"), err=True)
-    typer.echo(one_line(f"{rows} images -> {shown(out)}"))
+    typer.echo(one_line(f"{rows} images -> {without_options(out)}"))
 
 
 def precompute(config: TrainConfig, backend: str | None, address: str, workers: int, as_json: bool) -> None:
@@ -105,10 +105,10 @@ def precompute(config: TrainConfig, backend: str | None, address: str, workers: 
 
 def fill_audit(data: str, data_root: str | None, backend: str | None, address: str, workers: int) -> None:
     """What `audit` reads, by --backend."""
-    from seewhy.data.listing import check_here
+    from seewhy.data.listing import require_local
     from seewhy.inference.precompute import fill_for_embedding
 
-    check_here(data)  # before any work: its features alone could be made of an address
+    require_local(data)  # before any work: its features alone could be made of an address
     fill_for_embedding(data, data_root, get_backend(backend, address, workers))
 
 

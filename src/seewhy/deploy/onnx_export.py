@@ -93,7 +93,7 @@ def _map_weight(run: SavedRun) -> Tensor | None:
 def build_onnx(run: SavedRun) -> onnx.ModelProto:
     """images (N, H, W, 3) uint8 RGB -> the outputs of `AnswerNetwork`, then network_input (N, 3, S, S) uint8, what the network saw.
 
-    Checked by onnx.checker; what a reader needs to know is in its metadata, as JSON.
+    ImageCheck by onnx.checker; what a reader needs to know is in its metadata, as JSON.
     """
     network, front = _network(run), square_graph(run.backbone.preprocessing)
     squares = front.graph.output[0]
