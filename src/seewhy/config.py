@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,11 +46,7 @@ class TrainConfig(BaseModel):
     unfreeze: int | Literal["all"] = _main(1, "train the classifier and the N deepest stages; 0 = classifier only, all = the whole network")
     views: int = _main(2, "views of each training image: 1 = plain, 2 = and mirrored, more = random; 0 = new ones every epoch", ge=0, le=64)
     protocol: Literal["ratio", "caltech30"] = _main("ratio", "ratio (70/10/20 of each class) or caltech30 (30 training images a class)")
-    group_by: str = _main(
-        "duplicates",
-        "images kept in one part of the split: duplicates (near ones too), exact (equal files only), a .csv of path and group, "
-        "or a regular expression over paths",
-    )
+    group_by: str = _main("duplicates", "images to keep in one part: duplicates (also near), exact, a .csv of path and group, or a regex")
     split_from: str | None = _main(None, "use the split of another run (its folder or split.json)")
     epochs: int | None = _main(None, "maximum number of epochs; early stopping may end sooner", ge=1)
     lr: float | None = _main(None, "learning rate of the classifier", gt=0)
@@ -58,9 +54,7 @@ class TrainConfig(BaseModel):
     seed: int = _main(0, "random seed for split, initialisation and shuffling", ge=0)
     search_trials: int = _main(0, "trials of a hyperparameter search on val before training; 0 = no search", ge=0, le=10_000)
     skip_bad: bool = _main(False, "skip unreadable images instead of stopping; run.json lists them")
-    tracker: Literal["tensorboard", "mlflow", "none"] = _main(
-        "none", "experiment tracker: TensorBoard files in the run, or MLflow at $MLFLOW_TRACKING_URI"
-    )
+    tracker: Literal["tensorboard", "mlflow", "none"] = _main("none", "experiment tracker (MLflow at $MLFLOW_TRACKING_URI)")
     cache: bool = _main(True, "cache frozen features on disk (the trained weights are the same either way)")
 
     resize: Literal["squash", "crop"] = _fine("squash", "squash the whole image, or crop its centred square")
@@ -79,9 +73,7 @@ class TrainConfig(BaseModel):
     class_weights: bool = _fine(False, "weight classes by the inverse of their frequency")
     augment: Literal["standard", "randaugment"] = _fine("standard", "augmentation of new views (views = 0)")
     mixup: Literal["none", "mixup", "cutmix"] = _fine("none", "MixUp or CutMix of images, or of features behind a frozen trunk")
-    tta_flip: bool | None = _fine(
-        None, "test-time augmentation: average over each image and its mirror image; doubles the cost of a prediction"
-    )
+    tta_flip: bool | None = _fine(None, "test-time augmentation: average over each image and its mirror image; twice the cost")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _fine("32-true", "floating-point precision of training")
     compile: bool = _fine(False, "torch.compile the training step: starts half a minute later, then faster for some networks")
     runtime: Literal["auto", "onnx", "torch"] = _fine("auto", "runtime of the frozen trunk")
@@ -91,15 +83,9 @@ class TrainConfig(BaseModel):
     @field_validator("unfreeze", mode="before")
     @classmethod
     def _unfreeze(cls, value: Any) -> Any:
-        if value == "all":
-            return value
-        try:
-            number = int(value)
-        except (TypeError, ValueError, OverflowError):
-            number = -1
-        if number < 0 or isinstance(value, (bool, float)):
+        if isinstance(value, float) or not re.fullmatch("[0-9]+|all", str(value)):
             raise ValueError(f"must be 0, 1, 2, ... or all, not {value!r}")
-        return number
+        return value if value == "all" else int(value)
 
     @property
     def recipe(self) -> str:
@@ -131,7 +117,7 @@ def make_config(**values: Any) -> TrainConfig:
         return TrainConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1]) or "config"
+        name = str(first["loc"][0]) if first["loc"] else "config"
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"unknown option {name!r}; known: {', '.join(TrainConfig.model_fields)}") from error
         text = first["msg"].removeprefix("Value error, ")
@@ -176,5 +162,4 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def dump_config(config: TrainConfig) -> dict[str, Any]:
     """Return the options as JSON types; `make_config(**dump_config(c)) == c`."""
-    values: dict[str, Any] = json.loads(config.model_dump_json())
-    return values
+    return config.model_dump(mode="json")

@@ -459,11 +459,11 @@ def negative_size() -> bytes:
 
 
 TARS = {
-    "no tar": (b"x" * 2000, "not a whole tar file"),
-    "empty": (b"", "not a whole tar file"),
-    "cut in an image": (header(size=3000).tobuf() + b"x" * 1000, "not a whole tar file"),
+    "no tar": (b"x" * 2000, "not a complete tar file"),
+    "empty": (b"", "not a complete tar file"),
+    "cut in an image": (header(size=3000).tobuf() + b"x" * 1000, "not a complete tar file"),
     "garbage between": (header(size=3).tobuf() + b"abc".ljust(512, b"\0") + b"x" * 512, "no header at byte 1,024"),
-    "back to itself": (negative_size() + bytes(2048), "not a whole tar file"),
+    "back to itself": (negative_size() + bytes(2048), "not a complete tar file"),
     "a header of gigabytes": (header("x", 1 << 40, type=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) + bytes(4096), "too large"),
     "twice": (header().tobuf() + header("./a//1.jpg").tobuf() + bytes(1024), "a/1.jpg is in it twice"),
     "leads out": (header("../../etc/1.jpg").tobuf() + bytes(1024), "leads out of the shard"),
@@ -534,6 +534,14 @@ def test_damaged_parquet_files_are_refused_in_a_line(tmp_path: Path) -> None:
     pq.write_table(table(number=[1, 2]), file)
     with pytest.raises(DataError, match="no column of images; expected"):
         members(file)
+
+
+@pytest.mark.parametrize("column", ["img", "picture", "content"])
+def test_usual_names_of_the_column_of_images(column: str, tmp_path: Path) -> None:
+    """Among other binary columns."""
+    pq.write_table(table(thumbnail=[b"small"], **{column: [b"large"]}), tmp_path / "x.parquet")
+    (member,) = members(tmp_path / "x.parquet")
+    assert read_member(tmp_path / "x.parquet", member.name) == b"large"
 
 
 def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

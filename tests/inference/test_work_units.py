@@ -95,7 +95,7 @@ def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) ->
     found = list(read_source(find_sources([tar])[0]))
     assert [data for _, data in found[:-1]] == contents[: len(found) - 1]
     assert found[-1][0] == str(tar)
-    assert "not a whole tar file" in str(found[-1][1])
+    assert "not a complete tar file" in str(found[-1][1])
     (mixed / "plain" / "deep" / "3.jpg").chmod(0o644)
     sources = find_sources([mixed / "plain"])
     (mixed / "plain" / "deep" / "3.jpg").unlink()  # between the listing and the reading

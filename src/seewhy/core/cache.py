@@ -41,9 +41,7 @@ class CacheEntry:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def list_cache() -> list[CacheEntry]:

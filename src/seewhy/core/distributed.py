@@ -40,9 +40,8 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    if world_size() == 1:
-        return 1
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
+    return int(launched) if launched and world_size() > 1 else world_size()
 
 
 def is_main_process() -> bool:

@@ -36,7 +36,7 @@ def _output_errors(path: Path, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path, advice: str = "choose another place") -> Iterator[Path]:
+def atomic_write(path: Path, advice: str = "choose another path") -> Iterator[Path]:
     """Yield a temporary file to write, then rename it to `path`; on any exception, `path` stays as it was.
 
     Raises OutputError, ending with `advice`, if the file cannot be written.
@@ -101,7 +101,7 @@ def locked(path: Path, advice: str = "choose another --out", wait_s: float = 0) 
 
 
 @contextmanager
-def atomic_folder(target: Path, advice: str = "choose another place", durable: bool = True) -> Iterator[Path]:
+def atomic_folder(target: Path, advice: str = "choose another path", durable: bool = True) -> Iterator[Path]:
     """Yield a hidden folder to fill, then rename it to `target`, which must be missing or empty.
 
     durable: fsync each file first. Raises OutputError, ending with `advice`, if `target` is not empty or cannot be written.
@@ -192,5 +192,4 @@ def csv_text(table: pd.DataFrame) -> str:
     safe = table.copy()
     for name in safe.columns:
         safe[name] = safe[name].map(escape_formula_path if str(name).startswith("path") else escape_formula)
-    text: str = safe.to_csv(index=False)
-    return text
+    return str(safe.to_csv(index=False))

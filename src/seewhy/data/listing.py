@@ -140,10 +140,7 @@ def list_caltech101(data_root: str | None) -> Listing:
     try:
         dataset = Caltech101(root=str(root))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{root}/caltech101: not as published ({error}); 101_ObjectCategories must hold all class folders, BACKGROUND_Google "
-            "and nothing else"
-        ) from error
+        raise DataError(f"{root}/caltech101: {error}; 101_ObjectCategories must hold the class folders and BACKGROUND_Google") from error
     images = Path(dataset.root) / "101_ObjectCategories"
     class_names = [dataset.categories[y] for y in dataset.y]
     paths = PathColumn.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), images)
@@ -188,10 +185,8 @@ DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_calte
 def require_local(data: str) -> None:
     """Raise DataError for an address: training and audits read images many times."""
     if "://" in data:
-        raise DataError(
-            f"{data.partition('?')[0]}: an address, but this command needs local images; copy or mount them and pass their folder "
-            "(predict, explain and precompute read addresses)"
-        )
+        address = data.partition("?")[0]
+        raise DataError(f"{address}: only predict, explain and precompute read addresses; copy or mount the images and pass their folder")
 
 
 def list_data(data: str, data_root: str | None = None) -> Listing:

@@ -51,7 +51,7 @@ def _damage(shard: str) -> Iterator[None]:
     except DAMAGE as error:
         if _is_disk_error(error):
             raise
-        raise DataError(f"{shard}: not a whole parquet file ({reason_of(error)}); make or copy it again") from error
+        raise DataError(f"{shard}: not a complete parquet file ({reason_of(error)}); copy it again") from error
 
 
 def _is_disk_error(error: Exception) -> bool:
@@ -95,6 +95,7 @@ def _image_column(schema: Any, shard: str) -> str:
 
 
 def _labels(parquet: Any) -> list[str | None]:
+    """Class names from a column named like LABELS or described as ClassLabel, else None for each row."""
     import pyarrow as pa
 
     schema, features = parquet.schema_arrow, _features(parquet.schema_arrow)

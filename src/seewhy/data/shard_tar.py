@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -87,9 +88,9 @@ def _entries(source: _ForwardReader, shard: str) -> Iterator[_Entry]:
             stem, _, extension = parts[-1].partition(".")
             yield _Entry(name, "/".join([*parts[:-1], stem]), extension.lower(), member.offset_data, member.size)
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise DataError(f"{shard}: not a whole tar file ({error}); make or copy it again") from error
+        raise DataError(f"{shard}: not a complete tar file ({error}); copy it again") from error
     if source.block.strip(b"\0"):  # tarfile takes an unreadable header for the end
-        raise DataError(f"{shard}: not a whole tar file (no header at byte {source.position - len(source.block):,}); make or copy it again")
+        raise DataError(f"{shard}: not a complete tar file (no header at byte {source.position - len(source.block):,}); copy it again")
 
 
 def _samples(source: _ForwardReader, shard: str, with_images: bool) -> Iterator[tuple[list[_Entry], str | None]]:
@@ -118,7 +119,7 @@ def _samples(source: _ForwardReader, shard: str, with_images: bool) -> Iterator[
             source.seek(entry.offset)
             entry.data = source.read_fully(entry.size)
             if len(entry.data) < entry.size:
-                raise DataError(f"{shard}: not a whole tar file ({entry.name} is cut off); make or copy it again")
+                raise DataError(f"{shard}: not a complete tar file ({entry.name} is truncated); copy it again")
         group.append(entry)
     if group:
         yield _images(group)
@@ -140,13 +141,10 @@ def _images(group: list[_Entry]) -> tuple[list[_Entry], str | None]:
 
 
 def _json_label(data: bytes) -> str | None:
-    try:
+    with suppress(ValueError, RecursionError, AttributeError):  # AttributeError: not an object
         content = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    return next((label for name in LABELS if (label := plain_label(content.get(name))) is not None), None)
+        return next((label for name in LABELS if (label := plain_label(content.get(name))) is not None), None)
+    return None
 
 
 def index_tar(file: BinaryIO, shard: str) -> Index:
@@ -155,10 +153,9 @@ def index_tar(file: BinaryIO, shard: str) -> Index:
     labels: list[str | None] = []
     spans: list[tuple[int, int]] = []
     for images, label in _samples(_ForwardReader(file, seekable=True), shard, with_images=False):
-        for entry in images:
-            names.append(entry.name)
-            labels.append(label)
-            spans.append((entry.offset, entry.size))
+        names += (entry.name for entry in images)
+        labels += [label] * len(images)
+        spans += ((entry.offset, entry.size) for entry in images)
     return Index(names, labels, np.array(spans, dtype=np.int64))
 
 
