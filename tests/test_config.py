@@ -132,14 +132,14 @@ def test_randaugment_needs_fresh_views() -> None:
 
 
 def test_cutmix_needs_maps() -> None:
-    with pytest.raises(ConfigError, match=r"^mixup=cutmix cuts maps"):
+    with pytest.raises(ConfigError, match=r"^mixup=cutmix needs feature maps"):
         make_config(data="d", unfreeze=0, mixup="cutmix").resolved()
     assert make_config(data="d", unfreeze=0, mixup="mixup").resolved().mixup == "mixup"
     assert make_config(data="d", unfreeze=1, mixup="cutmix").resolved().mixup == "cutmix"
 
 
 def test_fractions_must_leave_something_to_train_on() -> None:
-    with pytest.raises(ConfigError, match=r"^val_fraction 0\.5 \+ test_fraction 0\.5 leave nothing"):
+    with pytest.raises(ConfigError, match=r"^val_fraction 0\.5 \+ test_fraction 0\.5 leave no training images"):
         make_config(data="d", val_fraction=0.5, test_fraction=0.5).resolved()
     assert make_config(data="d", val_fraction=0.5, test_fraction=0.49).resolved().test_fraction == 0.49
 

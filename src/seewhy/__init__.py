@@ -1,4 +1,4 @@
-"""Train an image classifier on your own images in minutes on a laptop, and see why it says what it says."""
+"""Train an image classifier on your own images in minutes on a laptop, and see why it predicts what it predicts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = [
     "train",
 ]
 
-# torch and timm take seconds to import; each name is fetched when it is first used.
+# Importing torch and timm takes seconds, so each name is imported on first use.
 _MODULES = {
     "api": ("Run", "load", "pull", "train"),
     "config": ("TrainConfig",),

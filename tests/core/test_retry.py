@@ -76,7 +76,7 @@ class Watched:
 
 def watch(monkeypatch: pytest.MonkeyPatch, part: str, before: Callable[[int, int], None]) -> list[Watched]:
     """All files of this part of their name that are opened from now on."""
-    real, opened = remote._raw, list[Watched]()
+    real, opened = remote._open_unbuffered, list[Watched]()
 
     def raw(place: str) -> tuple[Any, int]:
         file, size = real(place)
@@ -85,7 +85,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, part: str, before: Callable[[int, int
         opened.append(Watched(file, before))
         return opened[-1], size
 
-    monkeypatch.setattr(remote, "_raw", raw)
+    monkeypatch.setattr(remote, "_open_unbuffered", raw)
     return opened
 
 
@@ -129,7 +129,7 @@ def test_what_passes_is_tried_again_and_what_lasts_is_one_line(kind: str) -> Non
         assert with_retries(work, "x.tar") == "content"
         assert len(tries) == failures + 1
     tries, failures = [], 99
-    with pytest.raises(StorageUnavailableError, match=r"^x\.tar: cannot be read now \(.*the same command goes on$") as told:
+    with pytest.raises(StorageUnavailableError, match=r"^x\.tar: cannot be read now \(.*re-run the same command to resume$") as told:
         with_retries(work, "x.tar")
     assert len(tries) == 3
     assert "\n" not in str(told.value)
@@ -154,11 +154,11 @@ def test_a_patient_file_is_the_file() -> None:
     assert file.seek(-5, os.SEEK_END) == 995
     assert (file.read(100), file.read(1), file.tell()) == (content[995:], b"", 1000)
     assert (file.seek(2000), file.read(1)) == (2000, b"")
-    with pytest.raises(ValueError, match="before the beginning"):
+    with pytest.raises(ValueError, match="negative seek"):
         file.seek(-1)
     file.seek(0)
     assert file.read() == content
-    with pytest.raises(StorageUnavailableError, match="it ends before its size"):
+    with pytest.raises(StorageUnavailableError, match="shorter than its size"):
         RetryingFile(io.BytesIO(b"short"), 1000, "x").read(10)
 
 
@@ -258,7 +258,7 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
     contents = jpegs(6)
     fsspec.filesystem("memory").pipe({f"/denied/{n}.jpg": data for n, data in enumerate(contents)})
     (source,) = find_sources(["memory://denied"])
-    real, asked = remote._raw, list[str]()
+    real, asked = remote._open_unbuffered, list[str]()
     rules: list[Callable[[str], bool]] = []
 
     def raw(place: str) -> tuple[Any, int]:
@@ -267,7 +267,7 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
             raise ACCESS_DENIED[kind]
         return real(place)
 
-    monkeypatch.setattr(remote, "_raw", raw)
+    monkeypatch.setattr(remote, "_open_unbuffered", raw)
     rules.append(lambda place: place.endswith("/2.jpg"))
     assert [data for _, data in read_source(source)] == [*contents[:2], DENIED, *contents[3:]]
     asked.clear()

@@ -20,18 +20,18 @@ from hypothesis import strategies as st
 from seewhy.curation.near_duplicates import digests
 from seewhy.curation.split import split_images
 from seewhy.data import verify
-from seewhy.data.columns import Column, Hashes, Paths
+from seewhy.data.columns import Column, DigestColumn, PathColumn
 from seewhy.data.image_set import open_images
-from seewhy.data.verify import Checked
+from seewhy.data.verify import ImageCheck
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
 FOLDER = Path("data/set")
 COLUMNS: dict[str, tuple[Any, Any]] = {
     "paths": (
         st.lists(NAMES, min_size=1, max_size=3).map(lambda names: FOLDER.joinpath(*names)),
-        lambda paths: Paths.of([str(path.relative_to(FOLDER)) for path in paths], FOLDER),
+        lambda paths: PathColumn.of([str(path.relative_to(FOLDER)) for path in paths], FOLDER),
     ),
-    "hashes": (st.binary(min_size=32, max_size=32).map(bytes.hex), Hashes.of),
+    "hashes": (st.binary(min_size=32, max_size=32).map(bytes.hex), DigestColumn.of),
 }
 
 
@@ -68,7 +68,7 @@ def test_a_column_is_the_list_it_was_made_of(kind: str, data: st.DataObject) -> 
 def test_digests_sort_and_compare_as_their_texts(stored: list[bytes]) -> None:
     """Zeros at the end too, which numpy's strings of bytes take for nothing."""
     stored += [bytes(32), b"\1" + bytes(31), b"\1" + bytes(30) + b"\1", b"\xff" * 32, b"\x7f" * 31 + b"\0"]
-    hashes = Hashes.of(map(bytes.hex, stored))
+    hashes = DigestColumn.of(map(bytes.hex, stored))
     assert list(hashes.take(np.argsort(digests(hashes), kind="stable"))) == sorted(hashes)
     assert len(np.unique(digests(hashes))) == len(set(stored))
 
@@ -94,9 +94,9 @@ def write_images(folder: Path, count: int, shards: bool) -> Path:
     return folder
 
 
-def checked_unseen(data: bytes) -> Checked:
+def checked_unseen(data: bytes) -> ImageCheck:
     sha256 = hashlib.sha256(data).hexdigest()
-    return Checked(sha256, 64, 48, "", sha256[:16])
+    return ImageCheck(sha256, 64, 48, "", sha256[:16])
 
 
 def test_what_is_kept_of_an_image_is_its_name_and_some_numbers(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from seewhy.data import decode as decoding
+from seewhy.data import shard_index
 from seewhy.data.decode import decode
 from seewhy.data.listing import list_images
 from seewhy.data.verify import check_file
@@ -53,7 +54,7 @@ def test_limits_by_format_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for suffix, words in [("jpg", ""), ("png", "40 x 30 pixels, more than 1,000"), ("webp", "40 x 30 pixels, more than 1,100")]:
         image.save(tmp_path / f"a.{suffix}")
         assert check_file(tmp_path / f"a.{suffix}").problem == words
-    monkeypatch.setattr(decoding, "MAX_BYTES", 500)
+    monkeypatch.setattr(shard_index, "MAX_BYTES", 500)
     (tmp_path / "b.jpg").write_bytes(bytes(501))
     assert "more than" in check_file(tmp_path / "b.jpg").problem
 

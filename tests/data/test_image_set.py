@@ -27,7 +27,7 @@ from seewhy.data import verify
 from seewhy.data.decode import decode, read_image
 from seewhy.data.image_set import conflicting_duplicates, open_images
 from seewhy.data.listing import list_caltech101
-from seewhy.data.verify import Checked, check_file, check_files
+from seewhy.data.verify import ImageCheck, check_file, check_files
 from seewhy.errors import DataError, ImageError, OutputError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -240,11 +240,11 @@ def test_check_file_gives_hash_size_and_problem(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(b"no")
     checked = check_file(tmp_path / "a.png")
-    assert checked == Checked(hashlib.sha256(data).hexdigest(), 32, 16, "", checked.phash, False)
+    assert checked == ImageCheck(hashlib.sha256(data).hexdigest(), 32, 16, "", checked.phash, False)
     assert int(checked.phash, 16) < 2**64
     assert len(checked.phash) == 16
-    assert check_file(tmp_path / "b.png") == Checked(hashlib.sha256(b"no").hexdigest(), 0, 0, "not an image")
-    assert check_file(tmp_path / "c.png") == Checked("", 0, 0, "no such file or directory")
+    assert check_file(tmp_path / "b.png") == ImageCheck(hashlib.sha256(b"no").hexdigest(), 0, 0, "not an image")
+    assert check_file(tmp_path / "c.png") == ImageCheck("", 0, 0, "no such file or directory")
 
 
 def test_perceptual_hash_sees_through_size_and_compression(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_unchanged_files_are_not_read_again(cache: Path, make_folder: Callable[.
     first = check_files(paths)
     assert [checked.problem for checked in first] == ["", "", "", "", "", "not an image"]
 
-    def fail(path: Path) -> Checked:
+    def fail(path: Path) -> ImageCheck:
         raise AssertionError(f"{path} read again")
 
     monkeypatch.setattr(verify, "check_file", fail)
@@ -310,7 +310,7 @@ def test_an_unreadable_file_is_looked_at_again(cache: Path, tmp_path: Path, monk
     path = tmp_path / "locked.png"
     path.write_bytes(encoded(two_tone()))
     with monkeypatch.context() as locked:
-        locked.setattr(verify, "check_file", lambda path: Checked("", 0, 0, "permission denied"))
+        locked.setattr(verify, "check_file", lambda path: ImageCheck("", 0, 0, "permission denied"))
         assert check_files([path])[0].problem == "permission denied"
     assert check_files([path])[0].problem == ""
 
@@ -404,10 +404,10 @@ def test_file_instead_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_empty_folder_and_folder_without_class_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no class folders with images inside; expected .*/CLASS/image\.jpg$"):
+    with pytest.raises(DataError, match=r"no class folders with images; expected .*/CLASS/image\.jpg$"):
         open_images(str(tmp_path))
     (tmp_path / "a.png").write_bytes(encoded(two_tone()))
-    with pytest.raises(DataError, match="no class folders with images inside"):
+    with pytest.raises(DataError, match="no class folders with images"):
         open_images(str(tmp_path))
 
 

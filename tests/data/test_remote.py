@@ -21,7 +21,7 @@ from seewhy.api import Run
 from seewhy.cli.guard import run_guarded
 from seewhy.cli.main import call
 from seewhy.data import remote
-from seewhy.data.remote import inside, list_files, names_in, open_file, remove_file, write_whole
+from seewhy.data.remote import join_path, list_files, list_names, open_file, remove_file, write_atomic
 from seewhy.errors import DataError, OutputError
 from seewhy.inference.batch_runner import Request, columns_of, run_batch, run_local
 from seewhy.inference.result_store import ChunkResult
@@ -76,15 +76,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_files_come_back_under_their_names(options: str) -> None:
     names = sorted(["a b.jpg", "a%20b.jpg", "a+b#c.jpg", "ä&=.jpg"])
     for name in names:
-        write_whole(f"s3://bucket/odd/{name}{options}", name.encode())
-    assert [file.place for file in list_files(f"s3://bucket/odd{options}")] == [f"s3://bucket/odd/{name}{options}" for name in names]
-    assert names_in(f"s3://bucket/odd/{options}") == names
+        write_atomic(f"s3://bucket/odd/{name}{options}", name.encode())
+    assert [file.path for file in list_files(f"s3://bucket/odd{options}")] == [f"s3://bucket/odd/{name}{options}" for name in names]
+    assert list_names(f"s3://bucket/odd/{options}") == names
     for file in list_files(f"s3://bucket/odd{options}"):
-        with open_file(file.place) as opened:
+        with open_file(file.path) as opened:
             data = opened.read()
-        assert (file.place, len(data)) == (inside(f"s3://bucket/odd{options}", data.decode()), file.size)
-        remove_file(file.place)
-    assert names_in(f"s3://bucket/odd{options}") == []
+        assert (file.path, len(data)) == (join_path(f"s3://bucket/odd{options}", data.decode()), file.size)
+        remove_file(file.path)
+    assert list_names(f"s3://bucket/odd{options}") == []
 
 
 def test_what_is_not_there_is_told_in_one_line(options: str) -> None:
@@ -93,7 +93,7 @@ def test_what_is_not_there_is_told_in_one_line(options: str) -> None:
             find_sources([place + options])
         assert "endpoint" not in str(told.value)
     with pytest.raises(OutputError, match=r"^s3://nobucket/x: cannot be reached .*NO_SUCH_BUCKET"):
-        write_whole(f"s3://nobucket/x{options}", b"x")
+        write_atomic(f"s3://nobucket/x{options}", b"x")
 
 
 def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
@@ -104,8 +104,8 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     (tmp_path / "plain").mkdir()
     for n, data in enumerate(contents[39:]):
         (tmp_path / "plain" / f"{n:02d}.jpg").write_bytes(data)
-        write_whole(f"s3://bucket/in/plain/{n:02d}.jpg{options}", data)
-    write_whole(f"s3://bucket/in/shards/a.tar{options}", shard.read_bytes())
+        write_atomic(f"s3://bucket/in/plain/{n:02d}.jpg{options}", data)
+    write_atomic(f"s3://bucket/in/shards/a.tar{options}", shard.read_bytes())
     inputs, out = [f"s3://bucket/in/plain/{options}", f"s3://bucket/in/shards/*.tar{options}"], f"s3://bucket/out/answers{options}"
 
     def stopped(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
@@ -116,7 +116,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     request, columns = Request("predict", str(run.path), asked), columns_of("predict", asked, len(run.classes))
     with pytest.raises(KeyboardInterrupt):
         run_batch(request, columns, find_sources(inputs), out, stopped)
-    (first,) = [file for file in list_files(out) if "part-" in file.place]
+    (first,) = [file for file in list_files(out) if "part-" in file.path]
     command = ["predict", str(run.path), *inputs, "--backend", "local", "--skip-bad", "--out", out, "--json"]
     assert run_guarded(lambda: call(command)) == 0
     told = capsys.readouterr()
@@ -127,8 +127,8 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
         "skipped": 1,
         "bad": "s3://bucket/out/answers/_errors.parquet",
     }
-    written = {file.place: file for file in list_files(out)}
-    assert written[first.place] == first  # size and time
+    written = {file.path: file for file in list_files(out)}
+    assert written[first.path] == first  # size and time
     rows = [row for place in written if "part-" in place for row in _table(place)]
     assert len(written) == 4  # two parts, the record, the table of bad ones
     wanted = run.predict([tmp_path / "plain", shard], skip_bad=True).table()
@@ -138,7 +138,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     assert sorted(found) == sorted(names)
     assert [found[name]["class_1"] for name in names] == wanted["class_1"].tolist()
     np.testing.assert_allclose([found[name]["prob_1"] for name in names], wanted["prob_1"], atol=1e-6)
-    assert _table(inside(out, "_errors.parquet")) == [{"path": "s3://bucket/in/shards/a.tar/b/00039.jpg", "reason": "not an image"}]
+    assert _table(join_path(out, "_errors.parquet")) == [{"path": "s3://bucket/in/shards/a.tar/b/00039.jpg", "reason": "not an image"}]
 
 
 def _table(place: str) -> list[dict[str, Any]]:

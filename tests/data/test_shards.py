@@ -407,22 +407,22 @@ def test_shards_that_make_no_dataset(folder: Path, tmp_path: Path, cache: Path) 
             open_images(str(tmp_path / place))
         assert "\n" not in str(caught.value)
 
-    refused("unlabelled", r"x\.tar: 1\.png has no label; looked for a \.cls beside each image, a \.json", x=[("1.png", content)])
+    refused("unlabelled", r"x\.tar: 1\.png has no label; expected a \.cls beside each image, a \.json", x=[("1.png", content)])
     refused("single", "only one class", x=labelled[:1])
     refused("empty", "no images in its shards", x=[("readme.txt", b"")])
     refused("cased", "differ in case only", x=[*labelled, ("Cat/2.png", content)])
     refused("named", "train-0.tar names a part and other.tar none", **{"train-0": labelled, "other": labelled})
-    refused("both", "keep them apart", **{"x": labelled, "train/y": labelled})
+    refused("both", "separate them", **{"x": labelled, "train/y": labelled})
     (tmp_path / "mixed" / "cat").mkdir(parents=True)
     (tmp_path / "mixed" / "cat" / "1.png").write_bytes(content)
-    refused("mixed", r"holds shards \(x\.tar\) and folders of images \(cat\); keep them apart", x=labelled)
+    refused("mixed", r"holds shards \(x\.tar\) and folders of images \(cat\); separate them", x=labelled)
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="store it as plain tar"):
         open_images(str(tmp_path / "x.tar.gz"))
     with pytest.raises(DataError, match="store it as plain tar"):
         find_images([tmp_path / "x.tar.gz"])
     pq.write_table(table(image=[content]), tmp_path / "y.parquet")
-    with pytest.raises(DataError, match=r"000000\.jpg has no label; looked for a column named label, .* or Hugging Face's ClassLabel"):
+    with pytest.raises(DataError, match=r"000000\.jpg has no label; expected a column named label, .* or Hugging Face's ClassLabel"):
         open_images(str(tmp_path / "y.parquet"))
 
 
@@ -459,12 +459,12 @@ def negative_size() -> bytes:
 
 
 TARS = {
-    "no tar": (b"x" * 2000, "not a whole tar file"),
-    "empty": (b"", "not a whole tar file"),
-    "cut in an image": (header(size=3000).tobuf() + b"x" * 1000, "not a whole tar file"),
+    "no tar": (b"x" * 2000, "not a complete tar file"),
+    "empty": (b"", "not a complete tar file"),
+    "cut in an image": (header(size=3000).tobuf() + b"x" * 1000, "not a complete tar file"),
     "garbage between": (header(size=3).tobuf() + b"abc".ljust(512, b"\0") + b"x" * 512, "no header at byte 1,024"),
-    "back to itself": (negative_size() + bytes(2048), "not a whole tar file"),
-    "a header of gigabytes": (header("x", 1 << 40, type=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) + bytes(4096), "absurd size"),
+    "back to itself": (negative_size() + bytes(2048), "not a complete tar file"),
+    "a header of gigabytes": (header("x", 1 << 40, type=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) + bytes(4096), "too large"),
     "twice": (header().tobuf() + header("./a//1.jpg").tobuf() + bytes(1024), "a/1.jpg is in it twice"),
     "leads out": (header("../../etc/1.jpg").tobuf() + bytes(1024), "leads out of the shard"),
     "control characters": (header("a/\x1b[2J.jpg").tobuf() + bytes(1024), "holds control characters"),
@@ -532,8 +532,16 @@ def test_damaged_parquet_files_are_refused_in_a_line(tmp_path: Path) -> None:
             assert "\n" not in str(error)  # noqa: PT017
     assert refused >= 10
     pq.write_table(table(number=[1, 2]), file)
-    with pytest.raises(DataError, match="no column of images; looked for"):
+    with pytest.raises(DataError, match="no column of images; expected"):
         members(file)
+
+
+@pytest.mark.parametrize("column", ["img", "picture", "content"])
+def test_usual_names_of_the_column_of_images(column: str, tmp_path: Path) -> None:
+    """Among other binary columns."""
+    pq.write_table(table(thumbnail=[b"small"], **{column: [b"large"]}), tmp_path / "x.parquet")
+    (member,) = members(tmp_path / "x.parquet")
+    assert read_member(tmp_path / "x.parquet", member.name) == b"large"
 
 
 def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,7 @@ def test_what_needs_images_here_refuses_an_address_first(
     monkeypatch.chdir(tmp_path)
     assert run_guarded(lambda: call([*command, "memory://audited/?secret=1"])) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seewhy: ")]
-    assert line.startswith("seewhy: memory://audited/: an address, and this needs images on a disk of this machine; copy or mount them")
+    assert line.startswith("seewhy: memory://audited/: only predict, explain and precompute read addresses; copy or mount the images")
 
 
 def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

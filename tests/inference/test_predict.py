@@ -93,9 +93,9 @@ def test_images_beside_shards_are_refused_as_they_are_in_training(folder: Path) 
     with tarfile.open(folder / "more.tar", "w") as shard:
         shard.add(folder / "0.jpg", "cat/0.jpg")
     for inputs in ([folder], [folder / "deep", folder]):
-        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); keep them apart"):
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); separate them"):
             find_images(inputs)
-        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); keep them apart"):
+        with pytest.raises(DataError, match=r"four: holds shards \(more\.tar\) and images \(0\.jpg\); separate them"):
             find_sources(inputs)
     assert names(find_images([folder / "more.tar", folder / "1.jpg"])) == ["0.jpg", "1.jpg"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from seewhy.data import remote
 from seewhy.data.listing import find_images
-from seewhy.data.remote import inside, list_files, names_in, remove_file, write_whole
+from seewhy.data.remote import join_path, list_files, list_names, remove_file, write_atomic
 from seewhy.errors import DataError, OutputError
 from seewhy.inference.work_units import BLOCK, find_sources, read_source, sources_of
 from tests.cheap_saved import jpegs, write_parquet, write_tar
@@ -95,7 +95,7 @@ def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) ->
     found = list(read_source(find_sources([tar])[0]))
     assert [data for _, data in found[:-1]] == contents[: len(found) - 1]
     assert found[-1][0] == str(tar)
-    assert "not a whole tar file" in str(found[-1][1])
+    assert "not a complete tar file" in str(found[-1][1])
     (mixed / "plain" / "deep" / "3.jpg").chmod(0o644)
     sources = find_sources([mixed / "plain"])
     (mixed / "plain" / "deep" / "3.jpg").unlink()  # between the listing and the reading
@@ -117,12 +117,12 @@ def test_a_link_that_leads_nowhere_is_a_bad_image(mixed: Path, contents: list[by
 def test_images_beside_shards_are_refused(mixed: Path, contents: list[bytes]) -> None:
     cover = mixed / "shards" / "cover.jpg"
     cover.write_bytes(contents[0])
-    with pytest.raises(DataError, match=r"/shards: holds shards \(0\.tar\) and images \(cover\.jpg\); keep them apart"):
+    with pytest.raises(DataError, match=r"/shards: holds shards \(0\.tar\) and images \(cover\.jpg\); separate them"):
         find_sources([mixed / "shards"])
     assert [source.kind for source in find_sources([mixed / "shards" / "*.tar", cover])] == ["tar", "files"]
     system = fsspec.filesystem("memory")
     system.pipe({"/sources-mixed/a/0.tar": (mixed / "shards" / "0.tar").read_bytes(), "/sources-mixed/cover.jpg": contents[0]})
-    with pytest.raises(DataError, match=r"^memory://sources-mixed: holds shards \(a/0\.tar\) and images \(cover\.jpg\); keep them apart"):
+    with pytest.raises(DataError, match=r"^memory://sources-mixed: holds shards \(a/0\.tar\) and images \(cover\.jpg\); separate them"):
         find_sources(["memory://sources-mixed"])
     system.rm("/sources-mixed/a/0.tar")  # answers that were written below the images are no shards
     system.pipe({"/sources-mixed/out/_seewhy.json": b"{}", "/sources-mixed/out/part-0-00000-last.parquet": b""})
@@ -130,13 +130,16 @@ def test_images_beside_shards_are_refused(mixed: Path, contents: list[bytes]) ->
 
 
 def test_options_of_other_file_systems_reach_them() -> None:
-    handler = remote._system("memory://options-test", "?anon=true&region=x")[0].handler
+    handler = remote._file_system("memory://options-test", "?anon=true&region=x")[0].handler
     assert {name: handler.fs.storage_options[name] for name in ("anon", "region")} == {"anon": True, "region": "x"}
     fsspec.filesystem("memory").pipe("/options-test/a.jpg", b"1")
     (source,) = find_sources(["memory://options-test?region=x"])
     assert list(source.places) == ["memory://options-test/a.jpg?region=x"]
     assert list(read_source(source)) == [("memory://options-test/a.jpg", b"1")]
-    for address, said in (("http://host/a.tar?token=secret", "take no \\?options"), ("memory://x?url=secret", "does not take these")):
+    for address, said in (
+        ("http://host/a.tar?token=secret", "\\?options are not supported"),
+        ("memory://x?url=secret", "unsupported \\?options"),
+    ):
         with pytest.raises(DataError, match=said) as told:
             find_sources([address])
         assert "secret" not in str(told.value)
@@ -148,7 +151,7 @@ def test_options_of_other_file_systems_reach_them() -> None:
         ("nowhere/", "no such file, folder or pattern"),
         ("memory://not-there", "no such file or folder"),
         ("memory://sources-none/*.jpg", "no such file or folder"),
-        ("foo://bucket/x", "no known kind of address"),
+        ("foo://bucket/x", "unknown kind of address"),
         ("s3://bucket/x.tar.gz", "compressed"),
     ],
 )
@@ -165,18 +168,18 @@ def test_a_cloud_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPa
         find_sources(["s3://bucket/x?region=us-east-1&endpoint_override=127.0.0.1:9&scheme=http"])
     assert "\n" not in str(caught.value)
     with pytest.raises(OutputError, match="cannot be reached"):
-        write_whole("s3://bucket/x?region=us-east-1&endpoint_override=127.0.0.1:9&scheme=http", b"1")
+        write_atomic("s3://bucket/x?region=us-east-1&endpoint_override=127.0.0.1:9&scheme=http", b"1")
 
 
 @pytest.mark.parametrize("folder", ["memory://storage-test/out", "{}/out"])
 def test_files_are_written_listed_and_removed_alike(folder: str, tmp_path: Path) -> None:
     place = folder.format(tmp_path)
-    assert names_in(place) == []
-    write_whole(inside(place, "b"), b"1")
-    write_whole(inside(place, "a"), b"12")
-    write_whole(inside(place, "a"), b"123")
-    assert names_in(place) == ["a", "b"]
-    assert [(file.place, file.size) for file in list_files(place)] == [(f"{place}/a", 3), (f"{place}/b", 1)]
-    remove_file(inside(place, "a"))
-    remove_file(inside(place, "a"))
-    assert names_in(place) == ["b"]
+    assert list_names(place) == []
+    write_atomic(join_path(place, "b"), b"1")
+    write_atomic(join_path(place, "a"), b"12")
+    write_atomic(join_path(place, "a"), b"123")
+    assert list_names(place) == ["a", "b"]
+    assert [(file.path, file.size) for file in list_files(place)] == [(f"{place}/a", 3), (f"{place}/b", 1)]
+    remove_file(join_path(place, "a"))
+    remove_file(join_path(place, "a"))
+    assert list_names(place) == ["b"]

@@ -10,7 +10,7 @@ import typer
 
 from seewhy.cli.options import print_result
 from seewhy.config import TrainConfig
-from seewhy.data.remote import shown
+from seewhy.data.remote import without_options
 from seewhy.errors import ConfigError, RunError, one_line
 from seewhy.inference.batch_runner import Request, columns_of, run_batch
 from seewhy.inference.onnx_model import is_exported, load_onnx
@@ -77,11 +77,11 @@ def explain_batch(run: Path, method: str, target: str | None, contrast: str | No
 def _run(request: Request, types: dict[str, type], out: str, batch: Batch) -> None:
     backend = get_backend(batch.backend, batch.ray_address, batch.workers)
     rows, skipped = run_batch(request, types, find_sources(batch.images), out, backend, batch.skip_bad)
-    errors = shown(errors_path(out)) if skipped else None
+    errors = without_options(errors_path(out)) if skipped else None
     if skipped and not batch.as_json:
         typer.echo(one_line(f"skipped {skipped:,} unreadable images (listed in {errors})"), err=True)
-    content = {"out": shown(out), "images": rows, "skipped": skipped, "errors": errors}
-    print_result(batch.as_json, content, one_line(f"{rows} images -> {shown(out)}"))
+    content = {"out": without_options(out), "images": rows, "skipped": skipped, "errors": errors}
+    print_result(batch.as_json, content, one_line(f"{rows} images -> {without_options(out)}"))
 
 
 def precompute(config: TrainConfig, backend: str | None, ray_address: str, workers: int, as_json: bool) -> None:
@@ -97,8 +97,8 @@ def precompute(config: TrainConfig, backend: str | None, ray_address: str, worke
 
 def precompute_audit(data: str, data_root: str | None, backend: str | None, ray_address: str, workers: int) -> None:
     """Fill the feature cache for `seewhy audit`."""
-    from seewhy.data.listing import check_here
+    from seewhy.data.listing import require_local
     from seewhy.inference.precompute import fill_for_embedding
 
-    check_here(data)  # before any work: features can be computed from an address, the rest of an audit cannot
+    require_local(data)  # before any work: features can be computed from an address, the rest of an audit cannot
     fill_for_embedding(data, data_root, get_backend(backend, ray_address, workers))

@@ -1,11 +1,11 @@
-"""Where computed things are kept (features, exported networks, image checks, the demo set): its place, its size, its clearing."""
+"""Locate, list and clear the cache: features, exported networks, image checks, the demo set."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,18 @@ def cache_path() -> Path:
 
 
 def cache_dir() -> Path:
-    """The same, made when missing. Raises OutputError."""
+    """`cache_path`, created if missing. Raises OutputError."""
     folder = cache_path()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the cache folder cannot be made ({error.strerror}); set SEEWHY_CACHE to a writable one") from error
+        raise OutputError(f"{folder}: cannot create the cache folder ({error.strerror}); set SEEWHY_CACHE to a writable one") from error
     return folder
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One thing in the cache and its size on disk in bytes."""
+    """A file or folder in the cache and its size on disk in bytes."""
 
     name: str
     path: Path
@@ -41,53 +41,46 @@ class CacheEntry:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def list_cache() -> list[CacheEntry]:
-    """What the cache holds: each feature store, exported networks, the demo set, the record of checked images."""
+    """Entries of the cache: each feature store, exported networks, the demo set, the database of image checks."""
     root = cache_dir()
-    stores = sorted((root / "features").glob("*")) if (root / "features").is_dir() else []
-    others = sorted(path for path in root.glob("*") if path.name != "features" and not path.name.startswith("."))  # hidden: being written
-    return [CacheEntry(str(path.relative_to(root)), path, size_of(path)) for path in [*stores, *others]]
+    others = (path for path in root.glob("*") if path.name != "features" and not path.name.startswith("."))  # hidden: being written
+    return [CacheEntry(str(path.relative_to(root)), path, size_of(path)) for path in [*sorted(root.glob("features/*")), *sorted(others)]]
 
 
-def _empty(record: Path) -> None:
-    """All rows out of a database, which others may have open; a file that is none is removed. OperationalError where it is in use."""
+def _clear_database(file: Path) -> None:
+    """Delete all rows of a database that other processes may have open; raises sqlite3.OperationalError while one writes it."""
     try:
-        with closing(sqlite3.connect(record, timeout=0)) as opened:
-            for (table,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                opened.execute(f'DELETE FROM "{table}"')
-            opened.commit()
-            opened.execute("VACUUM")
+        with closing(sqlite3.connect(file, timeout=0)) as database:
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                database.execute(f'DELETE FROM "{table}"')
+            database.commit()
+            database.execute("VACUUM")
     except sqlite3.OperationalError:
         raise
-    except sqlite3.DatabaseError:
-        record.unlink()
+    except sqlite3.DatabaseError:  # not a database
+        file.unlink()
 
 
 def clear_cache() -> tuple[int, list[str]]:
-    """Removes everything seewhy put into the cache but what another process writes right now; the freed bytes, and what was left."""
+    """Remove all entries of the cache that no other process is writing. Returns the freed bytes and the names of the entries left."""
     freed, left = 0, []
     for entry in list_cache():
-        lock = FileLock(entry.path / "lock") if (entry.path / "lock").is_file() else None
+        lock = entry.path / "lock"
         try:
-            if lock is not None:
-                lock.acquire(timeout=0)
-            if entry.path.suffix == ".sqlite":
-                _empty(entry.path)
-            elif entry.path.is_dir():
-                shutil.rmtree(entry.path)
-            else:
-                entry.path.unlink()
+            with FileLock(lock, timeout=0) if lock.is_file() else nullcontext():
+                if entry.path.suffix == ".sqlite":
+                    _clear_database(entry.path)
+                elif entry.path.is_dir():
+                    shutil.rmtree(entry.path)
+                else:
+                    entry.path.unlink()
             freed += entry.size_bytes
         except (Timeout, sqlite3.OperationalError):
             left.append(entry.name)
         except OSError as error:
             raise OutputError(f"{entry.path}: cannot be removed ({error.strerror}); check its permissions") from error
-        finally:
-            if lock is not None:
-                lock.release()
     return freed, left

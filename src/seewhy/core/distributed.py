@@ -1,4 +1,4 @@
-"""Processes that train one network together: rank and world size, sharding, all-gather, broadcast from the main process."""
+"""Distributed helpers: rank and world size, sharding, all-gather, broadcast from the main process."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
-TIMEOUT = timedelta(days=2)  # of a collective; the launcher notices a dead process long before
+TIMEOUT = timedelta(days=2)  # of a collective; the launcher detects a dead process long before
 
 S = TypeVar("S", bound=Any)  # a sequence or array
 
-_alone = False  # whether this process is inside main_process_only()
+_single_process = False  # whether this process is inside main_process_only()
 
 
 def _group() -> Any:
-    """torch.distributed where a process group exists, else None; does not import torch."""
+    """torch.distributed if a process group exists, else None; does not import torch."""
     distributed = sys.modules.get("torch.distributed")
     initialised = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed if initialised and not _alone else None
+    return distributed if initialised and not _single_process else None
 
 
 def world_size() -> int:
@@ -39,13 +40,12 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    if world_size() == 1:
-        return 1
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
+    return int(launched) if launched and world_size() > 1 else world_size()
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, the process that writes files and log lines."""
+    """Whether this is rank 0, which writes files and log lines."""
     return rank() == 0
 
 
@@ -63,16 +63,13 @@ def barrier() -> None:
 
 
 def all_gather(rows: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    """Gather the (len(shard), *shape) rows of each rank's `shard` into (count, *shape), in the original order, on every rank.
-
-    Shards whose length differs by one row are padded for the exchange, and the padding is dropped.
-    """
+    """Gather the (len(shard), *shape) rows of each rank's `shard` into (count, *shape), in the original order, on every rank."""
     group = _group()
     if group is None:
         return rows
     import torch
 
-    longest = -(-count // world_size())
+    longest = -(-count // world_size())  # shards differ by at most one row; padding is dropped below
     padded = torch.zeros((longest, *rows.shape[1:]), dtype=torch.from_numpy(rows[:0]).dtype)
     padded[: len(rows)] = torch.from_numpy(rows)
     shards = [torch.empty_like(padded) for _ in range(world_size())]
@@ -82,7 +79,7 @@ def all_gather(rows: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's `value`, any picklable object, on every process; the others' values are ignored."""
+    """Return the main process's `value`, any picklable object, on every process."""
     group = _group()
     values = [value]
     if group is not None:
@@ -91,31 +88,24 @@ def broadcast(value: Any) -> Any:
 
 
 def broadcast_tensors(tensors: Sequence[Any]) -> None:
-    """Overwrite these tensors with the main process's values, in place, on every process."""
+    """Overwrite tensors in place with the main process's values."""
     group = _group()
     if group is not None:
         for tensor in tensors:
-            whole = tensor.contiguous()
-            group.broadcast(whole, 0)
-            tensor.copy_(whole)
+            contiguous = tensor.contiguous()
+            group.broadcast(contiguous, 0)
+            tensor.copy_(contiguous)
 
 
 def all_reduce_scalar(value: float) -> float:
     """Sum of a number over all processes."""
-    group = _group()
-    if group is None:
-        return value
-    import torch
-
-    total = torch.tensor(value, dtype=torch.float64)
-    group.all_reduce(total)
-    return float(total)
+    return float(all_gather(np.array([value], dtype=np.float64), world_size()).sum())
 
 
 @contextmanager
 def main_process_only() -> Iterator[None]:
     """Work as a single process while the other ranks wait, with the CPU threads of all ranks on this machine."""
-    global _alone
+    global _single_process
     if world_size() == 1:
         yield
         return
@@ -123,22 +113,19 @@ def main_process_only() -> Iterator[None]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(threads * local_world_size())
-    _alone = True
+    _single_process = True
     try:
         yield
     finally:
-        _alone = False
+        _single_process = False
         torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------- the process group
 
 
 def is_distributed() -> bool:
     """Whether torchrun, `seewhy train --devices` or SLURM started this process as one of several."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if int(os.environ.get("SLURM_NTASKS", "1") or 1) < 2 or "SLURM_STEP_ID" not in os.environ:  # a batch script without srun is alone
+    if int(os.environ.get("SLURM_NTASKS", "1") or 1) < 2 or "SLURM_STEP_ID" not in os.environ:  # batch script without srun
         return False
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
@@ -146,7 +133,7 @@ def is_distributed() -> bool:
 
 
 def launched_as_main() -> bool:
-    """Whether this process was started as rank 0, by the environment: also before and after the process group exists."""
+    """Whether the environment makes this process rank 0, with or without a process group."""
     if not is_distributed():
         return True
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
@@ -154,7 +141,7 @@ def launched_as_main() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Create the process group that the environment describes (gloo, and NCCL on GPUs) and destroy it at the end."""
+    """Create the process group that the environment describes (gloo, with NCCL on GPUs) and destroy it at the end."""
     if _group() is not None or not is_distributed():
         yield
         return
@@ -170,11 +157,11 @@ def process_group() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=TIMEOUT)
     yield
-    torch.distributed.destroy_process_group()  # not after an error, when peers may no longer answer
+    torch.distributed.destroy_process_group()  # not after an error: peers may have exited
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether the error only says that another process no longer answers."""
+    """Whether the error comes from a lost connection to another process."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)

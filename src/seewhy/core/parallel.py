@@ -1,4 +1,4 @@
-"""Jobs -> their results in order, from threads; items -> batches; images -> answers about batches of them."""
+"""Map functions over items in threads, in order, and networks over batches of images."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ BATCH = 32
 
 T = TypeVar("T")
 R = TypeVar("R")
-RawImage = tuple[str, bytes | str]  # name of an image, and its file's content or the reason why there is none
-Bad = list[tuple[str, str]]  # name, reason
+RawImage = tuple[str, bytes | str]  # name of an image, and the content of its file or the reason why it cannot be read
+Bad = list[tuple[str, str]]  # (name, reason) of unusable images
 
 
 def map_ordered(work: Callable[[T], R], jobs: Iterable[T], workers: int, ahead: int = 3 * BATCH) -> Iterator[R]:
-    """work(job) for each job, in order, in `workers` threads, at most `ahead` jobs before who takes them."""
-    waiting: deque[Future[R]] = deque()
+    """Yield work(job) for each job, in order, from `workers` threads that run at most `ahead` jobs ahead of the consumer."""
+    pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
             for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(work, job))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    left = iter(items)
-    while batch := list(itertools.islice(left, size)):
+    """Lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
 @dataclass(frozen=True)
 class Worker(Generic[R]):
-    """A network or an exported file that is ready to be asked about images.
+    """A network or an exported file, loaded and ready for batches of images.
 
-    prepare: content of an image file -> its input; ValueError with the reason where it cannot be used.
-    answer: names and inputs of a batch -> result; at most `lanes` threads call it at a time. batch: images in one.
+    prepare: content of an image file -> network input; ValueError with the reason if it is unusable.
+    answer: names and inputs of a batch -> result, called by at most `max_parallel_batches` threads at a time.
+    batch: images per batch.
     """
 
     prepare: Callable[[bytes], Any]
@@ -54,15 +55,15 @@ class Worker(Generic[R]):
     batch: int = BATCH
 
 
-def answered(
+def map_batches(
     worker: Worker[R], images: Iterable[T], read: Callable[[T], RawImage], threads: int
 ) -> Iterator[tuple[list[str], R | None, Bad]]:
-    """Batches in order: names of the usable images, the result (None where there are none), and what cannot be used.
+    """Yield for each batch, in order: names of the usable images, the result (None without usable images), and the unusable images.
 
-    read, worker.prepare: called in `threads` threads.
+    read and worker.prepare are called in `threads` threads.
     """
 
-    def prepared(image: T) -> tuple[str, Any, str]:
+    def prepare(image: T) -> tuple[str, Any, str]:
         name, data = read(image)
         if isinstance(data, str):
             return name, None, data
@@ -73,8 +74,8 @@ def answered(
 
     def answer(batch: list[tuple[str, Any, str]]) -> tuple[list[str], R | None, Bad]:
         names = [name for name, _, reason in batch if not reason]
-        result = worker.answer(names, [ready for _, ready, reason in batch if not reason]) if names else None
+        result = worker.answer(names, [network_input for _, network_input, reason in batch if not reason]) if names else None
         return names, result, [(name, reason) for name, _, reason in batch if reason]
 
-    batches = batched(map_ordered(prepared, images, threads, ahead=2 * worker.batch), worker.batch)
+    batches = batched(map_ordered(prepare, images, threads, ahead=2 * worker.batch), worker.batch)
     return map_ordered(answer, batches, worker.max_parallel_batches, ahead=worker.max_parallel_batches)

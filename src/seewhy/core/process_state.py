@@ -1,4 +1,4 @@
-"""Changes of the caller's process that end with the call: quiet loggers and warnings, environment variables."""
+"""Change the process for the duration of a call: logger levels, warnings, environment variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*loggers: str, level: int = logging.ERROR, warnings_of: str | None = None) -> Iterator[None]:
-    """Raise the loggers' levels, and ignore warnings of modules whose names match the regular expression `warnings_of`."""
+    """Raise the levels of loggers and ignore warnings from modules that match the regular expression `warnings_of`."""
     before = {name: logging.getLogger(name).level for name in loggers}
     with warnings.catch_warnings():
         if warnings_of is not None:
@@ -27,7 +27,7 @@ def quiet(*loggers: str, level: int = logging.ERROR, warnings_of: str | None = N
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set environment variables, except those that the caller has set."""
+    """Set environment variables that the caller has not set."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def stop_on_signals() -> None:
-    """Ctrl-C, or SIGTERM, once: KeyboardInterrupt, so that what is finished is kept; twice: the end, at once."""
+    """Raise KeyboardInterrupt on the first SIGINT or SIGTERM, exit at once on the second."""
 
     def stop(number: int, frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,7 @@ from seewhy.data.image_set import ImageSet
 # How near is a near-duplicate? `seewhy audit` shows pairs at each limit.
 COSINE_ALONE = 0.9  # of centred features: also mirrored, cropped and recoloured images
 # Bits of 64 in which perceptual hashes differ at most -> cosine that confirms them. Features change with the grain of an image, which
-# a smaller copy has lost; its hash stays. Hashes of motorbikes on white agree in many bits; their features tell them apart.
+# a smaller copy has lost; its hash stays. DigestColumn of motorbikes on white agree in many bits; their features tell them apart.
 HASH_COSINE_LIMITS = {2: 0.7, 10: 0.85}
 HASH_ALONE = 2  # bits, where there are no features
 PRIOR = 100  # images that the centre of features is worth before any is seen

@@ -1,4 +1,4 @@
-"""Arrow arrays -> sequences of Path and str: a million images cost the bytes of their names and hashes and little more."""
+"""Store the paths and hashes of millions of images in Arrow arrays, as sequences of Path and str."""
 
 from __future__ import annotations
 
@@ -15,63 +15,62 @@ T = TypeVar("T")
 
 
 class Column(Sequence[T]):
-    """values: pyarrow.Array of N. A slice, or `take`, gives a column."""
+    """Sequence over `values`, a pyarrow.Array of N; slices and `take` return columns."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
 
     @abstractmethod
-    def value_of(self, stored: Any) -> T:
-        """What stands for one of Arrow's values."""
+    def decode(self, stored: Any) -> T:
+        """Convert an element of the array."""
 
-    def like(self, values: Any) -> Self:
-        """The same kind of column, of other values."""
-        found = copy(self)
-        found.values = values
-        return found
+    def _with_values(self, values: Any) -> Self:
+        column = copy(self)
+        column.values = values
+        return column
 
     def take(self, indices: npt.NDArray[np.int64]) -> Self:
-        """The values at these indices, 0 <= i < N each."""
-        return self.like(self.values.take(indices))
+        """Select elements by index, 0 <= i < N each."""
+        return self._with_values(self.values.take(indices))
 
     def __len__(self) -> int:
         return len(self.values)
 
     @overload
-    def __getitem__(self, where: int) -> T: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, where: slice) -> Self: ...
-    def __getitem__(self, where: int | slice) -> T | Self:
-        found = self.values[where]
-        return self.like(found) if isinstance(where, slice) else self.value_of(found.as_py())
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> T | Self:
+        selected = self.values[index]
+        return self._with_values(selected) if isinstance(index, slice) else self.decode(selected.as_py())
 
 
-class Paths(Column[Path]):
-    """N files below `folder`, whose name is kept once."""
+class PathColumn(Column[Path]):
+    """N files below `folder`, which is stored once."""
 
     def __init__(self, folder: Path, values: Any) -> None:
         super().__init__(values)
         self.folder = folder
 
     @staticmethod
-    def of(texts: Iterable[str], folder: Path) -> Paths:
-        """texts: UTF-8 paths relative to `folder`."""
-        import pyarrow as pa  # here, since answering with an ONNX file does without
+    def of(paths: Iterable[str], folder: Path) -> PathColumn:
+        """paths: UTF-8, relative to `folder`."""
+        import pyarrow as pa  # not a requirement of the ONNX runtime
 
-        return Paths(folder, pa.array(texts, type=pa.large_string()))
+        return PathColumn(folder, pa.array(paths, type=pa.large_string()))
 
-    def value_of(self, stored: str) -> Path:
+    def decode(self, stored: str) -> Path:
         return self.folder / stored
 
 
-class Hashes(Column[str]):
-    """N sha256, each of 64 hexadecimal digits, kept as 32 bytes."""
+class DigestColumn(Column[str]):
+    """N sha256 of 64 hexadecimal digits, stored as 32 bytes each."""
 
     @staticmethod
-    def of(hashes: Iterable[str]) -> Hashes:
+    def of(digests: Iterable[str]) -> DigestColumn:
         import pyarrow as pa
 
-        return Hashes(pa.array(map(bytes.fromhex, hashes), type=pa.binary(32)))
+        return DigestColumn(pa.array(map(bytes.fromhex, digests), type=pa.binary(32)))
 
-    def value_of(self, stored: bytes) -> str:
+    def decode(self, stored: bytes) -> str:
         return stored.hex()

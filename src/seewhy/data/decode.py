@@ -1,4 +1,4 @@
-"""Bytes of an image file -> an upright RGB image, or the reason why not; under 1 GB whatever comes."""
+"""Decode image files to upright RGB images within 1 GB of memory, or give the reason why that fails."""
 
 from __future__ import annotations
 
@@ -13,31 +13,29 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from seewhy.data.shard_index import MAX_BYTES
+from seewhy.data.shard_index import refuse_large
 from seewhy.data.shards import read_member, shard_of
 from seewhy.errors import ImageError, reason_of
 
-MAX_PIXELS = 80_000_000  # refused before decoding; more would take over 1 GB of memory on the way to RGB (benchmarks/torture.py)
-FORMAT_PIXELS = {"JPEG": 110_000_000, "WEBP": 50_000_000}  # JPEGs are decoded at a smaller scale, WebP's decoder keeps three copies
-LARGE = 16_000_000  # pixels from which images are decoded one at a time, and JPEGs at the scale that LARGE_SIDE needs
+MAX_PIXELS = 80_000_000  # limit before decoding; more would need over 1 GB of memory (benchmarks/torture.py)
+FORMAT_PIXELS = {"JPEG": 110_000_000, "WEBP": 50_000_000}  # JPEGs are decoded at a reduced scale, WebP needs three copies
+LARGE = 16_000_000  # pixels; larger images are decoded one at a time and reduced to about LARGE_SIDE
 LARGE_SIDE = 2048
-MAX_SIDE = 65_535  # of a JPEG; longer ones would need much memory to resize, however thin they are
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more: some start other programs, some grow when loaded
-MIN_SIDE = 8  # smaller than this there is nothing to see
-STRIP = 1_000_000  # pixels that are brought to RGB at a time
+MAX_SIDE = 65_535  # longer images would need much memory to resize, however thin
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not all of Pillow's: some run other programs, some grow when loaded
+MIN_SIDE = 8
+STRIP = 1_000_000  # pixels converted to RGB at a time
 
 _ONE_LARGE = threading.Lock()
 
 
-def decode(data: bytes, min_decode_side: int | None = None, most: int | None = None) -> Image.Image:
-    """Bytes of an image file -> upright RGB image; ValueError with the reason if that cannot be.
+def decode(data: bytes, min_decode_side: int | None = None, max_pixels: int | None = None) -> Image.Image:
+    """Decode an image file to an upright RGB image. Raises ValueError with the reason.
 
-    The first frame of an animation; EXIF rotation applied; transparency over white;
-    16-bit grey scaled by 1/257; CMYK and palettes converted.
-    min_decode_side: pixels a side that suffice. A larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
-    transform), to at least that many pixels a side: a camera's photo in a fraction of the time. Images of over LARGE pixels are made
-    smaller whatever their format, by whole factors, to at least `min_decode_side` or LARGE_SIDE.
-    most: pixels that an image may have, below the limits above.
+    First frame of an animation; EXIF rotation applied; transparency over white; 16-bit grey scaled by 1/257; CMYK and palettes converted.
+    min_decode_side: pixels per side that suffice. Larger JPEGs are decoded at 1/2, 1/4 or 1/8 of their size (libjpeg's scaled DCT), to at
+    least that side; images of over LARGE pixels are reduced by whole factors to at least `min_decode_side` or LARGE_SIDE.
+    max_pixels: a limit below those above.
     """
     if not data:
         raise ValueError("empty file")
@@ -45,15 +43,15 @@ def decode(data: bytes, min_decode_side: int | None = None, most: int | None = N
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
-    except Image.DecompressionBombError:  # Pillow's own limit lies above ours
-        raise ValueError(f"more than {most or MAX_PIXELS:,} pixels") from None
+    except Image.DecompressionBombError:  # Pillow's limit is above ours
+        raise ValueError(f"more than {max_pixels or MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of hostile files raise nearly anything
         raise ValueError(_reason(error)) from None
     width, height = image.size
     limit = FORMAT_PIXELS.get(image.format or "", MAX_PIXELS)
-    most = min(most or limit, limit)
-    if width * height > most:
-        raise ValueError(f"{width} x {height} pixels, more than {most:,}")
+    max_pixels = min(max_pixels or limit, limit)
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, more than {max_pixels:,}")
     if max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels, longer than {MAX_SIDE:,}")
     if min(width, height) < MIN_SIDE:
@@ -71,9 +69,9 @@ def decode(data: bytes, min_decode_side: int | None = None, most: int | None = N
             ImageOps.exif_transpose(image, in_place=True)
             upright = _to_rgb(image)
             if large and min_decode_side is not None and (factor := min(upright.size) // min_decode_side) > 1:
-                upright = upright.reduce(factor)  # what comes next would take several times the memory of this
+                upright = upright.reduce(factor)  # resizing would need several times its memory
             return upright
-    except Exception as error:  # as above
+    except Exception as error:
         raise ValueError(_reason(error)) from None
 
 
@@ -83,16 +81,16 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Strip by strip, so that a large image is not held in several modes at once."""
+    """Convert strip by strip, so that a large image is not in memory in several modes."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     rows = max(1, STRIP // image.width)
     if rows >= image.height:
         return _strip_to_rgb(image)
-    whole = Image.new("RGB", image.size)
+    converted = Image.new("RGB", image.size)
     for top in range(0, image.height, rows):
-        whole.paste(_strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
-    return whole
+        converted.paste(_strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return converted
 
 
 def _strip_to_rgb(image: Image.Image) -> Image.Image:
@@ -106,19 +104,18 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """The content of an image file, or of an image in a shard; OSError where it cannot be read, or is too large for one."""
-    if inside := shard_of(Path(path)):
-        return read_member(*inside)
-    found = os.stat(path)
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # pipes and devices may have no end
+    """Read an image file, or an image in a shard. Raises OSError if it is unreadable or too large."""
+    if member := shard_of(Path(path)):
+        return read_member(*member)
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # pipes and devices may be endless
         raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"{found.st_size / 1e6:,.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+    refuse_large(status.st_size)
     return Path(path).read_bytes()
 
 
 def read_or_reason(path: Path | str) -> bytes | str:
-    """`read_bytes`, or in words why the file cannot be read."""
+    """Return `read_bytes`, or the reason why the file cannot be read."""
     try:
         return read_bytes(path)
     except FileNotFoundError:
@@ -128,7 +125,7 @@ def read_or_reason(path: Path | str) -> bytes | str:
 
 
 def read_image(path: Path | str, min_decode_side: int | None = None) -> Image.Image:
-    """File -> upright RGB image; ImageError with path and reason if that cannot be. min_decode_side: see `decode`."""
+    """Read and `decode` an image file. Raises ImageError with path and reason."""
     data = read_or_reason(path)
     if isinstance(data, str):
         raise ImageError(f"{path}: {data}", bad=((str(path), data),))
@@ -139,7 +136,7 @@ def read_image(path: Path | str, min_decode_side: int | None = None) -> Image.Im
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a file that `decode` takes, before any scaling."""
+    """Width and height of a decodable file, upright, before any scaling."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
+    rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if rotated else image.size

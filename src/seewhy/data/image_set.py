@@ -1,4 +1,4 @@
-"""Hold the labelled images of a dataset: paths, labels, hashes, sizes and the parts that folders give."""
+"""Open a dataset as an ImageSet: paths, labels, hashes, sizes, and the split that its folders define."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.core import distributed
-from seewhy.data.columns import Hashes
+from seewhy.data.columns import DigestColumn
 from seewhy.data.listing import list_data
 from seewhy.data.verify import check_files
 from seewhy.errors import DataError, ImageError
@@ -19,15 +19,13 @@ from seewhy.errors import DataError, ImageError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images of one dataset, all of them decodable.
+    """Labelled images of one dataset, all decodable.
 
     paths: N files. labels: (N,) int64 indices into `classes`. hashes: N sha256 of the file contents.
-    phashes: (N,) uint64 perceptual hashes. sizes: (N, 2) int64 width and height in pixels. grey: (N,) whether without colours.
-    parts: N names ('train', 'val', 'test') where the dataset comes divided, else ''.
-    masks: N files with the object's mask (white on black), or None where there is none.
-    bad: (path, reason) of images left out.
-
-    paths and hashes of a million images are columns (`columns.py`), which make their values when asked.
+    phashes: (N,) uint64 perceptual hashes. sizes: (N, 2) int64 width and height in pixels. grey: (N,) bool, no colours.
+    parts: N of 'train', 'val', 'test' if the dataset defines a split, else ''.
+    masks: N files with the object's mask (white on black), or None.
+    bad: (path, reason) of images that were skipped.
     """
 
     name: str
@@ -48,39 +46,36 @@ class ImageSet:
 
     @property
     def content_hash(self) -> str:
-        """sha256 over the sorted (image, class) pairs: equal for equal data, wherever it lies."""
+        """sha256 of the sorted (image, class) pairs, independent of paths."""
         return digest_of_lines(sorted(f"{sha256} {self.classes[label]}" for sha256, label in zip(self.hashes, self.labels, strict=True)))
 
 
 def digest_of_lines(lines: Iterable[str]) -> str:
-    """sha256 of the lines, '\\n' between them."""
-    found, between = hashlib.sha256(), ""
-    for line in lines:
-        found.update((between + line).encode())
-        between = "\n"
-    return found.hexdigest()
+    """sha256 of the lines, joined by '\\n'."""
+    digest = hashlib.sha256()
+    for i, line in enumerate(lines):
+        digest.update((f"\n{line}" if i else line).encode())
+    return digest.hexdigest()
 
 
 def open_images(data: str, data_root: str | None = None, skip_bad: bool = False, workers: int = 2) -> ImageSet:
-    """Dataset name or folder -> ImageSet.
+    """List and check the images of a named dataset, a folder or shards.
 
-    Raises DataError for what cannot be a dataset, ImageError with the list of unusable
-    images unless `skip_bad`.
+    Raises DataError if it is no dataset, ImageError with the list of unusable images unless `skip_bad`.
     """
     listing = list_data(data, data_root)
-    if distributed.world_size() > 1:  # each process checks its shard, and finds in the record what the others have checked
+    if distributed.world_size() > 1:  # each process checks its shard; the next call reads the results of all
         check_files(distributed.shard(listing.paths), workers)
         distributed.barrier()
-    checked = check_files(listing.paths, workers)
-    bad = tuple((str(listing.paths[i]), found.problem) for i, found in enumerate(checked) if found.problem)
+    checks = check_files(listing.paths, workers)
+    bad = tuple((str(listing.paths[i]), check.problem) for i, check in enumerate(checks) if check.problem)
     if bad and not skip_bad:
-        raise ImageError.of(bad, len(checked), "replace or remove them, or pass --skip-bad")
-    keep = [i for i, found in enumerate(checked) if not found.problem]
-    good = [checked[i] for i in keep]
+        raise ImageError.of(bad, len(checks), "replace or remove them, or pass --skip-bad")
+    keep = [i for i, check in enumerate(checks) if not check.problem]
+    good = [checks[i] for i in keep]
     classes = tuple(sorted({listing.class_names[i] for i in keep}))
-    emptied = sorted(set(listing.class_names) - set(classes))
-    if emptied:
-        raise DataError(f"{listing.root}: class {emptied[0]!r} has no usable image; add some or remove its folder")
+    if empty := sorted(set(listing.class_names) - set(classes)):
+        raise DataError(f"{listing.root}: class {empty[0]!r} has no usable image; add some or remove its folder")
     index = {name: number for number, name in enumerate(classes)}
     return ImageSet(
         name=listing.name,
@@ -88,10 +83,10 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
         paths=listing.paths.take(np.array(keep)),
         labels=np.array([index[listing.class_names[i]] for i in keep], dtype=np.int64),
         classes=classes,
-        hashes=Hashes.of(found.sha256 for found in good),
-        phashes=np.array([int(found.phash, 16) for found in good], dtype=np.uint64),
-        sizes=np.array([(found.width, found.height) for found in good], dtype=np.int64),
-        grey=np.array([found.grey for found in good], dtype=bool),
+        hashes=DigestColumn.of(check.sha256 for check in good),
+        phashes=np.array([int(check.phash, 16) for check in good], dtype=np.uint64),
+        sizes=np.array([(check.width, check.height) for check in good], dtype=np.int64),
+        grey=np.array([check.grey for check in good], dtype=bool),
         parts=tuple(listing.parts[i] for i in keep),
         masks=tuple(listing.masks[i] for i in keep),
         bad=bad,
@@ -99,7 +94,7 @@ def open_images(data: str, data_root: str | None = None, skip_bad: bool = False,
 
 
 def conflicting_duplicates(images: ImageSet) -> list[tuple[str, tuple[str, ...]]]:
-    """(hash, paths) of images that occur with the same content under different classes."""
+    """(sha256, paths) of equal images in different classes."""
     members: dict[str, list[int]] = {}
     for i, sha256 in enumerate(images.hashes):
         members.setdefault(sha256, []).append(i)

@@ -1,4 +1,4 @@
-"""List images: a dataset's name, a folder of class folders, shards, files and patterns become paths and classes."""
+"""List the images of named datasets, class folders, shards, files and glob patterns."""
 
 from __future__ import annotations
 
@@ -12,54 +12,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seewhy.core.cache import cache_dir
-from seewhy.data.columns import Paths
+from seewhy.data.columns import PathColumn
 from seewhy.data.shard_index import IMAGES, PART_NAMES
-from seewhy.data.shards import SOUGHT, find_shards, is_shard, members, shard_of, shards_in
+from seewhy.data.shards import LABEL_SOURCES, find_shards, is_shard, members, shard_of, shards_in
 from seewhy.errors import DataError, reason_of
 
 
 @dataclass(frozen=True)
 class Listing:
-    """N files of a dataset before they are looked at; class_names, parts ('' where not divided) and masks: one a path."""
+    """N unchecked files of a dataset, with a class name, part ('' without a split) and mask each."""
 
     name: str
     root: Path
-    paths: Paths
+    paths: PathColumn
     class_names: Sequence[str]
     parts: Sequence[str]
     masks: Sequence[Path | None]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files in a folder and below, sorted; hidden files and other suffixes are passed over."""
+    """Image files in a folder and below, sorted; hidden ones are skipped."""
     return list(map(Path, _images_in(folder)))
 
 
 def _images_in(folder: Path) -> list[str]:
-    """The same as text, sorted as paths are: level by level."""
-    found: list[str] = []
+    """`list_images` as text, sorted like paths: level by level."""
+    paths: list[str] = []
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in IMAGES)
-        found += (os.path.join(directory, name) for name in images)
-    found.sort(key=lambda text: os.path.normcase(text).replace(os.sep, "\0"))  # which comes before all that a name may hold
-    for text in found:
-        check_name(text)
-    return found
+        paths += (check_name(os.path.join(directory, name)) for name in images)
+    return sorted(paths, key=lambda path: os.path.normcase(path).replace(os.sep, "\0"))  # sorts before all characters of names
 
 
-def check_name(text: str) -> str:
-    """The name; DataError where it is not UTF-8, since no table, record or page could give it."""
+def check_name(path: str) -> str:
+    """Return the path. Raises DataError if it is not UTF-8, as tables, records and pages must be."""
     try:
-        text.encode()
+        path.encode()
     except UnicodeEncodeError:
-        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        raise DataError(f"{shown}: the name is not UTF-8; rename it (convmv does whole folders)") from None
-    return text
+        printable = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        raise DataError(f"{printable}: the name is not UTF-8; rename it (convmv renames whole folders)") from None
+    return path
 
 
 def list_folder(root: Path) -> Listing:
-    """`root/class/image`, or `root/{train,val,test}/class/image`."""
+    """List `root/class/image`, or `root/{train,val,test}/class/image`."""
     if not root.is_dir():
         if root.exists():
             raise DataError(f"{root}: a file, not a folder; pass a folder with one folder of images for each class, a .tar or a .parquet")
@@ -70,8 +67,8 @@ def list_folder(root: Path) -> Listing:
         folders = _subfolders(root)
     except OSError as error:
         raise DataError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
-    divided = "train" in {f.name for f in folders} and all(f.name in PART_NAMES for f in folders)
-    part_folders = {folder: PART_NAMES[folder.name] for folder in folders} if divided else {root: ""}
+    has_split = "train" in {f.name for f in folders} and all(f.name in PART_NAMES for f in folders)
+    part_folders = {folder: PART_NAMES[folder.name] for folder in folders} if has_split else {root: ""}
     paths: list[str] = []
     class_names: list[str] = []
     parts: list[str] = []
@@ -88,19 +85,19 @@ def list_folder(root: Path) -> Listing:
 
 
 def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
-    """The images of shards, each with the part that it belongs to ('' where not divided); every image needs a label."""
-    if root.is_dir() and (mixed := next((path for path in _subfolders(root) if list_images(path)), None)):
-        raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of images ({mixed.name}); keep them apart")
+    """List the images of (shard, part) pairs; every image needs a label."""
+    if root.is_dir() and (folder := next((path for path in _subfolders(root) if list_images(path)), None)):
+        raise DataError(f"{root}: holds shards ({shards[0][0].name}) and folders of images ({folder.name}); separate them")
     paths: list[str] = []
     class_names: list[str] = []
     parts: list[str] = []
     for shard, part in shards:
         check_name(str(shard))
-        place = shard.relative_to(root)
+        relative = shard.relative_to(root)
         for member in members(shard):
             if member.label is None:
-                raise DataError(f"{shard}: {member.name} has no label; looked for {SOUGHT[shard.suffix.lower()]}")
-            paths.append(str(place / member.name))
+                raise DataError(f"{shard}: {member.name} has no label; expected {LABEL_SOURCES[shard.suffix.lower()]}")
+            paths.append(str(relative / member.name))
             class_names.append(member.label)
             parts.append(part)
     if not paths:
@@ -109,81 +106,71 @@ def list_shards(root: Path, shards: Sequence[tuple[Path, str]]) -> Listing:
 
 
 def _listing(root: Path, paths: Sequence[str], class_names: Sequence[str], parts: Sequence[str]) -> Listing:
-    """paths: below root."""
-    _check_classes(root, sorted(set(class_names)))
-    return Listing(root.resolve().name, root, Paths.of(paths, root), class_names, parts, [None] * len(paths))
+    """paths: relative to root. Raises DataError unless there are at least two classes that differ by more than case."""
+    names = sorted(set(class_names))
+    if not names:
+        raise DataError(f"{root}: no class folders with images; expected {root}/CLASS/image.jpg")
+    if len(names) == 1:
+        raise DataError(f"{root}: only one class ({names[0]!r}); a classifier needs at least two class folders")
+    by_lower: dict[str, str] = {}
+    for name in names:
+        if (other := by_lower.setdefault(name.lower(), name)) != name:
+            raise DataError(f"{root}: classes {other!r} and {name!r} differ in case only; rename or merge them")
+    return Listing(root.resolve().name, root, PathColumn.of(paths, root), class_names, parts, [None] * len(paths))
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _check_classes(root: Path, names: Sequence[str]) -> None:
-    """names: sorted."""
-    if not names:
-        raise DataError(f"{root}: no class folders with images inside; expected {root}/CLASS/image.jpg")
-    if len(names) == 1:
-        raise DataError(f"{root}: only one class ({names[0]!r}); a classifier needs at least two class folders")
-    lower: dict[str, str] = {}
-    for name in names:
-        if name.lower() in lower:
-            raise DataError(f"{root}: classes {lower[name.lower()]!r} and {name!r} differ in case only; rename or merge them")
-        lower[name.lower()] = name
-
-
 def find_caltech101(data_root: str | None) -> tuple[Path, bool]:
-    """The folder that holds caltech101, or the one that it is to be downloaded into, and whether it is there."""
-    places = [Path(place) for place in (data_root, os.environ.get("SEEWHY_DATA"), "data") if place]
-    root = next((place for place in places if (place / "caltech101" / "101_ObjectCategories").is_dir()), None)
-    return root or places[0], root is not None
+    """The folder of caltech101, present or to be downloaded into, and whether it is present."""
+    roots = [Path(root) for root in (data_root, os.environ.get("SEEWHY_DATA"), "data") if root]
+    present = next((root for root in roots if (root / "caltech101" / "101_ObjectCategories").is_dir()), None)
+    return present or roots[0], present is not None
 
 
 def list_caltech101(data_root: str | None) -> Listing:
-    """Caltech-101 through torchvision: used in place, else downloaded; BACKGROUND_Google is no class."""
-    from torchvision.datasets import Caltech101  # slow to import, needed here alone
+    """List Caltech-101 through torchvision, downloaded if missing; without BACKGROUND_Google, which is no class."""
+    from torchvision.datasets import Caltech101  # slow to import
 
-    root, found = find_caltech101(data_root)
-    if not found:
-        download_caltech101(root)
+    root, present = find_caltech101(data_root)
+    if not present:
+        _download_caltech101(root)
     try:
         dataset = Caltech101(root=str(root))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{root}/caltech101: not as published ({error}); 101_ObjectCategories must hold the class folders, "
-            "BACKGROUND_Google too, and nothing else"
-        ) from error
+        raise DataError(f"{root}/caltech101: {error}; 101_ObjectCategories must hold the class folders and BACKGROUND_Google") from error
     images = Path(dataset.root) / "101_ObjectCategories"
     class_names = [dataset.categories[y] for y in dataset.y]
-    paths = Paths.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), images)
+    paths = PathColumn.of((f"{name}/image_{i:04d}.jpg" for name, i in zip(class_names, dataset.index, strict=True)), images)
     return Listing("caltech101", images, paths, class_names, [""] * len(paths), [None] * len(paths))
 
 
-def download_caltech101(root: Path) -> None:
-    """Downloads and unpacks Caltech-101 (137 MB, MD5-checked by torchvision) into root/caltech101."""
+def _download_caltech101(root: Path) -> None:
+    """Download and unpack Caltech-101 (137 MB, MD5-checked by torchvision) into root/caltech101."""
     from torchvision.datasets import Caltech101
 
     images = root / "caltech101" / "101_ObjectCategories"
-    was_there = images.exists()
+    existed = images.exists()
     try:
         Caltech101(root=str(root), download=True)
-    except BaseException as error:  # Ctrl-C too: half unpacked, it would pass for the whole next time
-        if not was_there:
+    except BaseException as error:  # on Ctrl-C too: unpacked in part, it would look complete
+        if not existed:
             shutil.rmtree(images, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError)):
             raise
-        reason = reason_of(error)
-        # torchvision makes the folder before it knows that it can fill it.
-        for left_over in (root / "caltech101", root):
-            if left_over.is_dir() and not any(left_over.iterdir()):
-                left_over.rmdir()
+        for empty in (root / "caltech101", root):  # created by torchvision before the download
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
         raise DataError(
-            f"caltech101 is not in {root} and cannot be downloaded ({reason}); "
-            "pass --data-root or set SEEWHY_DATA to the folder that holds caltech101/101_ObjectCategories"
+            f"caltech101 is not in {root} and cannot be downloaded ({reason_of(error)}); "
+            "pass --data-root or set SEEWHY_DATA to the folder of caltech101/101_ObjectCategories"
         ) from error
 
 
 def list_scenes(data_root: str | None) -> Listing:
-    """The embedded demo set, drawn on first use into the cache."""
+    """List the synthetic demo set, drawn into the cache on first use."""
     from seewhy.data.synthetic import draw_scenes
 
     root = draw_scenes(cache_dir() / "scenes")
@@ -195,18 +182,16 @@ def list_scenes(data_root: str | None) -> Listing:
 DATASETS: dict[str, Callable[[str | None], Listing]] = {"caltech101": list_caltech101, "scenes": list_scenes}
 
 
-def check_here(data: str) -> None:
-    """DataError for an address: what trains or audits reads images many times, and needs them on this machine."""
+def require_local(data: str) -> None:
+    """Raise DataError for an address: training and audits read images many times."""
     if "://" in data:
-        raise DataError(
-            f"{data.partition('?')[0]}: an address, and this needs images on a disk of this machine; copy or mount them, and name their "
-            "folder (predict, explain and features read addresses)"
-        )
+        address = data.partition("?")[0]
+        raise DataError(f"{address}: only predict, explain and precompute read addresses; copy or mount the images and pass their folder")
 
 
 def list_data(data: str, data_root: str | None = None) -> Listing:
-    """Dataset name, folder or shard -> its images, before they are looked at."""
-    check_here(data)
+    """List the images of a named dataset, a folder or a shard, unchecked."""
+    require_local(data)
     if data in DATASETS:
         return DATASETS[data](data_root)
     shards = find_shards(Path(data))
@@ -214,14 +199,14 @@ def list_data(data: str, data_root: str | None = None) -> Listing:
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files, shards, paths into shards, folders (with all below) and glob patterns -> images, each once, in the order given.
+    """List the images of files, shards, paths into shards, folders and glob patterns, each once, in the order given.
 
-    A folder gives the images in and below it, or those of the shards in it; DataError where it holds both.
+    A folder gives the images in and below it, or those of its shards. Raises DataError if it holds both, or nothing is found.
     """
-    found = list(dict.fromkeys(path for item in inputs for path in _images_of(item)))
-    if not found:
-        raise DataError("no images given; name files, folders or patterns")
-    return found
+    paths = list(dict.fromkeys(path for item in inputs for path in _images_of(item)))
+    if not paths:
+        raise DataError("no images given; pass files, folders or patterns")
+    return paths
 
 
 def _images_of(item: str | Path) -> Iterable[Path]:
@@ -242,16 +227,16 @@ def _images_of(item: str | Path) -> Iterable[Path]:
 
 
 def shards_or_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The shards in a folder, or the images in and below it; DataError where it holds both."""
+    """Shards in a folder, or images in and below it. Raises DataError if it holds both."""
     shards, images = shards_in(folder), list_images(folder)
     if shards and images:
-        raise mixed(str(folder), shards[0].name, str(images[0].relative_to(folder)))
+        raise mixed_folder_error(str(folder), shards[0].name, str(images[0].relative_to(folder)))
     return shards, images
 
 
-def mixed(folder: str, shard: str, image: str) -> DataError:
-    """What to raise for a folder of which only a part would be looked at."""
-    return DataError(f"{folder}: holds shards ({shard}) and images ({image}); keep them apart, or name those you mean")
+def mixed_folder_error(folder: str, shard: str, image: str) -> DataError:
+    """The error for a folder that holds shards and images."""
+    return DataError(f"{folder}: holds shards ({shard}) and images ({image}); separate them, or pass the paths you mean")
 
 
 def _members_of(path: Path) -> Iterable[Path]:

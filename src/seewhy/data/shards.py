@@ -1,7 +1,4 @@
-"""A tar or parquet file -> the images in it: names, labels, bytes; nothing is unpacked.
-
-An image in a shard has a path into it: data/train-000.tar/cat/0001.jpg.
-"""
+"""Read images in tar and parquet shards without unpacking, by paths like data/train-000.tar/cat/0001.jpg."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ from seewhy.data.shard_tar import index_tar, read_entry, stream_tar
 from seewhy.errors import DataError
 
 SUFFIXES = (".tar", ".parquet")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # hold no place to begin reading but the first
-SOUGHT = {
-    ".tar": "a .cls beside each image, a .json with label, class or cls, or a folder for each class",
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # no random access
+LABEL_SOURCES = {
+    ".tar": "a .cls beside each image, a .json with label, class or cls, or a folder per class",
     ".parquet": f"a column named {', '.join(LABELS[:-1])} or {LABELS[-1]}, or Hugging Face's ClassLabel",
 }
 
@@ -31,7 +28,7 @@ _LOCK = threading.RLock()
 
 def _new_lock() -> None:
     global _LOCK
-    _LOCK = threading.RLock()  # a thread of the parent may have held it, and does not exist in the child
+    _LOCK = threading.RLock()  # a thread of the parent may have held it at the fork
 
 
 if hasattr(os, "register_at_fork"):
@@ -39,18 +36,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_shard(path: Path) -> bool:
-    """Whether the path is a shard's; DataError for a compressed one."""
+    """Whether the path is a shard. Raises DataError for a compressed one."""
     name = path.name.lower()
     if name.endswith(COMPRESSED) and path.is_file():
-        raise DataError(f"{path}: compressed, so that no image can be reached without all before it; store it as plain tar")
+        raise DataError(f"{path}: compressed, so images in it cannot be read one by one; store it as plain tar")
     return name.endswith(SUFFIXES) and path.is_file()
 
 
 def shard_of(path: Path) -> tuple[Path, str] | None:
-    """Shard and member's name of a path into a shard, None for any other path."""
+    """Shard and member name of a path into a shard, else None."""
     text = str(path)
     lower = text.lower()
-    for suffix in SUFFIXES:  # by text, since every image that is read is asked about
+    for suffix in SUFFIXES:  # on text, which is fast enough for every read
         end = lower.find(suffix + os.sep)
         while end >= 0:
             end += len(suffix)
@@ -61,42 +58,41 @@ def shard_of(path: Path) -> tuple[Path, str] | None:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """Shards directly in a folder, sorted; hidden ones are passed over."""
+    """Shards directly in a folder, sorted, without hidden ones."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_shard(path))
 
 
 def find_shards(root: Path) -> list[tuple[Path, str]]:
-    """Shards and their parts ('' where not divided): `root` itself, those in it, or in `root/{train,val,test}`; [] where there are none.
+    """(shard, part) of `root` itself, of the shards in it, or in `root/{train,val,test}`; the part is '' without a split.
 
-    Names that begin like train-00000-of-00004.parquet give the parts.
+    Names like train-00000-of-00004.parquet also define the parts.
     """
     if is_shard(root):
         return [(root, "")]
     if not root.is_dir():
         return []
     try:
-        found = [(shard, _part_of(shard)) for shard in shards_in(root)]
+        direct = [(shard, _part_of(shard)) for shard in shards_in(root)]
         below = [(shard, part) for name, part in PART_NAMES.items() if (root / name).is_dir() for shard in shards_in(root / name)]
     except OSError as error:
         raise DataError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
-    if found and below:
-        raise DataError(f"{root}: holds shards ({found[0][0].name}) and folders of shards ({below[0][0].parent.name}); keep them apart")
-    named = [shard for shard, part in found if part]
-    if named and len(named) < len(found):
-        other = next(shard for shard, part in found if not part)
+    if direct and below:
+        raise DataError(f"{root}: holds shards ({direct[0][0].name}) and folders of shards ({below[0][0].parent.name}); separate them")
+    named = [shard for shard, part in direct if part]
+    if named and len(named) < len(direct):
+        other = next(shard for shard, part in direct if not part)
         raise DataError(f"{root}: {named[0].name} names a part and {other.name} none; begin all names with train, val or test, or no name")
-    found = found or below
-    divided = any(part == "train" for _, part in found)
-    return [(shard, part if divided else "") for shard, part in found]
+    shards = direct or below
+    has_split = any(part == "train" for _, part in shards)
+    return [(shard, part if has_split else "") for shard, part in shards]
 
 
 def _part_of(shard: Path) -> str:
-    word = re.match("[a-z]*", shard.name)
-    return PART_NAMES.get(word[0], "") if word else ""
+    return PART_NAMES.get(re.split("[^a-z]", shard.name, maxsplit=1)[0], "")
 
 
 def members(shard: Path) -> list[Member]:
-    """The images of a shard, in its order. Raises DataError where it cannot be read as one."""
+    """Images of a shard, in its order. Raises DataError if it is unreadable or damaged."""
     try:
         with shard.open("rb") as file:
             index = _index(shard, file)[1]
@@ -106,50 +102,42 @@ def members(shard: Path) -> list[Member]:
 
 
 def read_member(shard: Path, name: str) -> bytes:
-    """An image's bytes; OSError where there is no such image, it cannot be read, or is too large for one."""
-    with shard.open("rb", buffering=0) as file:  # opened for each image: no handle is shared by processes
+    """Read an image file in a shard. Raises OSError if it is missing, unreadable or too large."""
+    with shard.open("rb", buffering=0) as file:  # opened per image, so that processes share no handle
         key, index = _index(shard, file)
         row = index.row(name)
         if row is None:
             raise FileNotFoundError(errno.ENOENT, "no such image in the shard")
         if not index.column:
             return read_entry(file, index, row)
-        with _LOCK:  # threads that want neighbours wait for the first of them to read the row group
+        with _LOCK:  # other threads wait, and find the row group in memory
             return read_row(file, str(shard), key, index, row)
 
 
-def stamp(path: Path) -> str:
-    """Path, size and time of a file, or of the shard that holds it: what changes when the image does. Raises OSError."""
-    inside = shard_of(path)
-    found = (inside[0] if inside else path).stat()
-    return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
+def file_key(path: Path) -> str:
+    """Path, size and modification time of a file, or of its shard: a key that changes with the image. The path if it cannot be read."""
+    member = shard_of(path)
+    try:
+        status = (member[0] if member else path).stat()
+    except OSError:
+        return str(path.absolute())
+    return f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def stream(file: BinaryIO, kind: str, shown: str = "") -> Iterator[tuple[str, bytes, str | None]]:
-    """Name, bytes and label of each image of an open shard, in its order; names and labels are those of `members`.
+def stream(file: BinaryIO, kind: str, name: str = "") -> Iterator[tuple[str, bytes, str | None]]:
+    """Yield (name, bytes, label) of each image of an open shard, in its order, as listed by `members`.
 
-    kind: 'tar', which is read from here on and never backwards, or 'parquet', which has to be seekable.
-    shown: what messages call it. Holds one group of files, or 16 rows, at a time.
-    Raises DataError for a damaged shard or an image that is too large for one, OSError where reading fails.
+    kind: 'tar', read forwards only, or 'parquet', which must be seekable. name: of the shard, for messages.
+    Raises DataError for a damaged shard or an oversized image, OSError if reading fails.
     """
-    shown = shown or str(getattr(file, "name", kind))
-    if kind == "tar":
-        yield from stream_tar(file, shown)
-    elif kind == "parquet":
-        yield from stream_parquet(file, shown)
-    else:
-        raise ValueError(f"{kind!r}: neither 'tar' nor 'parquet'")
+    return {"tar": stream_tar, "parquet": stream_parquet}[kind](file, name or str(getattr(file, "name", kind)))
 
 
 def _index(shard: Path, file: BinaryIO) -> tuple[Key, Index]:
-    found = os.fstat(file.fileno())
-    place = str(shard)
-    key = (place, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    known = _INDEXES.get(place)
-    if known is None or known[0] != key:
-        with _LOCK:
-            known = _INDEXES.get(place)  # another thread may have been first
-            if known is None or known[0] != key:
-                known = key, (index_tar if shard.suffix.lower() == ".tar" else index_parquet)(file, place)
-                _INDEXES[place] = known
-    return known
+    """Index of a shard, from memory unless the file has changed."""
+    path, status = str(shard), os.fstat(file.fileno())
+    key = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with _LOCK:
+        if path not in _INDEXES or _INDEXES[path][0] != key:
+            _INDEXES[path] = key, (index_tar if shard.suffix.lower() == ".tar" else index_parquet)(file, path)
+        return _INDEXES[path]

@@ -1,4 +1,4 @@
-"""A seed -> the embedded demo set: drawn objects of 8 classes on textured backgrounds, each with its mask."""
+"""Draw the synthetic demo set from a seed: objects of 8 classes on textured backgrounds, with masks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tu
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Two muted colours mixed by smooth noise, stripes in half of the images, fine grain."""
+    """Two muted colours mixed by smooth noise, stripes in half of the images, and grain."""
     cells = int(rng.integers(3, 12))
     noise = Image.fromarray((rng.random((cells, cells)) * 255).astype(np.uint8))
     mask = noise.resize((width, height), Image.Resampling.BICUBIC)
@@ -101,7 +101,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 def _add_distractors(rng: np.random.Generator, image: Image.Image) -> None:
-    """Four to nine bright bars, discs and triangles that mean nothing."""
+    """Draw 4 to 9 bright bars, discs and triangles."""
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(4, 10))):
         colour = _colour(rng, (0.3, 1.0), (0.3, 1.0))
@@ -117,7 +117,7 @@ def _add_distractors(rng: np.random.Generator, image: Image.Image) -> None:
 
 
 def _draw_object(rng: np.random.Generator, shapes: list[Shape], side: int) -> Image.Image:
-    """The object in random colours, mirrored half of the time, turned by up to 20 degrees; RGBA."""
+    """The object as RGBA, in random colours, mirrored half of the time, rotated by up to 20 degrees."""
     roles = {
         "main": _colour(rng, (0.6, 1.0), (0.55, 1.0)),
         "accent": _colour(rng, (0.5, 1.0), (0.5, 1.0)),
@@ -142,13 +142,13 @@ def _draw_object(rng: np.random.Generator, shapes: list[Shape], side: int) -> Im
 
 
 def draw_scene(name: str, number: int, seed: int = SEED) -> tuple[Image.Image, Image.Image]:
-    """One image of class `name` and its mask: RGB, and L with 255 on the object, of the same size."""
+    """Draw image `number` of class `name` (RGB) and its mask (L, 255 on the object) of the same size."""
     rng = np.random.default_rng([seed, sorted(OBJECTS).index(name), number])
     width, height = (int(v) for v in rng.integers(240, 300, size=2))
     image = _background(rng, width, height)
     _add_distractors(rng, image)
     thing = _draw_object(rng, OBJECTS[name], int(rng.uniform(0.3, 0.6) * min(width, height)))
-    # Anywhere, as long as the evaluation view (the centred 7/8) sees all of it.
+    # Inside the evaluation view, the centred 7/8.
     edge = min(width, height) / 16
     side_x, side_y = (width - min(width, height)) / 2 + edge, (height - min(width, height)) / 2 + edge
     left = round(rng.uniform(side_x, max(side_x, width - side_x - thing.width)))
@@ -162,26 +162,25 @@ def draw_scene(name: str, number: int, seed: int = SEED) -> tuple[Image.Image, I
 
 
 def draw_scenes(root: Path, per_class: int = IMAGES_PER_CLASS) -> Path:
-    """Draws the set into root/images/CLASS/NNN.jpg and root/masks/CLASS/NNN.png, once; returns root."""
-    marker = root / "complete.txt"
-    wanted = f"scenes {VERSION}, seed {SEED}, {per_class} a class"
-    if marker.is_file() and marker.read_text() == wanted:
+    """Draw the set into root/images/CLASS/NNN.jpg and root/masks/CLASS/NNN.png unless it is there. Returns root."""
+    marker, content = root / "complete.txt", f"scenes {VERSION}, seed {SEED}, {per_class} a class"
+
+    def is_complete() -> bool:
+        return marker.is_file() and marker.read_text() == content
+
+    if is_complete():
         return root
     advice = "set SEEWHY_CACHE to a writable folder"
-    with locked(root, advice, wait_s=-1):  # who comes second must not replace what the first reads already
-        if not (marker.is_file() and marker.read_text() == wanted):
+    with locked(root, advice, wait_s=-1):
+        if not is_complete():  # another process may have drawn it
             remove_tree(root)
             with atomic_folder(root, advice, durable=False) as work:  # a thousand small files
-                _draw_all(work, per_class)
-                (work / marker.name).write_text(wanted)
+                for name in OBJECTS:
+                    for folder in ("images", "masks"):
+                        (work / folder / name).mkdir(parents=True)
+                    for number in range(per_class):
+                        image, mask = draw_scene(name, number)
+                        image.save(work / "images" / name / f"{number:03d}.jpg", quality=92)
+                        mask.save(work / "masks" / name / f"{number:03d}.png")
+                (work / marker.name).write_text(content)
     return root
-
-
-def _draw_all(work: Path, per_class: int) -> None:
-    for name in OBJECTS:
-        for folder in ("images", "masks"):
-            (work / folder / name).mkdir(parents=True)
-        for number in range(per_class):
-            image, mask = draw_scene(name, number)
-            image.save(work / "images" / name / f"{number:03d}.jpg", quality=92)
-            mask.save(work / "masks" / name / f"{number:03d}.png")

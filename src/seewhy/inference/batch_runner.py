@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seewhy.core.parallel import RawImage, Worker, answered
+from seewhy.core.parallel import RawImage, Worker, map_batches
 from seewhy.core.progress import LOG, progress
 from seewhy.inference.onnx_model import is_exported, load_onnx, worker_of
 from seewhy.inference.predictions import Columns, as_columns
@@ -43,7 +43,7 @@ class Work:
     def __call__(self, images: Iterator[RawImage]) -> Iterator[Chunk]:
         max_parallel_batches = self.worker.max_parallel_batches
         with _numpy_threads(self.cores // max_parallel_batches) if max_parallel_batches > 1 else nullcontext():
-            batches = answered(self.worker, images, lambda image: image, self.cores)
+            batches = map_batches(self.worker, images, lambda image: image, self.cores)
             yield from gathered(Chunk(columns or {}, bad) for _, columns, bad in batches)
 
 

@@ -17,7 +17,7 @@ from seewhy.core.progress import LOG
 from seewhy.curation.grouping import MANY
 from seewhy.data.listing import list_data
 from seewhy.data.remote import is_address
-from seewhy.data.verify import FACTS, Checked, record_checked
+from seewhy.data.verify import CHECK_FIELDS, ImageCheck, record_checks
 from seewhy.errors import ConfigError, OutputError
 from seewhy.inference.batch_runner import Backend, Request
 from seewhy.inference.result_store import Chunk, ChunkResult, Store
@@ -28,7 +28,7 @@ from seewhy.models.feature_store import FeatureStore, KnownKeys, as_keys
 from seewhy.models.features import EMBEDDER, feature_shape, row_key, store_name
 from seewhy.version import __version__
 
-KEPT: dict[str, type] = {"path": str, **FACTS}  # of an image, beside its features
+KEPT: dict[str, type] = {"path": str, **CHECK_FIELDS}  # of an image, beside its features
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def _keep(outcome: ChunkResult, source: Source, store: FeatureStore, known: Know
             store.append(iter([(missing, rows)]))
             known.add(as_keys(missing))
     if not is_address(source.places[0]):
-        checked = [Checked(*values) for values in zip(*(columns[name] for name in FACTS), strict=True)]
-        record_checked([Path(name) for name in columns["path"]], checked)
+        checked = [ImageCheck(*values) for values in zip(*(columns[name] for name in CHECK_FIELDS), strict=True)]
+        record_checks([Path(name) for name in columns["path"]], checked)
     return len(missing) if new else 0
 
 

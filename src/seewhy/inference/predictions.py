@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seewhy.core.files import atomic_write, escape_formula, escape_formula_path
-from seewhy.core.parallel import Worker, answered
+from seewhy.core.parallel import Worker, map_batches
 from seewhy.core.progress import progress
 from seewhy.data.decode import read_or_reason
 from seewhy.errors import ImageError, OutputError
@@ -184,7 +184,7 @@ def answer_files(
     nothing = Predictions((), np.empty((0, len(classes))), classes, np.zeros(0, dtype=bool))
     asked = Worker(worker.prepare, answer, worker.max_parallel_batches, worker.batch)
     with progress("predicting", len(paths)) as advance:
-        for names, found, left_out in answered(asked, paths, lambda path: (str(path), read_or_reason(path)), threads):
+        for names, found, left_out in map_batches(asked, paths, lambda path: (str(path), read_or_reason(path)), threads):
             kept += len(names)
             bad += left_out
             if skip_bad or not bad:

@@ -18,7 +18,7 @@ from typing import Any
 from seewhy import errors
 from seewhy.core.process_state import environment, quiet
 from seewhy.core.progress import LOG, progress
-from seewhy.data.remote import shown
+from seewhy.data.remote import without_options
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, require
 from seewhy.inference.batch_runner import Backend, Request, Work, asked_files, make_worker, results_of, run_local
 from seewhy.inference.result_store import Chunk, ChunkResult
@@ -101,7 +101,7 @@ def _text(source: Source) -> str:
 
 def _named(source: Source) -> str:
     more = len(source.places) - 1
-    return shown(source.places[0]) + (f" and {more:,} more {'file' if more == 1 else 'files'}" if more else "")
+    return without_options(source.places[0]) + (f" and {more:,} more {'file' if more == 1 else 'files'}" if more else "")
 
 
 def _refusal(error: SeewhyError) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from seewhy.core.files import locked
 from seewhy.core.parallel import Bad
-from seewhy.data.remote import inside, is_address, names_in, open_file, remove_file, shown, write_whole
+from seewhy.data.remote import is_address, join_path, list_names, open_file, remove_file, without_options, write_atomic
 from seewhy.errors import OutputError
 from seewhy.inference.predictions import WRITERS, Columns, check_table, open_table, unreadable_error
 from seewhy.inference.work_units import RECORD
@@ -135,18 +135,18 @@ class Store:
 
     def open(self, own: bool) -> None:
         """Read what is there. own: whether parts of another request may be thrown away; else OutputError."""
-        names = names_in(self.place)
+        names = list_names(self.place)
         known: Any = None
         if RECORD in names:
-            with suppress(ValueError), open_file(inside(self.place, RECORD)) as file:
+            with suppress(ValueError), open_file(join_path(self.place, RECORD)) as file:
                 known = json.loads(file.read())
         if known != self.request:
             if own:
                 shutil.rmtree(self.place, ignore_errors=True)
             elif names:
                 what = "answers to another request" if known else "other files"
-                raise OutputError(f"{shown(self.place)}: holds {what}; choose another --out, or remove it")
-            write_whole(inside(self.place, RECORD), json.dumps(self.request).encode())
+                raise OutputError(f"{without_options(self.place)}: holds {what}; choose another --out, or remove it")
+            write_atomic(join_path(self.place, RECORD), json.dumps(self.request).encode())
             return
         counts: dict[str, set[int]] = {}
         ends: dict[str, int] = {}
@@ -160,7 +160,7 @@ class Store:
 
     def add(self, key: str, outcome: ChunkResult) -> None:
         """Keep a piece; the same one again takes its own place."""
-        write_whole(self._part(key, outcome.number, outcome.last), encode(outcome.piece, self.types, self.suffix))
+        write_atomic(self._part(key, outcome.number, outcome.last), encode(outcome.piece, self.types, self.suffix))
         if outcome.last:
             self.finished[key] = outcome.number + 1
 
@@ -175,9 +175,9 @@ class Store:
     def drop_others(self, keys: Sequence[str]) -> None:
         """Remove parts that no longer belong to what was asked for."""
         wanted = set(self._parts(keys))
-        for name in names_in(self.place):
-            if PART.fullmatch(name) and inside(self.place, name) not in wanted:
-                remove_file(inside(self.place, name))
+        for name in list_names(self.place):
+            if PART.fullmatch(name) and join_path(self.place, name) not in wanted:
+                remove_file(join_path(self.place, name))
 
     def _parts(self, keys: Sequence[str]) -> Iterator[str]:
         for key in keys:
@@ -185,7 +185,7 @@ class Store:
                 yield self._part(key, number, number == self.finished[key] - 1)
 
     def _part(self, key: str, number: int, last: bool) -> str:
-        return inside(self.place, f"part-{key}-{number:05d}{'-last' if last else ''}{self.suffix}")
+        return join_path(self.place, f"part-{key}-{number:05d}{'-last' if last else ''}{self.suffix}")
 
 
 # ---------------------------------------------------------------- what becomes of the parts
@@ -198,7 +198,7 @@ def is_folder(out: str) -> bool:
 
 def errors_path(out: str) -> str:
     """Where the images that were left out are listed: preds.csv -> preds.bad.csv; in a folder, ERRORS_TABLE."""
-    return inside(out, ERRORS_TABLE) if is_folder(out) else str(Path(out).with_suffix(f".bad{Path(out).suffix}"))
+    return join_path(out, ERRORS_TABLE) if is_folder(out) else str(Path(out).with_suffix(f".bad{Path(out).suffix}"))
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def write_results(store: Store, keys: Sequence[str], out: str, skip_bad: bool) -
     if bad and (not skip_bad or not rows):
         if not rows:
             store.finished.clear()
-        raise unreadable_error(first, rows + bad, rows, bad, shown(place))
+        raise unreadable_error(first, rows + bad, rows, bad, without_options(place))
     if is_folder(out):
         store.drop_others(keys)
         return rows, bad
@@ -272,7 +272,7 @@ def _errors_table(place: str) -> Iterator[Any]:
     file = io.BytesIO()
     with WRITERS[".parquet"](file) as write:
         yield write
-    write_whole(place, file.getvalue())
+    write_atomic(place, file.getvalue())
 
 
 def keys_of(sources: Sequence[str]) -> list[str]:

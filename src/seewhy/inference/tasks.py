@@ -17,7 +17,7 @@ from PIL import Image
 from seewhy.config import TrainConfig
 from seewhy.core.parallel import BATCH, Worker
 from seewhy.data.decode import decode
-from seewhy.data.verify import FACTS, Checked, check_bytes
+from seewhy.data.verify import CHECK_FIELDS, ImageCheck, check_bytes
 from seewhy.errors import RunError
 from seewhy.evaluation.metrics import softmax
 from seewhy.explain.attribution import FeatureMaps, maps_of_features
@@ -146,7 +146,7 @@ def frozen_part(config: TrainConfig, classes: int) -> tuple[Backbone, TrunkTail]
 
 
 def _features(asked: Path, options: dict[str, Any], images: int) -> Worker[Columns]:
-    """options: config (of train, as JSON), classes, views, runtime. Columns path, views (all in a row of bytes), and those of Checked.
+    """options: config (of train, as JSON), classes, views, runtime. Columns path, views (all in a row of bytes), and those of ImageCheck.
 
     Images that cannot be used have a row too, with the reason and no views: the record of checked files wants them.
     """
@@ -159,20 +159,20 @@ def _features(asked: Path, options: dict[str, Any], images: int) -> Worker[Colum
     if options["runtime"] == "onnx":  # PyTorch's bits depend on the batch
         forward, _ = _settled(forward, preprocessing.size, images)
 
-    def prepare(data: bytes) -> tuple[Checked, list[npt.NDArray[np.uint8]]]:
+    def prepare(data: bytes) -> tuple[ImageCheck, list[npt.NDArray[np.uint8]]]:
         checked = check_bytes(data)
         if checked.problem:
             return checked, []
         image = decode(data, preprocessing.min_decode_side)
         return checked, [render_view(image, view, checked.sha256, preprocessing) for view in views]
 
-    def answer(names: list[str], found: list[tuple[Checked, list[npt.NDArray[np.uint8]]]]) -> Columns:
+    def answer(names: list[str], found: list[tuple[ImageCheck, list[npt.NDArray[np.uint8]]]]) -> Columns:
         squares = [square for _, each in found for square in each]
         features = rounded(batch_invariant(forward, np.stack(squares)), dtype) if squares else np.empty(0, dtype)
         rows = iter(features)
         kept = [b"".join(next(rows).tobytes() for _ in each) for _, each in found]
         columns: Columns = {"path": names, "views": kept}
-        for name in FACTS:
+        for name in CHECK_FIELDS:
             columns[name] = [getattr(checked, name) for checked, _ in found]
         return columns
 

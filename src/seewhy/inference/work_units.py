@@ -13,8 +13,8 @@ from pathlib import Path
 
 from seewhy.core.retry import DENIED, permanent_failure, with_retries
 from seewhy.data.decode import read_bytes
-from seewhy.data.listing import check_name, find_images, mixed, shards_or_images
-from seewhy.data.remote import Found, is_address, list_files, open_file, read_file, shown
+from seewhy.data.listing import check_name, find_images, mixed_folder_error, shards_or_images
+from seewhy.data.remote import FileInfo, is_address, list_files, open_file, read_file, without_options
 from seewhy.data.shard_index import IMAGES, MAX_BYTES
 from seewhy.data.shards import COMPRESSED, SUFFIXES, is_shard, shard_of, stream
 from seewhy.errors import DataError, StorageUnavailableError
@@ -44,15 +44,15 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     Raises DataError where something is missing, cannot be reached or holds no images.
     """
     found: list[Source] = []
-    files: list[Found] = []
+    files: list[FileInfo] = []
     seen: set[str] = set()
     for item in map(str, inputs):
         for file in _addressed(item) if is_address(item) else _local(item):
-            if file.place in seen:
+            if file.path in seen:
                 continue
             if len(inputs) > 1:  # one alone names nothing twice
-                seen.add(file.place)
-            kind = _kind(file.place)
+                seen.add(file.path)
+            kind = _kind(file.path)
             if kind == "files":
                 files.append(file)
                 if len(files) == BLOCK:
@@ -78,10 +78,10 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
     return found + [_source("files", [_found(path) for path in plain[n : n + BLOCK]]) for n in range(0, len(plain), BLOCK)]
 
 
-def _source(kind: str, files: Sequence[Found]) -> Source:
-    text = "".join(f"{file.place}|{file.size}|{file.changed}\n" for file in files)
+def _source(kind: str, files: Sequence[FileInfo]) -> Source:
+    text = "".join(f"{file.path}|{file.size}|{file.mtime_ns}\n" for file in files)
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
-    return Source(kind, [file.place for file in files], os.getcwd(), key)
+    return Source(kind, [file.path for file in files], os.getcwd(), key)
 
 
 def _kind(place: str) -> str:
@@ -91,7 +91,7 @@ def _kind(place: str) -> str:
     return "files"
 
 
-def _local(item: str) -> Iterable[Found]:
+def _local(item: str) -> Iterable[FileInfo]:
     path = Path(item)
     if is_shard(path):
         return [_found(path)]
@@ -108,17 +108,17 @@ def _local(item: str) -> Iterable[Found]:
     return map(_found, map(Path, matches))
 
 
-def _found(path: Path) -> Found:
+def _found(path: Path) -> FileInfo:
     """A file as it is now; a link that leads nowhere is an image that cannot be read, which reading it will say."""
     inner = shard_of(path)
     try:
         stat = (inner[0] if inner else path).stat()
     except OSError:
-        return Found(str(path), 0, 0)
-    return Found(str(path), stat.st_size, stat.st_mtime_ns)
+        return FileInfo(str(path), 0, 0)
+    return FileInfo(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def _addressed(item: str) -> list[Found]:
+def _addressed(item: str) -> list[FileInfo]:
     head, _, options = item.partition("?")
     if head.lower().endswith(COMPRESSED):
         raise DataError(f"{item}: compressed, so that no image can be reached without all before it; store it as plain tar")
@@ -126,25 +126,26 @@ def _addressed(item: str) -> list[Found]:
         fixed = re.split(r"[*\[]", head, maxsplit=1)[0].rpartition("/")[0]
         pattern = head + (f"?{options}" if options else "")
         known = list_files(fixed + (f"?{options}" if options else ""))
-        found = [file for file in known if fnmatch.fnmatchcase(file.place, pattern.replace("?", "[?]"))]
+        found = [file for file in known if fnmatch.fnmatchcase(file.path, pattern.replace("?", "[?]"))]
         if not found:
             raise DataError(f"{item}: no file there fits the pattern")
         return found
     listed = list_files(item)
-    if len(listed) == 1 and listed[0].place == item:
+    if len(listed) == 1 and listed[0].path == item:
         return listed
-    answers = {_folder(file) for file in listed if shown(file.place).endswith(f"/{RECORD}")}
-    plain = [file for file in listed if Path(shown(file.place)).suffix.lower() in IMAGES]
-    shards = [file for file in listed if _kind(file.place) != "files" and _folder(file) not in answers]
+    answers = {_folder(file) for file in listed if without_options(file.path).endswith(f"/{RECORD}")}
+    plain = [file for file in listed if Path(without_options(file.path)).suffix.lower() in IMAGES]
+    shards = [file for file in listed if _kind(file.path) != "files" and _folder(file) not in answers]
     if plain and shards:
-        raise mixed(shown(item), *(shown(files[0].place).removeprefix(shown(item)).lstrip("/") for files in (shards, plain)))
+        folder = without_options(item)
+        raise mixed_folder_error(folder, *(without_options(f[0].path).removeprefix(folder).lstrip("/") for f in (shards, plain)))
     if not plain and not shards:
-        raise DataError(f"{shown(item)}: no images in this folder")
+        raise DataError(f"{without_options(item)}: no images in this folder")
     return plain or shards
 
 
-def _folder(file: Found) -> str:
-    return shown(file.place).rpartition("/")[0]
+def _folder(file: FileInfo) -> str:
+    return without_options(file.path).rpartition("/")[0]
 
 
 def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
@@ -157,7 +158,7 @@ def read_source(source: Source) -> Iterator[tuple[str, bytes | str]]:
         yield from _plain(source)
         return
     (place,) = source.places
-    name = shown(place)
+    name = without_options(place)
     whole = place if is_address(place) else os.path.join(source.root, place)
     with open_file(whole, AHEAD if source.kind == "tar" else 0) as file:
         try:
@@ -176,11 +177,11 @@ def _plain(source: Source) -> Iterator[tuple[str, bytes | str]]:
             denied += 1
             if (read and _content(read, source.root) == DENIED) or denied == len(source.places) > 1:
                 raise StorageUnavailableError(
-                    f"{shown(place)}: {DENIED}, as for others beside it; renew your credentials, and the same command goes on"
+                    f"{without_options(place)}: {DENIED}, as for others beside it; renew your credentials, and the same command goes on"
                 )
         elif isinstance(content, bytes):
             read = place
-        yield shown(place), content
+        yield without_options(place), content
 
 
 def _content(place: str, root: str) -> bytes | str:

@@ -21,7 +21,7 @@ from seewhy.curation.near_duplicates import label_groups, near_pairs
 from seewhy.curation.split import PARTS, Split, read_split, split_images
 from seewhy.data.image_set import ImageSet, open_images
 from seewhy.data.listing import find_caltech101
-from seewhy.data.verify import RECORD
+from seewhy.data.verify import DATABASE
 from seewhy.errors import DataError
 from seewhy.models.backbones import Backbone, check_request, create_backbone
 from seewhy.models.features import feature_shape, square_of
@@ -96,8 +96,8 @@ def _throwaway_cache() -> Iterator[None]:
     """Point $SEEWHY_CACHE at a temporary folder that has what the real one knows of images; the real one is not even made."""
     real, before = cache_path(), os.environ.get("SEEWHY_CACHE")
     with tempfile.TemporaryDirectory() as folder:
-        if (real / RECORD).is_file():
-            shutil.copy(real / RECORD, folder)
+        if (real / DATABASE).is_file():
+            shutil.copy(real / DATABASE, folder)
         if (real / "scenes").is_dir():
             Path(folder, "scenes").symlink_to((real / "scenes").absolute())
         os.environ["SEEWHY_CACHE"] = folder

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import Timeout
 
 from seewhy.config import TrainConfig, dump_config
-from seewhy.core.files import atomic_write, claim, remove_tree, write_json
+from seewhy.core.files import acquire_lock, atomic_write, remove_tree, write_json
 from seewhy.data.listing import DATASETS
 from seewhy.errors import OutputError, RunError, SeewhyError
 
@@ -61,7 +61,7 @@ def acquire_work_dir(places: RunPaths, config: TrainConfig, resume: bool, named_
     """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
     while True:
         try:
-            let_go = claim(places.target, "choose another place with --out")
+            let_go = acquire_lock(places.target, "choose another place with --out")
             if not _taken(places.target):
                 break
             let_go()
