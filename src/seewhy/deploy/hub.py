@@ -17,14 +17,14 @@ import torch
 
 from seewhy.core.files import atomic_folder, locked, write_json
 from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError, reason_of
-from seewhy.models.manifest import MOST_BYTES, read_manifest
+from seewhy.models.manifest import MAX_BYTES, read_manifest
 from seewhy.models.saved_run import SavedRun, load
 from seewhy.models.weights import read_weights
 
 GB = 10**9
 # What is shared of a run, and the most bytes that are taken of each. Not: what it has told whom (log.txt, tensorboard/, mlflow.json) and
 # exported files, which `seewhy export` makes again.
-NEEDED = {"run.json": MOST_BYTES, "model.safetensors": 20 * GB}
+NEEDED = {"run.json": MAX_BYTES, "model.safetensors": 20 * GB}
 FILES = {
     **NEEDED,
     "ood_reference.safetensors": GB,
