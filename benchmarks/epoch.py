@@ -85,20 +85,21 @@ def synthetic_epoch(count: int, name: str = "resnet18", memory_format: torch.mem
 def cached_epochs(images: Any, indices: Any, epochs: int) -> list[float]:
     """Seconds of each epoch of seewhy's fit."""
     from seewhy.config import make_config
+    from seewhy.curation.split import split_images
     from seewhy.models.backbones import create_backbone
     from seewhy.models.features import Features, extract_features
     from seewhy.models.trunk_tail import split_backbone
     from seewhy.training.fit import fit
-    from seewhy.training.loaders import CachedViews, TrainingData
+    from seewhy.training.loaders import CachedViews, TrainingContext, TrainingData
 
     config = make_config(data=images.name, backbone="resnet18", weights="none", epochs=epochs, patience=epochs).resolved()
     backbone = create_backbone("resnet18", CLASSES, "none")
-    cut = split_backbone(backbone, 1)
-    features = extract_features(images, indices, 2, cut, backbone.preprocessing)
+    context = TrainingContext(images, split_images(images), backbone, split_backbone(backbone, 1), config)
+    features = extract_features(images, indices, 2, context.cut, backbone.preprocessing)
     train = CachedViews(features, images.labels[indices])
     val = CachedViews(Features(features.store, features.rows[:BATCH, :1], 0), images.labels[indices][:BATCH])
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(backbone, cut, TrainingData(train, val, images.labels[indices], CLASSES), config, Path(folder))
+        fitted = fit(context, TrainingData(train, val, images.labels[indices], CLASSES), Path(folder))
     return [row["seconds"] for row in fitted.history]
 
 

@@ -75,10 +75,10 @@ def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) 
     kept, out = without_classes(images, held_out)
     split = split_images(kept, seed=seed)
     config = make_config(data=kept.name, backbone="efficientnet_lite0", unfreeze=0, seed=seed).resolved()
-    _, cut, _ = fit_candidate(kept, split, config)
+    context, _ = fit_candidate(kept, split, config)
     vectors = {"train": embed(kept, split.train), "known": embed(kept, split.test), "held-out classes": embed(images, out)}
     vectors |= {name: embed(found) for name, found in others.items()}
-    logits = {name: tail_logits(cut.tail, found, np.arange(len(found))) for name, found in vectors.items()}
+    logits = {name: tail_logits(context.cut.tail, found, np.arange(len(found))) for name, found in vectors.items()}
     known = Known(vectors["train"], logits["train"], kept.labels[split.train])
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name, fit in SCORES.items():

@@ -11,7 +11,7 @@ from scipy.linalg import eigh
 from scipy.special import logsumexp
 from sklearn.covariance import ledoit_wolf
 
-from seewhy.models.ood import Array, Score, fit_reference
+from seewhy.models.ood import Array, fit_reference, sample_references
 
 RESIDUAL_SHARE = 0.5  # of the dimensions, the ones in which training features vary least (ViM)
 
@@ -25,6 +25,7 @@ class Known:
     labels: npt.NDArray[np.int64]
 
 
+Score = npt.NDArray[np.float64]
 Measure = Callable[[Array, Array], Score]  # (vectors (M, K), logits (M, C)) -> (M,)
 
 
@@ -74,7 +75,7 @@ def relative_mahalanobis(known: Known) -> Measure:
 
 def nearest_neighbours(known: Known) -> Measure:
     """Cosine distance to the third nearest of a sample of the training images: what runs use."""
-    reference = fit_reference(known.vectors)
+    reference = fit_reference(known.vectors[sample_references(np.arange(len(known.vectors)), seed=0)])
     return lambda vectors, logits: reference.ood_score(vectors)
 
 

@@ -24,9 +24,7 @@ from seewhy.config import make_config, parse_settings
 from seewhy.curation.split import split_images
 from seewhy.data.image_set import ImageSet, open_images
 from seewhy.evaluation.evaluate import evaluate_part
-from seewhy.models.backbones import create_backbone
-from seewhy.models.trunk_tail import split_backbone
-from seewhy.training.loaders import make_loader, training_data
+from seewhy.training.loaders import TrainingContext, make_loader, training_data
 from seewhy.training.module import FitModule
 from seewhy.training.search import fit_candidate
 
@@ -35,9 +33,9 @@ def trial(images: ImageSet, options: dict[str, Any], seed: int) -> dict[str, flo
     """Trains one variant; validation accuracy of the plain view, and averaged with the mirrored one."""
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
-    backbone, cut, fitted = fit_candidate(images, split, config)
+    context, fitted = fit_candidate(images, split, config)
     ways = [config.model_copy(update={"tta_flip": flip}) for flip in (False, True)]
-    plain, both = (evaluate_part(images, split.val, "val", backbone, cut, way).metrics["accuracy"] for way in ways)
+    plain, both = (evaluate_part(images, split.val, "val", context.backbone, context.cut, way).metrics["accuracy"] for way in ways)
     return {
         "val_accuracy": plain,
         "val_accuracy_flip": both,
@@ -54,11 +52,10 @@ def suggested_lr(images: ImageSet, options: dict[str, Any], seed: int) -> float:
 
     config = make_config(data=images.name, seed=seed, val_fraction=0.2, **options).resolved()
     split = split_images(images, config.protocol, seed, config.val_fraction, config.test_fraction)
-    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = split_backbone(backbone, config.unfreeze)
-    train_data = training_data(images, split, backbone, cut, config).train
+    context = TrainingContext.create(images, split, config)
+    train_data = training_data(context).train
     loader = make_loader(train_data, int(config.batch_size or 32), config.seed, config.workers)
-    module = FitModule(backbone, cut, config, len(images.classes), None, len(loader))
+    module = FitModule(context.backbone, context.cut, config, len(images.classes), None, len(loader))
     module.lr = 0.0  # type: ignore[assignment]  # the tuner asks for the attribute; its rates go to the optimiser directly
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -147,7 +147,7 @@ def test_a_full_cache_loses_nothing(
 ) -> None:
     monkeypatch.setenv("SEEWHY_CACHE", str(small_disk("1m") / "cache"))
     # 46 views of 25,600 bytes do not fit
-    with pytest.raises(OutputError, match=r"features cannot be kept \(No space left on device\); free some space or set SEEWHY_CACHE"):
+    with pytest.raises(OutputError, match=r"cannot write features \(No space left on device\); free some space or set SEEWHY_CACHE"):
         seewhy.train(folder, out=tmp_path / "run", group_by="exact", **SMALL)
     assert not (tmp_path / "run").exists()
     assert list(tmp_path.glob(".run*")) == []

@@ -99,8 +99,8 @@ def change(copied: Path, *place: str, value: Any) -> None:
         (("classes",), {"a": 1}, "classes"),
         (("calibration", "temperature"), 0, "calibration.temperature"),
         (("calibration", "temperature"), float("inf"), "calibration.temperature"),
-        (("ood", "threshold"), "high", "unknowns.threshold"),
-        (("metrics",), {}, "lacks the test part"),
+        (("ood", "threshold"), "high", "ood.threshold"),
+        (("metrics",), {}, "metrics.test: "),
         (("metrics", "test", "accuracy"), 7, "metrics.test.accuracy"),
         (("config", "unfreeze"), -3, "unfreeze"),
         (("config", "data"), ["x"], "data"),
@@ -119,15 +119,15 @@ def test_deep_and_large_records(copied: Path, monkeypatch: pytest.MonkeyPatch) -
     (copied / "run.json").write_text('{"format": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(RunError, match=r"damaged|run format"):
         load(copied)
-    monkeypatch.setattr("seewhy.models.manifest.MOST_BYTES", 1000)
-    with pytest.raises(RunError, match="more than a record of a run can need"):
+    monkeypatch.setattr("seewhy.models.manifest.MAX_BYTES", 1000)
+    with pytest.raises(RunError, match=r"is too large for a run\.json"):
         load(copied)
 
 
 @pytest.mark.parametrize(
     ("file", "spoil", "words"),
     [
-        ("model.safetensors", lambda s: {k: np.full_like(v, np.nan) for k, v in s.items()}, "no numbers"),
+        ("model.safetensors", lambda s: {k: np.full_like(v, np.nan) for k, v in s.items()}, "not finite"),
         ("model.safetensors", lambda s: {k: v[:1] for k, v in s.items() if v.ndim}, "differ"),
         ("ood_reference.safetensors", lambda s: {"centre": s["centre"][:-1], "unit_features": s["unit_features"]}, "other lengths"),
         ("ood_reference.safetensors", lambda s: {"centre": s["centre"]}, "other lengths"),

@@ -18,7 +18,7 @@ from seewhy.data.decode import read_image
 from seewhy.deploy import onnx_export
 from seewhy.errors import ConfigError
 from seewhy.explain.attribution import feature_maps, maps_of_features
-from seewhy.models.features import square_of
+from seewhy.models.features import load_pixels
 from seewhy.models.transforms import Preprocessing
 
 
@@ -40,7 +40,7 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
     assert names == ["logits", "probabilities", "ood_score", "heatmaps", "network_input"]
     found = dict(zip(names, session.run(None, {"images": np.asarray(read_image(demo_images[0]))[None]}), strict=True))
     squares, preprocessing = found["network_input"], run.backbone.preprocessing
-    np.testing.assert_array_equal(squares[0], square_of(demo_images[0], preprocessing).transpose(2, 0, 1))
+    np.testing.assert_array_equal(squares[0], load_pixels(demo_images[0], preprocessing).transpose(2, 0, 1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)

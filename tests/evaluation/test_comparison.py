@@ -75,7 +75,7 @@ def test_repeats_are_other_splits_and_can_be_resumed(make_folder: Callable[..., 
 
 def test_repeats_of_one_split_are_refused(tmp_path: Path) -> None:
     config = make_config(data="scenes", split_from=str(tmp_path))
-    with pytest.raises(ConfigError, match="--split-from gives one"):
+    with pytest.raises(ConfigError, match="--split-from reads one"):
         repeat(config, 2, tmp_path / "x")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="exists already"):

@@ -306,7 +306,7 @@ def test_features_leave_nothing_for_train_to_compute(
     from seewhy.data import verify
     from seewhy.data.image_set import open_images
     from seewhy.models import features
-    from seewhy.training.loaders import training_data
+    from seewhy.training.loaders import TrainingContext, training_data
 
     data = make_folder({"cat": 12, "dog": 12})
     options = ["--backbone", "efficientnet_lite0", "--unfreeze", "0", "--set", "size=64", "--json"]
@@ -324,7 +324,7 @@ def test_features_leave_nothing_for_train_to_compute(
     found = open_images(str(data))
     assert group_images(found) is not None
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
-    training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)  # all that `train` extracts
+    training_data(TrainingContext.create(found, split_images(found, "ratio", 0), config))  # all that `train` extracts
     assert run_guarded(lambda: call(["audit", str(data), "--backend", "local", "--out", str(tmp_path / "audit"), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
     assert run_guarded(lambda: call(["precompute", str(data), "--unfreeze", "all"])) == 2
@@ -352,7 +352,7 @@ def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkey
     from seewhy.curation.split import split_images
     from seewhy.data.image_set import open_images
     from seewhy.models import features
-    from seewhy.training.loaders import training_data
+    from seewhy.training.loaders import TrainingContext, training_data
 
     copy = write_tar(tmp_path / "a.tar", jpegs(20))
     fsspec.filesystem("memory").pipe("/far/a.tar", copy.read_bytes())
@@ -361,7 +361,7 @@ def test_features_of_an_address_serve_a_copy(cache: Path, tmp_path: Path, monkey
     monkeypatch.setattr(features, "_compute", lambda *given: pytest.fail("computed again"))
     config = make_config(data=str(copy), backbone="efficientnet_lite0", unfreeze=0, size=64, runtime="onnx").resolved()
     found = open_images(str(copy))
-    training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)
+    training_data(TrainingContext.create(found, split_images(found, "ratio", 0), config))
 
 
 # ---------------------------------------------------------------- on Ray
@@ -454,7 +454,7 @@ def test_features_and_audit_on_ray_are_the_local_ones(
     from seewhy.curation.split import split_images
     from seewhy.data import image_set
     from seewhy.models import features
-    from seewhy.training.loaders import training_data
+    from seewhy.training.loaders import TrainingContext, training_data
 
     data = tmp_path / "data"  # a spoiled image, and one that stands in both files
     contents = jpegs(60)
@@ -480,7 +480,7 @@ def test_features_and_audit_on_ray_are_the_local_ones(
     monkeypatch.setattr(verify, "check_file", refused)
     found = image_set.open_images(str(data), skip_bad=True)
     config = make_config(data=str(data), backbone="efficientnet_lite0", unfreeze=0, size=64).resolved()
-    training_data(found, split_images(found, "ratio", 0), *tasks.frozen_part(config, 2), config)  # all that `train` extracts
+    training_data(TrainingContext.create(found, split_images(found, "ratio", 0), config))  # all that `train` extracts
     told.append(answered([*plain, *on_ray, "--out", str(folders[1])], capsys))
     assert {**told[0], "audit": ""} == {**told[1], "audit": ""}
     assert told[0]["pairs"]["exact"] == 1

@@ -25,7 +25,7 @@ from tests.cheap_run import normalised
 TINY = Preprocessing(16, (0.5, 0.25, 0.5), (0.5, 0.5, 0.25), "bilinear", 1.0)
 
 
-def squares(n: int, size: int) -> np.ndarray:
+def pixels(n: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
 
 
@@ -40,7 +40,7 @@ def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
     backbone = create_backbone(name, 5, weights="none")
     cut = split_backbone(backbone, unfreeze)
     preprocessing = replace(backbone.preprocessing, size=64)
-    images = squares(3, 64)
+    images = pixels(3, 64)
     with torch.no_grad():
         expected = cut.trunk(torch.from_numpy(normalised(images, preprocessing))).numpy()
     found = make_executor(cut.trunk, preprocessing, 3, "onnx")
@@ -51,8 +51,8 @@ def test_onnx_agrees_with_eager_torch(name: str, unfreeze: int) -> None:
     assert np.abs(make_executor(cut.trunk, preprocessing, 3, "torch")(images) - expected).max() < 1e-4 * scale
 
 
-def normalisation(squares: np.ndarray, preprocessing: Preprocessing = TINY) -> np.ndarray:
-    return NormalizeInput(nn.Identity(), preprocessing)(torch.from_numpy(squares)).numpy()
+def normalisation(pixels: np.ndarray, preprocessing: Preprocessing = TINY) -> np.ndarray:
+    return NormalizeInput(nn.Identity(), preprocessing)(torch.from_numpy(pixels)).numpy()
 
 
 def all_grey_levels() -> np.ndarray:
@@ -75,9 +75,9 @@ def test_normalisation_is_torchvisions() -> None:
 
 
 def test_normalisation_of_black_and_white() -> None:
-    squares = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, axis=3)
+    pixels = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, axis=3)
     half = replace(TINY, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    assert normalisation(squares, half).tolist() == [[[[-1.0, 1.0]]] * 3]
+    assert normalisation(pixels, half).tolist() == [[[[-1.0, 1.0]]] * 3]
 
 
 @pytest.mark.parametrize(("images", "cuda", "expected"), [(399, False, "torch"), (400, False, "onnx"), (10_000, True, "torch")])
@@ -92,14 +92,14 @@ def test_auto_takes_onnx_for_many_images_on_a_cpu(
 
 
 def test_an_export_is_kept_and_taken_by_auto(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = make_executor(small_network(), TINY, 1, "onnx")(squares(2, 16))
+    first = make_executor(small_network(), TINY, 1, "onnx")(pixels(2, 16))
     assert len(list((cache / "executors").iterdir())) == 1
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("exported again")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    np.testing.assert_array_equal(make_executor(small_network(), TINY, 1, "auto")(squares(2, 16)), first)
+    np.testing.assert_array_equal(make_executor(small_network(), TINY, 1, "auto")(pixels(2, 16)), first)
 
 
 class Hidden(nn.Module):
@@ -118,27 +118,27 @@ def test_other_weights_structure_or_preprocessing_are_other_exports(cache: Path)
     networks = [small_network(), small_network(1), nn.Sequential(small_network(), nn.Flatten()), cut_pooled, cut_map]
     networks += [Hidden(torch.relu), Hidden(torch.tanh)]  # the same tensors and repr
     networks += [create_backbone("resnet18", 5, "none").model, FeatureMaps(create_backbone("resnet18", 5, "none").model)]
-    places = {executors._export_place(NormalizeInput(network, TINY), 16) for network in networks}
-    places |= {executors._export_place(NormalizeInput(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}
-    places |= {executors._export_place(NormalizeInput(small_network(), TINY), 32)}
+    places = {executors._export_file(NormalizeInput(network, TINY), 16) for network in networks}
+    places |= {executors._export_file(NormalizeInput(small_network(), replace(TINY, mean=(0.1, 0.2, 0.3))), 16)}
+    places |= {executors._export_file(NormalizeInput(small_network(), TINY), 32)}
     assert len(places) == len(networks) + 2
 
 
 def test_an_export_that_cannot_be_kept_is_used_all_the_same(cache: Path) -> None:
     cache.mkdir()
     (cache / "executors").write_text("a file where the folder should be")
-    found = make_executor(small_network(), TINY, 1, "onnx")(squares(2, 16))
-    np.testing.assert_allclose(found, make_executor(small_network(), TINY, 1, "torch")(squares(2, 16)), atol=1e-5)
+    found = make_executor(small_network(), TINY, 1, "onnx")(pixels(2, 16))
+    np.testing.assert_allclose(found, make_executor(small_network(), TINY, 1, "torch")(pixels(2, 16)), atol=1e-5)
 
 
 def test_many_images_run_side_by_side_to_the_bit_as_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    kept: dict[tuple[str, int], executors.Executor] = {}
-    few, many = (get_executor(kept, small_network(), TINY, n, "onnx") for n in (63, 64))
+    cached: dict[tuple[str, int], executors.Executor] = {}
+    few, many = (get_executor(cached, small_network(), TINY, n, "onnx") for n in (63, 64))
     assert (few.max_parallel_batches, many.max_parallel_batches) == (1, 4)
-    assert get_executor(kept, small_network(), TINY, 1000) is many
-    assert get_executor(kept, small_network(), TINY, 1) is few
-    batches = np.split(squares(96, 16), 12)
+    assert get_executor(cached, small_network(), TINY, 1000) is many
+    assert get_executor(cached, small_network(), TINY, 1) is few
+    batches = np.split(pixels(96, 16), 12)
     found = list(map_ordered(many, batches, many.max_parallel_batches, ahead=many.max_parallel_batches))
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate([many(batch) for batch in batches]))
     np.testing.assert_allclose(np.concatenate(found), few(np.concatenate(batches)), atol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seewhy.models import feature_store as stores
-from seewhy.models.feature_store import FILE_BITS, FeatureStore, KnownKeys, StoredRows, as_keys, beginnings, stored_dtype, take_rows
+from seewhy.models.feature_store import FILE_BITS, FeatureStore, KeyIndex, StoredRows, as_keys, key_prefixes, stored_dtype, take_rows
 from seewhy.models.features import row_key
 
 
@@ -110,74 +110,63 @@ def test_rows_are_found_by_key_in_any_order_and_number(tmp_path: Path) -> None:
 
 
 def test_keys_are_compared_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "KEYS_AT_ONCE", 3)
+    monkeypatch.setattr(stores, "KEY_BLOCK", 3)
     store = FeatureStore(tmp_path, (2,))
     store.append(iter([batch(*range(10))]))
     assert store.find(wanted(*range(12))).tolist() == [*range(10), -1, -1]
 
 
-def test_a_full_file_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "FILE_BYTES", 3 * 8)  # of three rows
-    store = FeatureStore(tmp_path, (2,))
-    store.append(iter([batch(n) for n in range(7)]))
-    store.append(iter([batch(7), batch(8), batch(9)]))
-    assert sorted(file.name for file in tmp_path.glob("rows*")) == ["rows-1.bin", "rows-2.bin", "rows-3.bin", "rows.bin"]
-    rows = store.find(wanted(*range(10)))
-    assert (rows >> FILE_BITS).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-    opened = store.open_rows()
-    assert isinstance(opened, StoredRows)
-    np.testing.assert_array_equal(take_rows(opened, rows[[8, 0, 5]]), [[8, 8.5], [0, 0.5], [5, 5.5]])
-
-
-def test_two_writers_at_a_time_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "FILE_BYTES", 2 * 8)
+def test_two_writers_at_a_time_write_files_of_their_own(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, (2,))
 
     def first() -> Iterator[tuple[list[bytes], np.ndarray]]:
         yield batch(0, 2)
-        store.append(iter([batch(1), batch(3), batch(5)]), writer=1, writers=2)  # in the middle of the other's writing
+        store.append(iter([batch(1), batch(3), batch(5)]), writer=1)  # in the middle of the other's writing
         yield batch(4)
 
-    store.append(first(), writer=0, writers=2)
+    store.append(first(), writer=0)
+    assert sorted(file.name for file in tmp_path.glob("rows*")) == ["rows-1.bin", "rows.bin"]
     rows = store.find(wanted(*range(6)))
-    assert (rows >> FILE_BITS).tolist() == [0, 1, 0, 1, 2, 3]
-    np.testing.assert_array_equal(take_rows(store.open_rows(), rows)[:, 0], range(6))
-    store.append(iter([batch(6)]))  # later alone: into the first of its files with room
-    assert store.find(wanted(6)).tolist() == [(2 << FILE_BITS) + 1]
+    assert (rows >> FILE_BITS).tolist() == [0, 1, 0, 1, 0, 1]
+    opened = store.open_rows()
+    assert isinstance(opened, StoredRows)
+    np.testing.assert_array_equal(take_rows(opened, rows[[5, 0, 4]]), [[5, 5.5], [0, 0.5], [4, 4.5]])
+    store.append(iter([batch(6)]))  # later, by a single process
+    assert store.find(wanted(6)).tolist() == [3]
 
 
-def test_a_writer_that_was_killed_in_a_later_file_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "FILE_BYTES", 2 * 8)
+def test_a_writer_that_was_killed_leaves_the_files_of_the_others(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, (2,))
-    store.append(iter([batch(0, 1), batch(2)]))
+    store.append(iter([batch(0, 1)]))
+    store.append(iter([batch(2)]), writer=1)
     (tmp_path / "keys-1.bin").write_bytes((tmp_path / "keys-1.bin").read_bytes()[:-1])
     assert store.find(wanted(0, 1, 2)).tolist() == [0, 1, -1]
-    store.append(iter([batch(3)]))
+    store.append(iter([batch(3)]), writer=1)
     assert store.find(wanted(2, 3)).tolist() == [-1, 1 << FILE_BITS]
 
 
-@pytest.mark.parametrize(("kept", "bytes_each"), [("auto", 4), ("float16", 2), ("float32", 4)])
-def test_vectors_are_kept_as_asked(tmp_path: Path, kept: str, bytes_each: int) -> None:
-    store = FeatureStore(tmp_path, (2,), kept)
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("auto", 4), ("float16", 2), ("float32", 4)])
+def test_vectors_are_kept_as_asked(tmp_path: Path, dtype: str, bytes_each: int) -> None:
+    store = FeatureStore(tmp_path, (2,), dtype)
     store.append(iter([([row_key("1", 0)], np.array([[1 / 3, 1.0]]))]))
     assert (tmp_path / "rows.bin").stat().st_size == 2 * bytes_each
     taken = take_rows(store.open_rows(), np.array([0]))
     assert taken.dtype == np.float32
-    np.testing.assert_array_equal(taken, [[np.float32(stored_dtype((2,), kept)(1 / 3)), 1.0]])
+    np.testing.assert_array_equal(taken, [[np.float32(stored_dtype((2,), dtype)(1 / 3)), 1.0]])
 
 
 @given(
     stored=st.lists(st.integers(0, 30), max_size=20, unique=True),
-    asked=st.lists(st.integers(0, 30), max_size=40),
+    requested=st.lists(st.integers(0, 30), max_size=40),
     at_once=st.integers(1, 5),
 )
-def test_equal_keys_find_the_same_row(stored: list[int], asked: list[int], at_once: int) -> None:
+def test_equal_keys_find_the_same_row(stored: list[int], requested: list[int], at_once: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "KEYS_AT_ONCE", at_once)
+        patch.setattr(stores, "KEY_BLOCK", at_once)
         store = FeatureStore(Path(folder), (2,))
         if stored:
             store.append(iter([batch(*stored)]))
-        assert store.find(wanted(*asked)).tolist() == [stored.index(n) if n in stored else -1 for n in asked]
+        assert store.find(wanted(*requested)).tolist() == [stored.index(n) if n in stored else -1 for n in requested]
 
 
 @given(st.lists(st.integers(0, 60), max_size=30), st.lists(st.lists(st.integers(0, 60), max_size=8), max_size=6), st.integers(0, 20))
@@ -188,22 +177,22 @@ def test_known_keys_are_those_of_the_files_and_those_that_were_added(first: list
         return as_keys([row_key(str(n), 0)[:30] + bytes(2) for n in numbers])
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "NEW_AT_MOST", at_most)
+        patch.setattr(stores, "MAX_UNSORTED", at_most)
         store = FeatureStore(Path(folder), (1,))
         for n in first:
             store.append(iter([([row_key(str(n), 0)[:30] + bytes(2)], np.array([[n]]))]))
-        known, there = store.known(), set(first)
-        assert len(known.sorted) == len(first)
+        index, there = store.key_index(), set(first)
+        assert len(index.sorted) == len(first)
         for added in later:
             expected = [n not in there for n in added]
-            assert known.lacks(keys(added)).tolist() == expected
-            known.add(keys(added))
+            assert index.missing(keys(added)).tolist() == expected
+            index.add(keys(added))
             there |= set(added)
-        assert known.lacks(keys(list(range(61)))).tolist() == [n not in there for n in range(61)]
+        assert index.missing(keys(list(range(61)))).tolist() == [n not in there for n in range(61)]
 
 
 def test_beginnings_of_keys_and_a_store_without_any(tmp_path: Path) -> None:
     one = (5).to_bytes(8, "little") + bytes(24)
-    assert beginnings(as_keys([one, bytes(31) + b"\1"])).tolist() == [5, 0]
-    assert FeatureStore(tmp_path, (2,)).known().lacks(as_keys([one])).tolist() == [True]
-    assert KnownKeys(np.empty(0, dtype=np.uint64)).lacks(np.empty(0, dtype="S32")).tolist() == []
+    assert key_prefixes(as_keys([one, bytes(31) + b"\1"])).tolist() == [5, 0]
+    assert FeatureStore(tmp_path, (2,)).key_index().missing(as_keys([one])).tolist() == [True]
+    assert KeyIndex(np.empty(0, dtype=np.uint64)).missing(np.empty(0, dtype="S32")).tolist() == []

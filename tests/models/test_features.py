@@ -51,9 +51,9 @@ def tiny_cut(seed: int = 0, scale: float = 1.0) -> TrunkTail:
 
 def expected_features(images: ImageSet, cut: TrunkTail, views: int) -> np.ndarray:
     """(N, V, 4, 2, 2) straight from the images."""
-    squares = [render_view(read_image(p), v, h, TINY) for p, h in zip(images.paths, images.hashes, strict=True) for v in range(views)]
+    pixels = [render_view(read_image(p), v, h, TINY) for p, h in zip(images.paths, images.hashes, strict=True) for v in range(views)]
     with torch.no_grad():
-        found = cut.trunk(torch.from_numpy(normalised(np.stack(squares), TINY))).numpy()
+        found = cut.trunk(torch.from_numpy(normalised(np.stack(pixels), TINY))).numpy()
     return found.astype(np.float16).astype(np.float32).reshape(len(images), views, *found.shape[1:])
 
 
@@ -216,11 +216,11 @@ def test_interruption_keeps_the_finished_batches(images: ImageSet, monkeypatch: 
     def two_batches(*arguments: Any) -> Executor:
         run, done = original(*arguments), []
 
-        def executor(squares: np.ndarray) -> np.ndarray:
-            done.append(len(squares))
+        def executor(pixels: np.ndarray) -> np.ndarray:
+            done.append(len(pixels))
             if len(done) == 3:
                 raise KeyboardInterrupt
-            return run(squares)
+            return run(pixels)
 
         return Executor(executor)
 
@@ -271,11 +271,11 @@ def test_features_that_a_shared_disk_shows_late_are_waited_for(
     monkeypatch.setattr(FeatureStore, "find", find)
     monkeypatch.setattr("time.sleep", slept.append)
     if looks is None:
-        with pytest.raises(OutputError, match="lacks features that another machine has computed"):
+        with pytest.raises(OutputError, match="features of another machine are missing"):
             extract_features(images, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True))
     else:
         assert extract_features(images, ALL, 1, tiny_cut(), TINY, FeatureSpec(distributed=True)).rows.min() == 0
-    assert len(slept) == (features.SHOWN_LATE if looks is None else looks - 1)
+    assert len(slept) == (features.SHARED_DISK_DELAY if looks is None else looks - 1)
 
 
 def test_without_keeping_the_disk_stays_empty(images: ImageSet, cache: Path) -> None:
@@ -378,7 +378,7 @@ def test_jobs_name_each_missing_view_of_each_content_once(contents: list[int], v
     """Images at odd places, of which some have the same content; the contents in `known` have all their views but the last."""
     keys = [row_key(str(content), view) for content in contents for view in range(views)]
     missing = np.array([content not in known or view == views - 1 for content in contents for view in range(views)], dtype=bool)
-    todo = features._firsts(as_keys(keys), missing)
+    todo = features._first_missing(as_keys(keys), missing)
     jobs = list(features._jobs(100 + np.arange(len(contents)), todo, views))
     expected = [
         (100 + n, [view for view in range(views) if missing[n * views + view]])

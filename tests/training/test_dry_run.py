@@ -86,11 +86,11 @@ def test_what_it_says_to_people(folder: Path, capsys: pytest.CaptureFixture[str]
     assert run_guarded(lambda: call(["train", str(folder), *NETWORK, "--unfreeze", "1", "--dry-run"])) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["data      images: 41 images in 3 classes", "          cow 20, ant 11, bee 10"]
-    assert "          1 pairs of near-duplicates by perceptual hash; training looks closer" in lines
+    assert "          1 pairs of near-duplicates by perceptual hash; training compares features too" in lines
     assert f"skipped   {folder}/bee/torn.png (not an image)" in lines
-    assert "          1 images cannot be used; without --skip-bad training stops at them" in lines
+    assert "          1 images are unreadable; without --skip-bad training stops" in lines
     assert any(line.startswith("options   epochs 8, batch_size 32, lr 0.002,") for line in lines)
-    assert any(line.startswith("time      about ") and "timed now in PyTorch on this CPU" in line for line in lines)
+    assert any(line.startswith("time      about ") and "in PyTorch on this CPU" in line for line in lines)
     assert lines[-1] == "run       runs/images-test_resnet.r160_in1k-unfreeze1-seed0 (not written)"
 
 

@@ -24,8 +24,8 @@ from seewhy.models.features import Features, FeatureSpec, extract_features
 from seewhy.models.trunk_tail import TrunkTail, split_backbone
 from seewhy.training import fit as fit_module
 from seewhy.training import module
-from seewhy.training.fit import Fit, fit
-from seewhy.training.loaders import CachedViews, EpochBatches, ImageViews, TrainingData, training_data
+from seewhy.training.fit import FitResult, fit
+from seewhy.training.loaders import CachedViews, EpochBatches, ImageViews, TrainingContext, TrainingData, training_data
 from seewhy.training.module import FitModule, StandardisedLinear, cosine_with_warmup
 
 Setup = tuple[ImageSet, Split, Backbone, TrunkTail]
@@ -74,7 +74,7 @@ def test_batches_are_a_new_permutation_each_epoch_and_repeat_themselves() -> Non
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "steps", "skipped"), [(10, 1, 3, 0), (9, 1, 2, 1), (1, 1, 1, 0), (11, 2, 2, 3), (12, 2, 3, 0), (3, 2, 1, 0)]
+    ("n", "size", "steps", "left_out"), [(10, 1, 3, 0), (9, 1, 2, 1), (1, 1, 1, 0), (11, 2, 2, 3), (12, 2, 3, 0), (3, 2, 1, 0)]
 )
 def test_processes_make_the_steps_of_one(n: int, size: int, steps: int, left_out: int) -> None:
     shares = [list(EpochBatches(n, 4, seed=0, rank=rank, size=size)) for rank in range(size)]
@@ -128,7 +128,7 @@ def setup(make_folder: Callable[..., Path], cache: Path) -> Callable[[int | str]
     return make
 
 
-def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tuple[Fit, dict[str, torch.Tensor]]:
+def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tuple[FitResult, dict[str, torch.Tensor]]:
     images, split, backbone, cut = setup
     values = {"data": "x", "backbone": backbone.name, "epochs": 3, "batch_size": 8, "seed": 1, "workers": 0, "views": 3}
     values |= {"ema_decay": 0.0, **options}
@@ -142,7 +142,8 @@ def run_fit(setup: Setup, folder: Path, cached: bool, **options: object) -> tupl
     else:
         train_data = ImageViews(images, split.train, backbone.preprocessing, config.views, 1, config.augment)
         val_data = ImageViews(images, split.val, backbone.preprocessing, 1, 1, "standard")
-    result = fit(backbone, cut, TrainingData(train_data, val_data, images.labels[split.train], 3), config, folder)
+    data = TrainingData(train_data, val_data, images.labels[split.train], 3)
+    result = fit(TrainingContext(images, split, backbone, cut, config), data, folder)
     return result, {k: v.clone() for k, v in backbone.model.state_dict().items()}
 
 
@@ -223,7 +224,7 @@ def test_resumed_fit_ends_with_the_same_weights(
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(fit_module.ProgressCallback, "on_train_batch_end", stop)
-    with pytest.raises(fit_module.FitInterrupted):
+    with pytest.raises(KeyboardInterrupt):
         run_fit(setup(1), tmp_path / "internal_error", cached=True, **options)
     monkeypatch.setattr(fit_module.ProgressCallback, "on_train_batch_end", original)
     resumed, weights = run_fit(setup(1), tmp_path / "internal_error", cached=True, **options)
@@ -300,8 +301,8 @@ def test_cutmix_of_what_is_no_map_is_refused(setup: Callable[[int], Setup], name
     images, split, _, _ = setup(1)
     backbone = create_backbone(name, 3, "none")
     config = make_config(data="x", backbone=name, unfreeze=1, mixup="cutmix").resolved()
-    with pytest.raises(ConfigError, match=r"^mixup=cutmix cuts pieces of maps, and .* has none behind its trunk; use mixup=mixup"):
-        training_data(images, split, backbone, split_backbone(backbone, 1), config)
+    with pytest.raises(ConfigError, match=r"^mixup=cutmix needs feature maps, which the trunk of .* does not give; use mixup=mixup"):
+        training_data(TrainingContext(images, split, backbone, split_backbone(backbone, 1), config))
 
 
 def test_fresh_views_differ_by_epoch_and_seed_but_repeat(setup: Callable[[str], Setup]) -> None:
@@ -366,11 +367,11 @@ def test_memory_format_is_not_left_in_the_network(setup: Callable[[int], Setup],
 
 def test_early_stopping_is_not_undone_by_a_resume(tmp_path: Path) -> None:
     """A checkpoint from after the last epoch of a stopped fit has nothing left to train, and brings its history."""
-    keeper = fit_module.HistoryCallback(make_config(data="x").resolved(), 1)
+    history = fit_module.HistoryCallback(make_config(data="x").resolved())
     rows = [{"epoch": 1.0, "val_loss": 0.5}, {"epoch": 2.0, "val_loss": 0.6}]
     for waited, stopped in ((1, False), (2, True)):
-        states = {"EarlyStopping{'monitor': 'val_loss'}": {"wait_count": waited, "patience": 2}, keeper.state_key: {"rows": rows}}
+        states = {"EarlyStopping{'monitor': 'val_loss'}": {"wait_count": waited, "patience": 2}, history.state_key: {"rows": rows}}
         torch.save({"callbacks": states}, tmp_path / "last.ckpt")
-        assert fit_module._stopped_early(tmp_path / "last.ckpt", keeper) is stopped
-    assert keeper.rows == rows
-    assert not fit_module._stopped_early(tmp_path / "none.ckpt", keeper)
+        assert fit_module._stopped_early(tmp_path / "last.ckpt", history) is stopped
+    assert history.rows == rows
+    assert not fit_module._stopped_early(tmp_path / "none.ckpt", history)

@@ -142,7 +142,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(make_folder, tm
     assert process.returncode == 2
     lines = [line for line in said.splitlines() if line.startswith("seewhy: ")]
     assert len(lines) == 1, said
-    assert "was ended by SIGKILL" in lines[0]
+    assert "was killed by SIGKILL" in lines[0]
     assert "--resume" in lines[0]
     assert said.splitlines()[-1] == lines[0]
     assert psutil.wait_procs(workers, timeout=30)[1] == []
@@ -231,10 +231,10 @@ def test_the_line_of_the_process_that_failed_first() -> None:
     told, killed = failure(2, 9, seewhy="images: no such folder"), failure(-9, 8)
     lost, ended = failure(EXIT_PEER_LOST, 5), failure(-15, 4)
     assert sorted([ended, lost, killed, told], key=_failure_priority) == [told, killed, ended, lost]
-    assert str(_to_error(1, 2, told, Path("r"))) == "images: no such folder (process 1 of 2; the others were ended)"
+    assert str(_to_error(1, 2, told, Path("r"))) == "images: no such folder (process 1 of 2; the others were stopped)"
     found = _to_error(0, 4, killed, Path("r"))
     assert isinstance(found, RunError)
-    assert str(found).startswith("r: process 0 of 4 was ended by SIGKILL (out of memory?); ")
+    assert str(found).startswith("r: process 0 of 4 was killed by SIGKILL (out of memory?); ")
 
 
 @pytest.mark.parametrize("error", [torch.distributed.DistBackendError("gone"), RuntimeError("[gloo/tcp/pair.cc] Connection closed")])

@@ -275,10 +275,10 @@ def test_a_spoiled_record_of_an_unfinished_run_is_one_line(folder: Path, tmp_pat
 def test_names_that_are_all_taken_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = make_config(data="scenes", seed=3)
-    first = resolve_run_dir(config, None, False).target
+    first = resolve_run_dir(config, None, False).final
     for name in [first.name, *(f"{first.name}-{number}" for number in range(2, 999))]:
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert resolve_run_dir(config, None, False).target == first.with_name(f"{first.name}-999")
+    assert resolve_run_dir(config, None, False).final == first.with_name(f"{first.name}-999")
     (tmp_path / "runs" / f"{first.name}-999").mkdir()
-    with pytest.raises(OutputError, match=r"999 runs of this name are there already; name another place with --out$"):
+    with pytest.raises(OutputError, match=r"999 runs of this name exist already; choose another name with --out$"):
         resolve_run_dir(config, None, False)

@@ -16,7 +16,7 @@ from seewhy.data.image_set import open_images
 from seewhy.errors import BackboneError, ConfigError
 from seewhy.models.features import extract_features
 from seewhy.training import search as search_module
-from seewhy.training.fit import DivergedError, Fit
+from seewhy.training.fit import DivergedError, FitResult
 from seewhy.training.search import search
 
 OPTIONS: dict[str, Any] = {
@@ -112,14 +112,14 @@ def test_trials_are_measured_with_the_features_they_were_trained_on(
     assert 0 <= trials[0]["val_accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("error", "skipped"), [(DivergedError("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
+@pytest.mark.parametrize(("error", "left_out"), [(DivergedError("lower --lr"), True), (ConfigError("needs a C++ compiler"), False)])
 def test_only_what_diverged_is_left_out(
     make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch, error: ConfigError, left_out: bool
 ) -> None:
     images = open_images(str(make_folder({"ant": 10, "bee": 10})))
-    fits = iter([Fit(({"epoch": 1, "val_loss": 0.1},), 1, 0.1)])
+    fits = iter([FitResult(({"epoch": 1, "val_loss": 0.1},), 1, 0.1)])
 
-    def fail_once(*arguments: Any) -> Fit:
+    def fail_once(*arguments: Any) -> FitResult:
         fitted = next(fits, None)
         if fitted is None:
             raise error

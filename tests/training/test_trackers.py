@@ -114,7 +114,7 @@ def test_a_resume_goes_on_in_the_same_run(folder: Path, tmp_path: Path, monkeypa
     """In a store of plain files, which MLflow keeps for those who ask for it."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
-    with pytest.raises(ConfigError, match=r"MLflow begins no run .*maintenance mode"):
+    with pytest.raises(ConfigError, match=r"cannot create an MLflow run .*maintenance mode"):
         seewhy.train(folder, out=tmp_path / "run", tracker="mlflow", **SMALL)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     local = mlflow.MlflowClient(f"file:{tmp_path}/mlruns")
@@ -164,8 +164,8 @@ def test_no_server_at_the_start_is_one_line_before_anything_is_read(
     assert time.monotonic() - began < 30
     error = capsys.readouterr().err
     assert error == (
-        f"seewhy: http://127.0.0.1:{port}: MLflow begins no run (Connection refused); start its server, set MLFLOW_TRACKING_URI to "
-        "another place, or leave --tracker mlflow out\n"
+        f"seewhy: http://127.0.0.1:{port}: cannot create an MLflow run (Connection refused); start the server, change MLFLOW_TRACKING_URI, "
+        "or drop --tracker mlflow\n"
     )
     assert not list(tmp_path.glob("*run*"))
 
@@ -177,7 +177,7 @@ def test_a_server_that_says_nothing_is_one_line_soon(tmp_path: Path, local: Any,
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         begin = trackers.tracked(make_config(data="x", tracker="mlflow"), tmp_path, tmp_path / "run")
-        with pytest.raises(ConfigError, match=r"MLflow begins no run \(.*timed out"):
+        with pytest.raises(ConfigError, match=r"cannot create an MLflow run \(.*timed out"):
             begin.__enter__()
     assert time.monotonic() - began < 8
 
@@ -195,13 +195,13 @@ def test_a_resume_goes_on_without_the_server(
             logger.log_metrics({"val_loss": 1.0}, epoch)
     lines = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING and line.name == "seewhy"]
     said = [line.partition(": MLflow ")[2] for line in lines]
-    assert said == [f"{trackers.MISSED} (Connection refused)"] * 2  # at its start and in its fit
+    assert said == [f"{trackers.SYNC_LATER} (Connection refused)"] * 2  # at its start and in its fit
 
 
 def test_a_run_that_cannot_be_begun_is_one_line(tmp_path: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlflow.MlflowClient.create_run", lambda *_, **__: 1 / 0)
     begin = trackers.tracked(make_config(data="x", tracker="mlflow"), tmp_path, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"MLflow begins no run \(division by zero\); .* or leave --tracker mlflow out"):
+    with pytest.raises(ConfigError, match=r"cannot create an MLflow run \(division by zero\); .* or drop --tracker mlflow"):
         begin.__enter__()
     assert not (tmp_path / trackers.RECORD).exists()
 
@@ -227,7 +227,7 @@ def test_a_spoiled_record_is_as_good_as_none(tmp_path: Path) -> None:
     for content in ("", "[]", '{"run_id": 1}', "{"):
         (tmp_path / trackers.RECORD).write_text(content)
         assert trackers._read_record(tmp_path) is None
-    trackers.upload_run(tmp_path)  # does nothing
+    trackers.sync_run(tmp_path)  # does nothing
 
 
 # ---------------------------------------------------------------- a real server
@@ -311,8 +311,10 @@ def test_a_real_server_that_vanishes_and_comes_back(
     assert not record["complete"]
     warnings = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING and line.name == "seewhy"]
     assert len(warnings) == 2  # not one an epoch
-    assert warnings[0] == f"{server.address}: MLflow {trackers.MISSED} (Connection refused)"
-    assert warnings[1].startswith(f"{server.address}: MLflow lacks a part of {run.path}, which is whole; the same command with --resume")
+    assert warnings[0] == f"{server.address}: MLflow {trackers.SYNC_LATER} (Connection refused)"
+    assert warnings[1].startswith(
+        f"{server.address}: MLflow has only a part of {run.path}, which is complete; repeat the command with --resume"
+    )
 
     server.start()
 

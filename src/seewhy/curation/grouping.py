@@ -31,7 +31,7 @@ def group_images(images: ImageSet, how: str = "duplicates", workers: int = 2, ke
     if how == "exact":
         return None
     if how == "duplicates":
-        vectors = embed(images, workers=workers, keep=keep) if len(images) <= MANY else None
+        vectors = embed(images, workers=workers, cache=keep) if len(images) <= MANY else None
         numbers = label_groups(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
         shared: Groups = distributed.broadcast(numbers)
         return shared

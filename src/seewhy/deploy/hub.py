@@ -17,13 +17,13 @@ import torch
 
 from seewhy.core.files import atomic_folder, locked, write_json
 from seewhy.errors import OutputError, RunError, SeewhyError, WeightsError, reason_of
-from seewhy.models.manifest import MOST_BYTES, read_manifest
+from seewhy.models.manifest import MAX_BYTES, read_manifest
 from seewhy.models.saved_run import SavedRun, load
 from seewhy.models.weights import read_weights
 
 GB = 10**9
 # Files of a run that are shared, and their maximum sizes in bytes. Logs and trackers' files stay private; exports can be made again.
-REQUIRED = {"run.json": MOST_BYTES, "model.safetensors": 20 * GB}
+REQUIRED = {"run.json": MAX_BYTES, "model.safetensors": 20 * GB}
 FILES = {
     **REQUIRED,
     **{f"{name}.csv": GB for name in ("history", "predictions_val", "predictions_test")},

@@ -187,7 +187,7 @@ def classifier_vectors(
     tail = with_penultimate(backbone, backbone.model if trained_whole else cut.tail)
     if tail is None:
         return None
-    halves = TrunkTail(tail, nn.Identity(), "vectors") if trained_whole else TrunkTail(cut.trunk, tail, cut.place)
+    halves = TrunkTail(tail, nn.Identity(), "vectors") if trained_whole else TrunkTail(cut.trunk, tail, cut.cut_point)
     mine = distributed.shard(indices)
     asked = mine if len(mine) else indices[:1]
     features = extract_features(images, asked, EVAL_VIEW + 1, halves, backbone.preprocessing, spec)

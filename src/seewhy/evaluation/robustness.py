@@ -18,7 +18,7 @@ from seewhy.evaluation.corruptions import CORRUPTIONS, corrupt
 from seewhy.evaluation.evaluate import evaluate_run
 from seewhy.evaluation.metrics import wilson_interval
 from seewhy.models.executors import flip_tta, get_executor
-from seewhy.models.features import square_of
+from seewhy.models.features import load_pixels
 from seewhy.models.saved_run import SavedRun
 
 STRENGTHS = (1, 2, 3, 4, 5)
@@ -42,7 +42,7 @@ def robustness(
     forward = get_executor(run.executors["network"], run.backbone.model, preprocessing, len(cells) * len(indices))
 
     def squares_of(i: int) -> list[npt.NDArray[np.uint8]]:
-        plain = square_of(images.paths[i], preprocessing)
+        plain = load_pixels(images.paths[i], preprocessing)
         return [corrupt(plain, name, strength) if strength else plain for name, strength in cells]
 
     def answer(batch: list[npt.NDArray[np.uint8]]) -> Indices:

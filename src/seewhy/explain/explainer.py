@@ -24,9 +24,9 @@ from seewhy.explain.attribution import FeatureMaps, default_layers, maps_of_feat
 from seewhy.explain.cam import ALL_METHODS, PERTURBATION_METHODS, PIXEL_METHODS, scale_to_one
 from seewhy.explain.overlay import overlay_heatmap
 from seewhy.models.executors import Executor, NormalizeInput, get_executor
-from seewhy.models.features import square_of
+from seewhy.models.features import load_pixels
 from seewhy.models.saved_run import SavedRun
-from seewhy.models.transforms import Preprocessing, directions, eval_view, render
+from seewhy.models.transforms import Preprocessing, eval_view, flip_views, render
 
 OVERLAY_SIZE = 448  # pixels of the long side; twice the usual network input, so that the image stays sharp
 
@@ -154,7 +154,7 @@ def explain(
 
     def ways_of(batch: list[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
         """What the maps start from: of the squares and, where the run answers with the mean over both directions, mirrored."""
-        return [torch.from_numpy(forward(way)) for way in directions(np.stack(batch), run.config.tta_flip)]
+        return [torch.from_numpy(forward(way)) for way in flip_views(np.stack(batch), run.config.tta_flip)]
 
     def maps_of(way: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         contrasts = others[done : done + len(way)] if others is not None else None
@@ -164,7 +164,7 @@ def explain(
 
     done = 0
     with progress("explaining", len(paths)) as advance:
-        batches = batched(map_ordered(lambda path: square_of(path, preprocessing), paths, workers), BATCH)
+        batches = batched(map_ordered(lambda path: load_pixels(path, preprocessing), paths, workers), BATCH)
         for ways in map_ordered(ways_of, batches, forward.max_parallel_batches, ahead=forward.max_parallel_batches):
             given = wanted[done : done + len(ways[0])] if wanted is not None else None
             found, scores, chosen = maps_of(ways[0], given) if len(ways) == 1 else flip_tta_maps(maps_of, ways, given)

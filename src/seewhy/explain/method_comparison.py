@@ -36,7 +36,7 @@ from seewhy.explain.faithfulness import (
 )
 from seewhy.explain.masks import outline_of
 from seewhy.models.executors import NormalizeInput, float_executor
-from seewhy.models.features import square_of
+from seewhy.models.features import load_pixels
 from seewhy.models.saved_run import SavedRun
 from seewhy.models.weights import classifier_names
 
@@ -79,7 +79,7 @@ def score_methods(
     values: dict[tuple[str, str], list[Tensor]] = {}
 
     def read(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
-        return square_of(path, preprocessing), outline_of(path, preprocessing)
+        return load_pixels(path, preprocessing), outline_of(path, preprocessing)
 
     asked = len(paths) * (len(methods) + len(BASELINES)) * (1 + len(set(scores) & set(DELETION_METRICS)) * STEPS)
     runtime = float_executor(model, size, asked)
@@ -146,7 +146,7 @@ def sanity_check(
     with progress("randomising the network", len(paths) * len(methods) * (len(cascade) + 1)) as advance:
         for randomised in ([], *cascade):
             randomise(randomised_model, randomised, seed)
-            for number, batch in enumerate(batched(map_ordered(lambda path: square_of(path, preprocessing), paths, workers), BATCH)):
+            for number, batch in enumerate(batched(map_ordered(lambda path: load_pixels(path, preprocessing), paths, workers), BATCH)):
                 images = below(torch.from_numpy(np.stack(batch)))
                 if number not in targets:
                     with torch.no_grad():

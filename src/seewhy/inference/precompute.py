@@ -24,7 +24,7 @@ from seewhy.inference.result_store import Chunk, ChunkResult, Store
 from seewhy.inference.tasks import frozen_part
 from seewhy.inference.work_units import Source, find_sources, sources_of
 from seewhy.models.executors import resolve_runtime
-from seewhy.models.feature_store import FeatureStore, KnownKeys, as_keys
+from seewhy.models.feature_store import FeatureStore, KeyIndex, as_keys
 from seewhy.models.features import EMBEDDER, feature_shape, row_key, store_name
 from seewhy.version import __version__
 
@@ -88,7 +88,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], images: in
         with store.lock():
             journal = Store(str(place), record, KEPT)
             journal.open(own=True)
-            keys, known = [source.key for source in sources], store.known()
+            keys, known = [source.key for source in sources], store.key_index()
             journal.finished = {key: count for key, count in journal.finished.items() if _stored(journal, key, known, views)}
             left = [number for number, key in enumerate(keys) if key not in journal.finished]
             if len(left) < len(sources):
@@ -107,7 +107,7 @@ def _fill(config: TrainConfig, views: int, sources: Sequence[Source], images: in
     return Filled(sum(rows for rows, _ in counts), sum(bad for _, bad in counts), computed)
 
 
-def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
+def _stored(journal: Store, key: str, known: KeyIndex, views: int) -> bool:
     """Whether the rows of all images of a source are in the store, which may have been cleared since."""
     names = [
         row_key(sha256, view)
@@ -116,10 +116,10 @@ def _stored(journal: Store, key: str, known: KnownKeys, views: int) -> bool:
         if not problem
         for view in range(views)
     ]
-    return not names or not known.lacks(as_keys(names)).any()
+    return not names or not known.missing(as_keys(names)).any()
 
 
-def _keep(outcome: ChunkResult, source: Source, store: FeatureStore, known: KnownKeys) -> int:
+def _keep(outcome: ChunkResult, source: Source, store: FeatureStore, known: KeyIndex) -> int:
     """A piece's features into the store, those that it lacks, and its facts into the record of checked files; the number of new rows."""
     columns = outcome.piece.columns
     if not columns:
@@ -129,7 +129,7 @@ def _keep(outcome: ChunkResult, source: Source, store: FeatureStore, known: Know
         for view in range(len(data) // store.row_bytes):
             new[row_key(sha256, view)] = data[view * store.row_bytes : (view + 1) * store.row_bytes]
     if new:
-        missing = [name for name, lacks in zip(new, known.lacks(as_keys(list(new))), strict=True) if lacks]
+        missing = [name for name, is_missing in zip(new, known.missing(as_keys(list(new))), strict=True) if is_missing]
         rows = np.frombuffer(b"".join(new[name] for name in missing), dtype=store.dtype).reshape(len(missing), *store.shape)
         if missing:
             store.append(iter([(missing, rows)]))

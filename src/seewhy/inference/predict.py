@@ -14,7 +14,7 @@ from seewhy.data.listing import find_images
 from seewhy.evaluation.metrics import softmax
 from seewhy.inference.predictions import Predictions, answer_files
 from seewhy.models.executors import Executor, flip_tta, get_executor
-from seewhy.models.features import eval_square
+from seewhy.models.features import eval_pixels
 from seewhy.models.saved_run import SavedRun
 from seewhy.models.trunk_tail import WithPenultimate
 
@@ -69,7 +69,7 @@ def worker_of(run: SavedRun, forward: Executor) -> Worker[Predictions]:
         return as_predictions(run, names, logits_of(run, forward, np.stack(squares)))
 
     return Worker(
-        lambda data: eval_square(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches
+        lambda data: eval_pixels(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches
     )
 
 

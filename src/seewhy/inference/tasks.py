@@ -26,11 +26,11 @@ from seewhy.explain.explainer import class_index, flip_tta_maps
 from seewhy.inference.predict import logits_executor, worker_of
 from seewhy.inference.predictions import Columns, as_columns
 from seewhy.models.backbones import Backbone, create_backbone
-from seewhy.models.executors import MANY, Executor, batch_invariant, get_executor, make_executor
+from seewhy.models.executors import MIN_PARALLEL_IMAGES, Executor, batch_invariant, get_executor, make_executor
 from seewhy.models.feature_store import stored_dtype
-from seewhy.models.features import eval_square, feature_shape, render_view, rounded
+from seewhy.models.features import eval_pixels, feature_shape, render_view, round_to
 from seewhy.models.saved_run import SavedRun, load
-from seewhy.models.transforms import directions
+from seewhy.models.transforms import flip_views
 from seewhy.models.trunk_tail import TrunkTail, split_backbone
 
 MANY_ASKED = 1_000_000  # images that a job is made ready for; only "many" counts
@@ -112,7 +112,7 @@ def _explain(asked: Path, options: dict[str, Any], images: int) -> Worker[Column
         return maps_of_features(model, way, options["method"], given, held)
 
     def answer(names: list[str], squares: list[npt.NDArray[np.uint8]]) -> Columns:
-        features = [torch.from_numpy(forward(way)) for way in directions(np.stack(squares), run.config.tta_flip)]
+        features = [torch.from_numpy(forward(way)) for way in flip_views(np.stack(squares), run.config.tta_flip)]
         given = torch.full((len(names),), target) if target is not None else None
         found, logits, chosen = maps_of(features[0], given) if len(features) == 1 else flip_tta_maps(maps_of, features, given)
         probs, maps = softmax(logits.numpy() / run.temperature), scale_to_one(found).numpy()
@@ -125,7 +125,7 @@ def _explain(asked: Path, options: dict[str, Any], images: int) -> Worker[Column
         }
 
     return Worker(
-        lambda data: eval_square(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches, size
+        lambda data: eval_pixels(decode(data, preprocessing.min_decode_side), preprocessing), answer, forward.max_parallel_batches, size
     )
 
 
@@ -155,7 +155,7 @@ def _features(asked: Path, options: dict[str, Any], images: int) -> Worker[Colum
     assert cut.trunk is not None  # the command refuses what has nothing frozen
     preprocessing, views = backbone.preprocessing, range(options["views"])
     dtype = stored_dtype(feature_shape(cut.trunk, preprocessing), config.feature_dtype)
-    forward = make_executor(cut.trunk, preprocessing, max(images, MANY), options["runtime"])
+    forward = make_executor(cut.trunk, preprocessing, max(images, MIN_PARALLEL_IMAGES), options["runtime"])
     if options["runtime"] == "onnx":  # PyTorch's bits depend on the batch
         forward, _ = _settled(forward, preprocessing.size, images)
 
@@ -168,7 +168,7 @@ def _features(asked: Path, options: dict[str, Any], images: int) -> Worker[Colum
 
     def answer(names: list[str], found: list[tuple[ImageCheck, list[npt.NDArray[np.uint8]]]]) -> Columns:
         squares = [square for _, each in found for square in each]
-        features = rounded(batch_invariant(forward, np.stack(squares)), dtype) if squares else np.empty(0, dtype)
+        features = round_to(batch_invariant(forward, np.stack(squares)), dtype) if squares else np.empty(0, dtype)
         rows = iter(features)
         kept = [b"".join(next(rows).tobytes() for _ in each) for _, each in found]
         columns: Columns = {"path": names, "views": kept}

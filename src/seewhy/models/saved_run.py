@@ -1,9 +1,10 @@
-"""A saved run: safetensors weights and a run.json manifest; written whole or not at all, loaded without pickle."""
+"""Save and load runs: safetensors weights and a run.json manifest, written atomically, loaded without pickle."""
 
 from __future__ import annotations
 
 import math
 import platform
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,11 +30,11 @@ RECORDED_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pill
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """A fitted classifier with its record.
+    """A fitted classifier with its manifest.
 
-    path: its folder. classes: C names, in the order of the logits. manifest: `run.json` as read.
-    references: what tells images of nothing known; None where the network has no vector for that.
-    executors: what has run the network so far, by use and kind; filled by `predict` and `explain`.
+    path: its folder. classes: C names, in the order of the logits. manifest: content of `run.json`.
+    references: training images for the OOD score; None if the network has no vector to compare.
+    executors: cache of `get_executor`, by use; filled by `predict` and `explain`.
     """
 
     path: Path
@@ -43,34 +44,32 @@ class SavedRun:
     cut: TrunkTail
     manifest: dict[str, Any]
     references: KNNReference | None = None
-    executors: dict[str, dict[tuple[str, int], Executor]] = field(
-        default_factory=lambda: {"network": {}, "answers": {}, "maps": {}}, compare=False
-    )
+    executors: dict[str, dict[tuple[str, int], Executor]] = field(default_factory=lambda: defaultdict(dict))
 
     def __repr__(self) -> str:
         accuracy = self.metrics.get("test", {}).get("accuracy")
-        shown = f", test accuracy {accuracy:.1%}" if accuracy is not None else ""
-        return f"{type(self).__name__}({str(self.path)!r}, {self.config.backbone}, {len(self.classes)} classes{shown})"
+        suffix = f", test accuracy {accuracy:.1%}" if accuracy is not None else ""
+        return f"{type(self).__name__}({str(self.path)!r}, {self.config.backbone}, {len(self.classes)} classes{suffix})"
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds: {"test": {"accuracy": ..., "n": ..., ...}, "val": {...}}."""
+        """Content of `metrics.json`: {"test": {"accuracy": ..., "n": ..., ...}, "val": {...}}."""
         metrics: dict[str, Any] = self.manifest["metrics"]
         return metrics
 
     @property
     def temperature(self) -> float:
-        """What divides the logits so that probabilities are calibrated; fitted on val."""
+        """Divisor of the logits that calibrates the probabilities (temperature scaling), fitted on val."""
         return float(self.manifest["calibration"]["temperature"])
 
     @property
     def ood_threshold(self) -> float:
-        """The ood_score above which an image looks like nothing known; infinite where `references` is None."""
+        """OOD score above which an image is out of distribution; infinite if `references` is None."""
         return float(self.manifest.get("ood", {}).get("threshold", math.inf))
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of seewhy, Python and the packages that decide numbers."""
+    """Versions of seewhy, Python and the packages that influence results."""
     versions = {"python": platform.python_version()}
     for name in ("seewhy", *RECORDED_PACKAGES):
         try:
@@ -81,7 +80,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def make_manifest(config: TrainConfig, classes: Sequence[str], backbone: Backbone, facts: dict[str, Any]) -> dict[str, Any]:
-    """The content of `run.json`; `facts` adds what the stages found out (split, data, metrics, times)."""
+    """Build the content of `run.json`. facts: further entries (data, split, metrics, ...)."""
     return {
         "format": FORMAT,
         "config": dump_config(config),
@@ -94,21 +93,21 @@ def make_manifest(config: TrainConfig, classes: Sequence[str], backbone: Backbon
 
 
 def save_weights(backbone: Backbone, folder: Path) -> None:
-    """All weights of the network, timm's names, to model.safetensors."""
+    """Write all weights of the network, under timm's names, to model.safetensors."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(state))  # save_file would make it readable by its owner alone
+    (folder / "model.safetensors").write_bytes(save(state))  # save_file makes files that only their owner can read
 
 
 def save_references(references: KNNReference, folder: Path) -> None:
-    """To ood_reference.safetensors."""
+    """Write ood_reference.safetensors."""
     state = {"centre": torch.from_numpy(references.centre), "unit_features": torch.from_numpy(references.unit_features)}
     (folder / "ood_reference.safetensors").write_bytes(save(state))
 
 
 def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Manifest last, then one rename: the folder at `target` is whole from its first moment, even after a power cut.
+    """Write the manifest and rename the folder, so that `target` is complete from its first moment, even after a power cut.
 
-    What a resume needs goes after the rename: whatever fails before it, the work can be resumed.
+    The files for a resume are removed after the rename, so that a failure before it can be resumed.
     """
     write_json(work / "run.json", manifest)
     move_folder(work, target)
@@ -116,9 +115,9 @@ def finish(work: Path, target: Path, manifest: dict[str, Any]) -> None:
 
 
 def load(path: Path | str) -> SavedRun:
-    """A run folder -> SavedRun, on any machine; no network and no pickle is involved.
+    """Load a run folder, without network access or pickle.
 
-    Raises RunError where the folder is missing, half-written, damaged or of another version.
+    Raises RunError if the folder is missing, unfinished, damaged or of another version.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -127,7 +126,7 @@ def load(path: Path | str) -> SavedRun:
         config = make_config(**manifest["config"])
         names = manifest["backbone"]
         classes = tuple(manifest["classes"])
-        # The run's own preprocessing counts, since another timm may have other defaults.
+        # Not timm's preprocessing, whose defaults depend on the version.
         preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
         backbone = rebuild_backbone(names["name"], names["timm"], len(classes), state, preprocessing, names["weights"])
         cut = split_backbone(backbone, config.unfreeze)
@@ -143,15 +142,15 @@ def load(path: Path | str) -> SavedRun:
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    """What a safetensors file holds, all of it finite."""
+    """Read the tensors of a safetensors file. Raises RunError if it is damaged or holds values that are not finite."""
     if not file.is_file():
         raise RunError(f"{file}: missing; {AGAIN}")
     try:
         state: dict[str, torch.Tensor] = load_file(file)
     except Exception as error:  # safetensors raises its own type for any damage
         raise RunError(f"{file}: damaged ({reason_of(error, 80)}); {AGAIN}") from error
-    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise RunError(f"{file}: damaged ({wrong[0][:60]} holds values that are no numbers); {AGAIN}")
+    if invalid := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise RunError(f"{file}: damaged ({invalid[0][:60]} has values that are not finite); {AGAIN}")
     return state
 
 
@@ -168,23 +167,22 @@ def _load_references(path: Path, manifest: dict[str, Any], backbone: Backbone) -
 
 
 def clean_up(folder: Path) -> None:
-    """Removes what only a resume needs from a finished run; nothing is there any more unless a kill came between."""
+    """Remove the files for a resume from a finished run, if a kill has left them."""
     remove_tree(folder / "checkpoints")
-    for name in ("config.json", "search.json"):  # run.json holds them
+    for name in ("config.json", "search.json"):  # run.json has their content
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers of this run were made on."""
+    """Processor, memory, GPU and threads of this machine."""
     import psutil
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
     }
 

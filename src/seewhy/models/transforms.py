@@ -1,4 +1,4 @@
-"""Image -> the square a network sees: the only home of size, mean, std, crop and augmentation."""
+"""Crop, resize, augment and normalise images for a network."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageEnhance
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-}
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")}
 
-
-# Numbers of views: how the network answers, the same mirrored, and from FIRST_RANDOM_VIEW on random ones.
+# Numbers of views; those from FIRST_RANDOM_VIEW on are random.
 EVAL_VIEW = 0
 MIRRORED_VIEW = 1
 FIRST_RANDOM_VIEW = 2
@@ -28,10 +23,10 @@ FIRST_RANDOM_VIEW = 2
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network expects: a (size, size, 3) RGB square, scaled to 0..1, minus mean, over std.
+    """Input of a network: (size, size, 3) RGB pixels, scaled to 0..1, minus mean, over std.
 
-    resize: 'squash' shows the network the whole image, its sides scaled apart; 'crop' the centred
-    square of `crop` times the short side (timm's `crop_pct`), in its own proportions.
+    interpolation: a key of RESAMPLING.
+    resize: 'squash' scales the whole image to a square; 'crop' takes the centred square of `crop` times the short side (timm's `crop_pct`).
     """
 
     size: int
@@ -43,30 +38,25 @@ class Preprocessing:
 
     @property
     def min_decode_side(self) -> int:
-        """Pixels a side of an image beyond which decoding more of them shows in no view: twice the network's own.
+        """Short side in pixels to which a JPEG may be decoded without loss in any view: twice `size`.
 
-        A random view keeps at least 35% of the area, 0.6 of a side, and is still sampled down then.
+        A random view keeps at least 35% of the area, 0.6 of a side, so that it is still downsampled.
         """
         return 2 * self.size
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields, as `run.json` holds them."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
-        return Preprocessing(
-            size=int(values["size"]),
-            mean=tuple(values["mean"]),
-            std=tuple(values["std"]),
-            interpolation=str(values["interpolation"]),
-            crop=float(values["crop"]),
-            resize=str(values["resize"]),
-        )
+        """Inverse of `as_dict`, lists for tuples accepted. Raises pydantic's ValidationError, a ValueError."""
+        return TypeAdapter(Preprocessing).validate_python(values)
 
 
 @dataclass(frozen=True)
 class View:
-    """One way of looking at an image: a crop box in pixels (left, top, right, bottom), a flip, colour factors."""
+    """A crop box in pixels (left, top, right, bottom), a horizontal flip, and colour factors (1 changes nothing)."""
 
     box: tuple[float, float, float, float]
     flip: bool = False
@@ -76,11 +66,7 @@ class View:
 
 
 def eval_view(width: int, height: int, preprocessing: Preprocessing, flip: bool = False) -> View:
-    """The whole image, or the centred square that `crop` keeps.
-
-    The latter is the usual resize-then-centre-crop in a single resampling step, so that a
-    panorama of 20,000 pixels costs no more than its middle.
-    """
+    """The whole image, or the centre crop: resize and centre crop in a single resampling step."""
     if preprocessing.resize == "squash":
         return View(box=(0.0, 0.0, float(width), float(height)), flip=flip)
     side = preprocessing.crop * min(width, height)
@@ -89,10 +75,9 @@ def eval_view(width: int, height: int, preprocessing: Preprocessing, flip: bool 
 
 
 def random_view(width: int, height: int, rng: np.random.Generator) -> View:
-    """A random resized crop (35-100% of the area, aspect 3:4 to 4:3), flip and colour jitter.
+    """A random resized crop (35-100% of the area, aspect 3:4 to 4:3), flip and colour jitter (0.7 to 1.3).
 
-    The lower bound of the area is fastai's; 8% (ImageNet training from scratch) cuts small
-    objects away, which a short fine-tuning does not recover from.
+    The lower bound of the area is fastai's; the 8% of ImageNet training from scratch loses small objects.
     """
     box = (0.0, 0.0, float(width), float(height))
     for _ in range(10):
@@ -109,10 +94,9 @@ def random_view(width: int, height: int, rng: np.random.Generator) -> View:
 
 
 def view_of(number: int, image_hash: str, width: int, height: int, preprocessing: Preprocessing) -> View:
-    """The view of this number: EVAL_VIEW, MIRRORED_VIEW, or a random one.
+    """View `number`: EVAL_VIEW, MIRRORED_VIEW, or a random view, seeded by the image's content and the number.
 
-    A random view depends on the image's content and its number alone, so that it is the
-    same in every run, cached or not, in one process or many.
+    image_hash: sha256 of the image's content, hexadecimal.
     """
     if number < FIRST_RANDOM_VIEW:
         return eval_view(width, height, preprocessing, flip=number == MIRRORED_VIEW)
@@ -121,45 +105,44 @@ def view_of(number: int, image_hash: str, width: int, height: int, preprocessing
 
 
 def render(image: Image.Image, view: View, size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
-    """Cut, resize (antialiased) to (width, height), flip and recolour: RGB image -> (height, width, 3) uint8 RGB."""
-    square = _cut_and_resize(image, view.box, size, interpolation)
+    """Crop, resize (antialiased) to `size` (width, height), flip and recolour an RGB image. Return (height, width, 3) uint8 RGB."""
+    pixels = _crop_and_resize(image, view.box, size, interpolation)
     if view.flip:
-        square = np.ascontiguousarray(square[:, ::-1])
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
     for enhance, factor in (
         (ImageEnhance.Brightness, view.brightness),
         (ImageEnhance.Contrast, view.contrast),
         (ImageEnhance.Color, view.saturation),
     ):
         if factor != 1.0:
-            square = np.asarray(enhance(Image.fromarray(square)).enhance(factor))
-    return square
+            pixels = np.asarray(enhance(Image.fromarray(pixels)).enhance(factor))
+    return pixels
 
 
-def _cut_and_resize(
+def _crop_and_resize(
     image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], interpolation: str
 ) -> npt.NDArray[np.uint8]:
-    """Bilinear and bicubic by PyTorch, which does the work of Pillow's resize in a third of the time; others by Pillow.
+    """Resize by PyTorch (bilinear, bicubic), three times as fast as Pillow, else by Pillow. PyTorch crops at whole pixels.
 
-    Both round between the two passes. PyTorch goes down the columns first and Pillow along the rows, so they differ by a
-    grey level here and there, and by more where bicubic overshoots at a black line on white. PyTorch cuts at whole pixels.
+    Both round between the two passes, PyTorch after the columns and Pillow after the rows, so that they differ by about a grey level.
     """
     if interpolation not in ("bilinear", "bicubic"):
         return np.asarray(image.resize(size, RESAMPLING[interpolation], box=box))
     left, top = (min(round(low), side - 1) for low, side in zip(box[:2], image.size, strict=True))
     right, bottom = (max(round(high), low + 1) for high, low in zip(box[2:], (left, top), strict=True))
-    pixels = torch.from_numpy(np.array(image)[top:bottom, left:right])
-    resized = F.interpolate(pixels.permute(2, 0, 1)[None], (size[1], size[0]), mode=interpolation, antialias=True)
-    square: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).contiguous().numpy()
-    return square
+    crop = torch.from_numpy(np.array(image)[top:bottom, left:right])
+    resized = F.interpolate(crop.permute(2, 0, 1)[None], (size[1], size[0]), mode=interpolation, antialias=True)
+    pixels: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).contiguous().numpy()
+    return pixels
 
 
-def directions(squares: npt.NDArray[np.uint8], flip: bool | None) -> list[npt.NDArray[np.uint8]]:
-    """(N, H, W, 3) images, and with `flip` their mirror images too: what is averaged over at test time."""
-    return [squares, np.ascontiguousarray(squares[:, :, ::-1])] if flip else [squares]
+def flip_views(pixels: npt.NDArray[np.uint8], flip: bool | None) -> list[npt.NDArray[np.uint8]]:
+    """(N, H, W, 3) pixels, and with `flip` their mirror images too, for test-time augmentation."""
+    return [pixels, np.ascontiguousarray(pixels[:, :, ::-1])] if flip else [pixels]
 
 
 class Normalize(nn.Module):
-    """(N, 3, H, W) of 0..255 -> (x / 255 - mean) / std, float32."""
+    """Map (N, 3, H, W) values 0..255 to (x / 255 - mean) / std, float32."""
 
     scale: Tensor
     shift: Tensor
@@ -170,5 +153,5 @@ class Normalize(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
 
-    def forward(self, squares: Tensor) -> Tensor:
-        return squares.float() * self.scale + self.shift
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.float() * self.scale + self.shift

@@ -1,4 +1,4 @@
-"""Backbone x how much to train -> Cut: a frozen trunk and a tail that share its parameters."""
+"""Split a backbone into a frozen trunk and a trainable tail that share its parameters."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from seewhy.models.weights import classifier_names, under
 class TrunkTail:
     """One network as two that share its parameters: tail(trunk(x)) == model(x) in eval mode.
 
-    trunk: (N, 3, H, W) -> features, frozen; None when everything trains.
-    tail: features (or images) -> (N, classes) logits.
-    place: name of the last trunk unit, 'pooled' behind the pooling, or 'input'.
+    trunk: frozen, maps (N, 3, H, W) normalised images to features; None if the whole network trains.
+    tail: maps features (or images) to (N, classes) logits.
+    cut_point: name of the last unit of the trunk, 'pooled' after the pooling, or 'input'.
     """
 
     trunk: nn.Module | None
     tail: nn.Module
-    place: str
+    cut_point: str
 
 
 def _without(model: nn.Module, units: Sequence[str]) -> nn.Module:
-    """A shallow copy that shares all parameters, with `units` replaced by identities."""
+    """Copy the modules, sharing all parameters, with `units` replaced by identities."""
     clone = _shallow(model)
     for unit in units:
         *containers, name = unit.split(".")
@@ -50,7 +50,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _Trunk(nn.Module):
-    """Images -> the output of the last frozen unit, or the pooled vector."""
+    """Map images to the output of the last frozen unit, or to the pooled vector."""
 
     def __init__(self, network: nn.Module, pooled: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Trunk(nn.Module):
 
 
 class _Tail(nn.Module):
-    """Features -> logits through the unfrozen units and the head."""
+    """Map features to logits by the unfrozen units and the head."""
 
     def __init__(self, model: nn.Module, units: Sequence[str], all_units: Sequence[str]) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class _Tail(nn.Module):
 
 
 def split_backbone(backbone: Backbone, unfreeze: int | str) -> TrunkTail:
-    """Freezes all but the `unfreeze` deepest stages and the classifier; sets requires_grad accordingly.
+    """Freeze all but the `unfreeze` deepest stages and the classifier, by requires_grad, and split there.
 
-    Raises ConfigError for more stages than there are, BackboneError where the network is no chain at that place.
+    Raises ConfigError for more stages than there are, BackboneError if trunk and tail do not compute what the network does.
     """
     model, stages = backbone.model, backbone.stages
     model.requires_grad_(unfreeze == "all")
@@ -91,27 +91,23 @@ def split_backbone(backbone: Backbone, unfreeze: int | str) -> TrunkTail:
         return TrunkTail(None, model, "input")
     if unfreeze == 0:
         trained = [*classifier_names(model), *(name for name, module in model.named_modules() if module is classifier)]
-        cut = TrunkTail(_Trunk(_without(model, trained), pooled=True), classifier, "pooled")
-        _check_cut(backbone, cut)
-        return cut
+        return _checked(backbone, TrunkTail(_Trunk(_without(model, trained), pooled=True), classifier, "pooled"))
     count = int(unfreeze)
     if count >= len(stages):
         raise ConfigError(f"--unfreeze {count}: {backbone.name} has {len(stages)} stages; use 0 to {len(stages) - 1}, or all")
     units = [unit for stage in stages for unit in stage]
     first = sum(len(stage) for stage in stages[:-count])
-    for unit in units[first:]:
-        model.get_submodule(unit).requires_grad_(True)
-    head = _head_modules(model, units)
-    for head_module in head.values():
-        head_module.requires_grad_(True)
-    # The trunk holds frozen weights alone: they are its identity in the cache.
-    cut = TrunkTail(_Trunk(_without(model, [*units[first:], *head]), pooled=False), _Tail(model, units[first:], units), units[first - 1])
-    _check_cut(backbone, cut)
-    return cut
+    containers = {unit.split(".")[0] for unit in units}
+    head = [name for name, _ in model.named_children() if name not in containers]  # not run by forward_features: pooling, norm, classifier
+    for name in (*units[first:], *head):
+        model.get_submodule(name).requires_grad_(True)
+    # The trunk contains only frozen weights, since their hash is its key in the cache.
+    trunk = _Trunk(_without(model, [*units[first:], *head]), pooled=False)
+    return _checked(backbone, TrunkTail(trunk, _Tail(model, units[first:], units), units[first - 1]))
 
 
 class WithPenultimate(nn.Module):
-    """What feeds `cut.tail` (or images, for all of a network) -> (N, C + K): logits, then the vector that the classifier reads."""
+    """Map the input of `tail` to (N, C + K): C logits, then the K inputs of the classifier."""
 
     def __init__(self, model: nn.Module, tail: nn.Module) -> None:
         super().__init__()
@@ -130,49 +126,40 @@ class WithPenultimate(nn.Module):
 
 
 def with_penultimate(backbone: Backbone, tail: nn.Module) -> WithPenultimate | None:
-    """The tail (or the network itself) with the classifier's input beside its logits; None where its head is of another kind."""
-    model, size = backbone.model, backbone.preprocessing.size
+    """Wrap the tail, or the network itself, so that it also returns the classifier's input; None if the head has another structure."""
+    model = backbone.model
     wrapped = WithPenultimate(model, model).eval()
-    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.inference_mode():
-            logits, found = model.eval()(image), wrapped(image)
-        same = found.ndim == 2 and torch.allclose(logits, found[:, : logits.shape[1]], rtol=1e-4, atol=1e-5)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
-        same = False
-    return WithPenultimate(model, tail).eval() if same else None
-
-
-def _head_modules(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
-    """Children that `forward_features` does not run: pooling, last norm, classifier."""
-    owners = {unit.split(".")[0] for unit in units}
-    return {name: child for name, child in model.named_children() if name not in owners}
+    return WithPenultimate(model, tail).eval() if _same_logits(backbone, wrapped) else None
 
 
 @torch.inference_mode()
-def _check_cut(backbone: Backbone, cut: TrunkTail) -> None:
-    """The two halves must do what the whole does; networks with side roads around the cut do not."""
+def _same_logits(backbone: Backbone, network: nn.Module) -> bool:
+    """Whether the first columns of the network's output are the backbone's logits, on a random image."""
     size = backbone.preprocessing.size
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
-        whole = backbone.model.eval()(image)
-        halves = cut.tail.eval()(cast(nn.Module, cut.trunk).eval()(image))
-        same = torch.allclose(whole, halves, rtol=1e-4, atol=1e-5)
+        logits, output = backbone.model.eval()(image), network.eval()(image)
+        return output.ndim == 2 and torch.allclose(logits, output[:, : logits.shape[1]], rtol=1e-4, atol=1e-5)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
-        same = False
-    if not same:
-        way_out = "use --unfreeze 1 or all" if cut.place == "pooled" else "use --unfreeze 0 or all"
-        raise BackboneError(f"{backbone.name} cannot be cut behind {cut.place!r} (it is no plain chain); {way_out}")
+        return False
+
+
+def _checked(backbone: Backbone, cut: TrunkTail) -> TrunkTail:
+    """Raise BackboneError unless tail(trunk(x)) == model(x); a skip connection around the cut point breaks this."""
+    if not _same_logits(backbone, nn.Sequential(cast(nn.Module, cut.trunk), cut.tail)):
+        remedy = "use --unfreeze 1 or all" if cut.cut_point == "pooled" else "use --unfreeze 0 or all"
+        raise BackboneError(f"{backbone.name} cannot be split after {cut.cut_point!r} (it is not a sequence of units there); {remedy}")
+    return cut
 
 
 def parameter_stages(backbone: Backbone) -> dict[str, int]:
-    """Trainable parameter name -> how many stages below the classifier it lies (0 = head, 1 = deepest stage, ...)."""
+    """Depth of each trainable parameter below the classifier, by name: 0 = head, 1 = deepest stage, ..."""
     depth = {unit: len(backbone.stages) - s for s, stage in enumerate(backbone.stages) for unit in stage}
-    found = {}
+    depths = {}
     for name, parameter in backbone.model.named_parameters():
         if parameter.requires_grad:
             unit = next((u for u in depth if under(name, (u,))), None)
             # Parameters of the network itself (class token, positions) belong to its first stage.
             at_root = "." not in name
-            found[name] = depth[unit] if unit else (len(backbone.stages) if at_root else 0)
-    return found
+            depths[name] = depth[unit] if unit else (len(backbone.stages) if at_root else 0)
+    return depths

@@ -1,4 +1,4 @@
-"""Data-parallel training: what several processes can train, and BatchNorm synchronised over their shards of a batch."""
+"""Data-parallel training: synchronise BatchNorm, and refuse what several processes cannot train."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from seewhy.training.loaders import trains_on_features
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises by statistics of the batch."""
-    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
+    """Whether a layer normalises by batch statistics."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
 def sync_batch_norm(tail: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm layers use statistics of all ranks' shards; it shares the parameters of `tail`, but no buffers.
+    """Copy `tail`, with shared parameters, for BatchNorm over all ranks; return `tail` itself for one process or without BatchNorm.
 
-    `tail` itself for a single process, and where there is no BatchNorm.
-    By timm, since PyTorch's own conversion (and so Lightning's `sync_batchnorm`) drops the activation of timm's BatchNormAct2d.
+    Uses timm's conversion: PyTorch's, and so Lightning's `sync_batchnorm`, drops the activation of timm's BatchNormAct2d.
     """
     if distributed.world_size() == 1 or not has_batch_norm(tail):
         return tail
@@ -34,9 +33,9 @@ def sync_batch_norm(tail: nn.Module) -> nn.Module:
 
 
 def check_distributed(cut: TrunkTail, config: TrainConfig) -> None:
-    """ConfigError where several processes on CPUs would train BatchNorm: PyTorch synchronises its statistics on GPUs only.
+    """Raise ConfigError if several processes on CPUs would train BatchNorm, which PyTorch synchronises on GPUs only.
 
-    Does not concern a classifier on stored features, which the main process trains alone.
+    A classifier on stored features is exempt, since only the main process trains it.
     """
     if distributed.world_size() == 1 or torch.cuda.is_available():
         return
@@ -46,14 +45,15 @@ def check_distributed(cut: TrunkTail, config: TrainConfig) -> None:
         refused, advice = has_batch_norm(cut.tail), "a network without BatchNorm, such as convnext_tiny"
     if refused:
         raise ConfigError(
-            f"{config.backbone} --unfreeze {config.unfreeze}: several processes on CPUs cannot train BatchNorm, whose statistics PyTorch "
-            f"synchronises on GPUs only; train in one process, which uses all cores, or choose {advice}"
+            f"{config.backbone} --unfreeze {config.unfreeze}: several processes on CPUs cannot train BatchNorm, which PyTorch synchronises "
+            f"on GPUs only; train in one process, which uses all cores, or choose {advice}"
         )
 
 
 def check_shards(batch_size: int, val_images: int) -> None:
-    """ConfigError where some process would have nothing to do."""
-    if distributed.world_size() > 1 and batch_size < 2 * distributed.world_size():
-        raise ConfigError(f"--batch-size {batch_size} is too small for {distributed.world_size()} processes; give each at least 2 images")
-    if val_images < distributed.world_size():
-        raise ConfigError(f"{val_images} validation images are too few for {distributed.world_size()} processes; use fewer --devices")
+    """Raise ConfigError if a process would have fewer than 2 images of a batch, or no validation image."""
+    processes = distributed.world_size()
+    if processes > 1 and batch_size < 2 * processes:
+        raise ConfigError(f"--batch-size {batch_size} is too small for {processes} processes; give each at least 2 images")
+    if val_images < processes:
+        raise ConfigError(f"{val_images} validation images are too few for {processes} processes; use fewer --devices")

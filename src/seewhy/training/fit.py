@@ -1,4 +1,4 @@
-"""Batches -> a fitted network and its history: the LightningModule and its Trainer."""
+"""Fit the tail of a network with Lightning: early stopping, checkpoints, history and progress."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,21 +27,21 @@ from seewhy.core.files import atomic_write
 from seewhy.core.process_state import quiet
 from seewhy.core.progress import LOG, progress
 from seewhy.errors import ConfigError
-from seewhy.models.backbones import Backbone
 from seewhy.models.executors import resolve_runtime
-from seewhy.models.trunk_tail import TrunkTail
 from seewhy.training.data_parallel import check_shards
-from seewhy.training.loaders import CachedViews, ImageViews, TrainingData, make_loader
+from seewhy.training.loaders import CachedViews, ImageViews, TrainingContext, TrainingData, make_loader
 from seewhy.training.module import FitModule, StandardisedLinear, inverse_size_weights, moving_average
 from seewhy.training.trackers import make_loggers
 
+CHECKPOINT_S = 5.0  # seconds between checkpoints, which an interruption may lose
+
 
 @dataclass(frozen=True)
-class Fit:
-    """What a fit leaves besides the network, whose best weights are in place.
+class FitResult:
+    """History of a fit.
 
-    history: one row an epoch: epoch (from 1), train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds.
-    best_epoch: the row with the least val_loss. seconds: wall time of the fit.
+    history: a row for each epoch: epoch (from 1), train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds.
+    best_epoch: the epoch with the least val_loss, whose weights the network has. seconds: wall time of the fit.
     """
 
     history: tuple[dict[str, float], ...]
@@ -48,34 +49,34 @@ class Fit:
     seconds: float
 
 
-class FitInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a fit; the checkpoint holds the finished epochs but for those of the last SAVE_S seconds."""
+class DivergedError(ConfigError):
+    """The loss became nan or infinite; the fit needs other options."""
 
 
-def fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
-    """Trains the tail of `cut` in place and restores the weights of the best epoch.
+def fit(context: TrainingContext, data: TrainingData, folder: Path) -> FitResult:
+    """Train the tail in place, from the checkpoint in `folder` if there is one, and restore the weights of the best epoch.
 
-    config must be resolved. folder receives checkpoints and, by `config.tracker`, TensorBoard files; a checkpoint found
-    there is resumed from. The caller's random state is left as it was.
-    Several processes train by data parallelism, each on its shard of every batch; but the main process alone trains a classifier on
-    stored vectors, since its steps take less time than an all-reduce would.
-    Raises FitInterrupted on Ctrl-C, ConfigError if the loss stops being a number.
+    folder: for checkpoints and, with `tracker` tensorboard, TensorBoard files. The global random state is restored.
+    Several processes train data-parallel; only the main process trains a classifier on stored features, whose steps take
+    less time than an all-reduce. Raises KeyboardInterrupt on Ctrl-C, DivergedError if the loss is not finite.
     """
-    if distributed.world_size() == 1 or not (isinstance(data.train, CachedViews) and isinstance(cut.tail, nn.Linear)):
-        return _fit(backbone, cut, data, config, folder)
+    tail = context.cut.tail
+    if distributed.world_size() == 1 or not (isinstance(data.train, CachedViews) and isinstance(tail, nn.Linear)):
+        return _fit(context, data, folder)
     fitted = None
     if distributed.is_main_process():
         with distributed.main_process_only():
-            fitted = _fit(backbone, cut, data, config, folder)
-    distributed.broadcast_tensors(list(cut.tail.eval().state_dict().values()))
-    return cast(Fit, distributed.broadcast(fitted))
+            fitted = _fit(context, data, folder)
+    distributed.broadcast_tensors(list(tail.eval().state_dict().values()))
+    return cast(FitResult, distributed.broadcast(fitted))
 
 
-# Lightning's hints about workers, logging intervals and checkpoints concern choices made here on purpose.
+# Lightning's hints about workers, logging intervals and checkpoints do not apply here.
 @quiet("lightning.pytorch", warnings_of="lightning")
-def _fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainConfig, folder: Path) -> Fit:
+def _fit(context: TrainingContext, data: TrainingData, folder: Path) -> FitResult:
+    backbone, cut, config = context.backbone, context.cut, context.config
     if config.compile and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
-        raise ConfigError("compile=true needs a C++ compiler (g++, or the one $CXX names); install it, or leave compile out")
+        raise ConfigError("compile=true needs a C++ compiler (g++, or the one in $CXX); install it, or leave compile out")
     batch_size, epochs, patience = (int(value or 0) for value in (config.batch_size, config.epochs, config.patience))
     began = time.perf_counter()
     check_shards(batch_size, len(data.val))
@@ -85,9 +86,9 @@ def _fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainCo
     steps = len(train_loader)
     images = len(data.train.images) if isinstance(data.train, ImageViews) else 0
     module = FitModule(backbone, cut, config, data.classes, weights, steps, resolve_runtime(config.runtime, images))
-    keeper = HistoryCallback(config, steps)
-    stopper = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
-    saver = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
+    history = HistoryCallback(config)
+    early_stopping = EarlyStopping("val_loss", patience=patience, min_delta=config.min_delta)
+    best_checkpoint = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
     averaging = [WeightAveraging(avg_fn=moving_average(config.ema_decay))] if config.ema_decay else []
     last = folder / "checkpoints" / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
@@ -97,11 +98,11 @@ def _fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainCo
             accelerator="auto",
             devices=distributed.local_world_size(),
             num_nodes=distributed.world_size() // distributed.local_world_size(),
-            strategy="auto",  # DDP where there are several processes
+            strategy="auto",  # DDP for several processes
             use_distributed_sampler=False,  # EpochBatches shards
             precision=config.precision,
             plugins=[AtomicCheckpointIO()],
-            callbacks=[keeper, ProgressCallback(advance), *averaging, stopper, saver, LastCheckpoint(last)],
+            callbacks=[history, ProgressCallback(advance), *averaging, early_stopping, best_checkpoint, LastCheckpoint(last)],
             logger=make_loggers(config, folder),
             default_root_dir=str(folder),
             enable_progress_bar=False,
@@ -109,52 +110,50 @@ def _fit(backbone: Backbone, cut: TrunkTail, data: TrainingData, config: TrainCo
             num_sanity_val_steps=0,
         )
         try:
-            if not (stopped := _stopped_early(last, keeper)):
+            if not (stopped := _stopped_early(last, history)):
                 trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        except SystemExit as error:  # how Lightning ends after Ctrl-C, with the signal switched off
-            raise FitInterrupted from error
+        except SystemExit as error:  # Lightning's exit after Ctrl-C, for which it replaces the signal handler
+            raise KeyboardInterrupt from error
         finally:
-            if threading.current_thread() is threading.main_thread():  # others may not touch signals
+            if threading.current_thread() is threading.main_thread():  # only this thread may set signal handlers
                 signal.signal(signal.SIGINT, handler)
-    history = tuple(keeper.rows)
-    if not history or not math.isfinite(history[-1]["train_loss"]):
-        raise DivergedError(f"the loss became {history[-1]['train_loss'] if history else 'undefined'}; lower --lr (now {config.lr})")
+    rows = tuple(history.rows)
+    if not rows or not math.isfinite(rows[-1]["train_loss"]):
+        raise DivergedError(f"the loss became {rows[-1]['train_loss'] if rows else 'undefined'}; lower --lr (now {config.lr})")
     if distributed.is_main_process():
-        best_file = last.with_name("best.ckpt") if stopped else saver.best_model_path
-        best = torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"]
-        module.cpu().load_state_dict(best)
+        best_file = last.with_name("best.ckpt") if stopped else best_checkpoint.best_model_path
+        module.cpu().load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["state_dict"])
     distributed.broadcast_tensors(list(module.cpu().state_dict().values()))
     if isinstance(module.tail, StandardisedLinear):
         module.tail.fold()
-    elif module.tail is not cut.tail:  # the copy of sync_batch_norm: parameters are shared, running statistics are not
+    elif module.tail is not cut.tail:  # the copy of sync_batch_norm shares the parameters, but not the running statistics
         cut.tail.load_state_dict(module.tail.state_dict())
     backbone.model.to(memory_format=torch.contiguous_format).eval()
     cut.tail.eval()
-    best_epoch = int(min(history, key=lambda row: row["val_loss"])["epoch"])
-    return Fit(history, best_epoch, time.perf_counter() - began)
+    best_epoch = int(min(rows, key=lambda row: row["val_loss"])["epoch"])
+    return FitResult(rows, best_epoch, time.perf_counter() - began)
 
 
-def _stopped_early(last: Path, keeper: HistoryCallback) -> bool:
-    """Whether the checkpoint is of a fit that early stopping had ended, with nothing left to train; `keeper` then has its history."""
+def _stopped_early(last: Path, history: HistoryCallback) -> bool:
+    """Whether early stopping had ended the fit of this checkpoint; if so, restore its history."""
     if not last.exists():
         return False
     states = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]
     state = next(value for name, value in states.items() if name.startswith("EarlyStopping"))
     if state["wait_count"] < state["patience"]:
         return False
-    keeper.load_state_dict(states[keeper.state_key])
+    history.load_state_dict(states[history.state_key])
     return True
 
 
-SAVE_S = 5.0  # of finished epochs are the most that are trained again after an interruption
+# ---------------------------------------------------------------- callbacks
 
 
 class HistoryCallback(Callback):
-    """Collects one row an epoch, also across a resume, and tells of it."""
+    """Collect, log and checkpoint a row for each epoch."""
 
-    def __init__(self, config: TrainConfig, steps: int) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.steps = steps
         self.rows: list[dict[str, float]] = []
         self.began = 0.0
 
@@ -168,7 +167,7 @@ class HistoryCallback(Callback):
         self.began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Runs after validation and, being the first callback, before the checkpoint is written.
+        # Runs after validation and, as the first callback, before the checkpoint is written.
         row = {"epoch": float(trainer.current_epoch + 1)}
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             row[name] = float(trainer.callback_metrics[name])
@@ -184,15 +183,10 @@ class HistoryCallback(Callback):
             )
 
 
-class DivergedError(ConfigError):
-    """The loss stopped being a number; other options are needed, and nothing of this fit can be used."""
-
-
 class LastCheckpoint(Checkpoint):
-    """Keeps what a resume goes on from: after the first epoch, and after each that ends SAVE_S seconds or more after the last time.
+    """Save a checkpoint to resume from, every CHECKPOINT_S seconds and at the end. Must be the last callback, to save the others' states.
 
-    Lightning's own `save_last` follows the best epoch, so that a resume would repeat those after it. Comes last of all callbacks, since
-    what it saves holds the states of the others.
+    Lightning's `save_last` saves at the best epoch only, so that a resume would repeat those since.
     """
 
     def __init__(self, file: Path) -> None:
@@ -200,26 +194,26 @@ class LastCheckpoint(Checkpoint):
         self.saved = -math.inf
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = time.monotonic() - self.saved >= SAVE_S or trainer.should_stop
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ, and all save or none
+        due = time.monotonic() - self.saved >= CHECKPOINT_S or trainer.should_stop
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes must save, though their clocks differ
             trainer.save_checkpoint(self.file)
             self.saved = time.monotonic()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are written beside their place: Lightning's way leads over the folder for temporary files, often another disk."""
+    """Write checkpoints atomically; Lightning's way uses the folder for temporary files, often on another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # PyTorch's own writer ends in a RuntimeError where a disk is full
+        content = io.BytesIO()  # torch.save to a file raises RuntimeError on a full disk
         torch.save(checkpoint, content)
-        with atomic_write(Path(path), "free some space, and go on with --resume") as work:
+        with atomic_write(Path(path), "free some space, and resume with --resume") as work:
             work.write_bytes(content.getbuffer())
 
 
 class ProgressCallback(Callback):
-    """Moves the bar one step a batch."""
+    """Advance the progress bar by a step after each batch."""
 
-    def __init__(self, advance: Any) -> None:
+    def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:

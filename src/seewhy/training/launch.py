@@ -1,4 +1,4 @@
-"""TrainConfig x a number of processes -> a run that they train together, on this machine or on several, by PyTorch's elastic launcher."""
+"""Launch several processes that train one run, on one or several machines, with PyTorch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seewhy.config import TrainConfig, dump_config
+from seewhy.config import TrainConfig, dump_config, make_config, read_config
 from seewhy.core.distributed import is_peer_failure
+from seewhy.core.process_state import environment, quiet
 from seewhy.core.signals import stop_on_signals
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line
 
-EXIT_PEER_LOST = 75  # exit status of a process whose peers no longer answer
-MESSAGE_KEY = "seewhy"  # of an error file: the line for the user
+EXIT_PEER_LOST = 75  # exit status of a process that has lost its peers
+MESSAGE_KEY = "seewhy"  # of the message for the user in an error file
 
 
 def launch(
     config: TrainConfig, out: Path | None, resume: bool = False, devices: int = 1, nodes: int = 1, rendezvous: str | None = None
 ) -> Path:
-    """Starts `devices` processes here that train one run together, with those of the other machines where there are several.
+    """Train with `devices` processes on this machine, and as many on each other of `nodes` machines. Returns the run's folder.
 
-    rendezvous: host:port of one of the machines, the same on all of them. Returns the run's folder.
-    Raises the error of the process that failed first, after the others have been ended; what is finished is kept for `resume`.
+    rendezvous: host:port of one of the machines, the same on all. Raises the error of the process that failed first, after stopping the
+    others; `resume` continues from the last checkpoint.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,9 +37,11 @@ def launch(
     from seewhy.training.run_dirs import resolve_run_dir
 
     if nodes > 1 and (rendezvous is None or out is None):
-        raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a disk that all of them share")
-    target = resolve_run_dir(config.resolved(), out, resume).target
-    with tempfile.TemporaryDirectory() as folder, _silence_launcher_log(), _omp_threads(max(1, len(_usable_cores()) // devices)):
+        raise ConfigError("--nodes needs --rendezvous HOST:PORT of one of the machines, and --out on a shared disk")
+    target = resolve_run_dir(config.resolved(), out, resume).final
+    threads = str(max(1, _usable_cores() // devices))
+    launcher_log = quiet("torch.distributed.elastic", level=logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder, launcher_log, environment(OMP_NUM_THREADS=threads):
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(dump_config(config)), encoding="utf-8")
         command = ["-m", "seewhy.training.launch", str(file), str(target), *(["--resume"] if resume else [])]
@@ -64,61 +65,35 @@ def launch(
     return target
 
 
-@contextmanager
-def _silence_launcher_log() -> Iterator[None]:
-    """Silence the launcher's own log: one line at the end says what happened."""
-    log = logging.getLogger("torch.distributed.elastic")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-@contextmanager
-def _omp_threads(count: int) -> Iterator[None]:
-    """Set OMP_NUM_THREADS for child processes, unless the user has set it."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-
-
-def _usable_cores() -> set[int]:
-    """CPU cores that this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _usable_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _failure_priority(failure: Any) -> tuple[bool, bool, int]:
-    """Sort key: failures with a message, then killed processes, then those that only lost their peers; the earlier first."""
+    """Sort key: failures with a message, then killed processes, then lost peers; by time within each."""
     return MESSAGE_KEY not in failure.error_file_data, failure.exitcode in (EXIT_PEER_LOST, -signal.SIGTERM), failure.timestamp
 
 
 def _to_error(rank: int, size: int, failure: Any, target: Path) -> SeewhyError:
-    """The exception for a failed process: its own message, or how it ended."""
+    """The exception for a failed process: its own message, or its exit status."""
     message = failure.error_file_data.get(MESSAGE_KEY)
     if message:
-        return RunError(f"{message} (process {rank} of {size}; the others were ended)")
-    how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
-    more = " (out of memory?)" if failure.exitcode == -9 else ""
-    return RunError(f"{target}: process {rank} of {size} {how}{more}; the others were ended, and the same command with --resume goes on")
+        return RunError(f"{message} (process {rank} of {size}; the others were stopped)")
+    cause = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with status {failure.exitcode}"
+    hint = " (out of memory?)" if failure.exitcode == -9 else ""
+    return RunError(f"{target}: process {rank} of {size} {cause}{hint}; the others were stopped; repeat the command with --resume")
 
 
 def _write_error_file(text: str) -> None:
-    """Leave a message for the parent process in the error file of PyTorch's launcher."""
+    """Write a message for the parent process to the error file of PyTorch's launcher."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {MESSAGE_KEY: one_line(text), "message": {"message": one_line(text), "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
-    """One of the processes: `launch` calls it with a config's file and the run's folder."""
-    from seewhy.config import make_config, read_config
+    """Entry point of a process of `launch`. arguments: config file, run folder, and optionally --resume."""
     from seewhy.core.progress import show_log_lines
     from seewhy.training.pipeline import train_run
 
@@ -141,6 +116,6 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     stop_on_signals()
     status = main(sys.argv[1:])
-    for each in (signal.SIGINT, signal.SIGTERM):  # what comes now ends this process without a word
-        signal.signal(each, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on, without a traceback
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(status)

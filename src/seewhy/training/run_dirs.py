@@ -1,10 +1,11 @@
-"""TrainConfig x --out -> where a run is made and where it will stand, claimed for one training at a time."""
+"""Choose the folder of a run, and lock its work folder for one training at a time."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,81 +20,94 @@ from seewhy.errors import OutputError, RunError, SeewhyError
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run is made (`work`, hidden until whole) and where it will stand (`target`)."""
+    """Folders of a run: `tmp`, hidden, until it is complete, then `final`."""
 
-    work: Path
-    target: Path
+    tmp: Path
+    final: Path
+
+    @staticmethod
+    def of(final: Path) -> RunPaths:
+        """Paths of the run that will be at `final`."""
+        return RunPaths(final.parent / f".{final.name}.partial", final)
 
 
 def resolve_run_dir(config: TrainConfig, out: Path | None, resume: bool, after: Path | None = None) -> RunPaths:
-    """`out`, or the first free runs/NAME (behind the name `after`); with `resume` the place of the run of this name, finished or not."""
-    if out is not None:
-        target = out
-    else:
+    """Return `out`, or the first free runs/NAME (after the name `after`); with `resume`, the unfinished run of this name if there is one.
+
+    Raises OutputError if the folder exists.
+    """
+    final = out
+    if final is None:
         data = config.data if config.data in DATASETS else Path(config.data).resolve().name
         name = re.sub(r"[^\w.-]", "_", f"{data}-{config.backbone}-unfreeze{config.unfreeze}-seed{config.seed}")
-        target = Path("runs") / name
-        candidates = [target] + [target.with_name(f"{name}-{number}") for number in range(2, 1000)]
-        unfinished = [place for place in candidates if _work_of(place).exists()] if resume else []
-        if unfinished:
-            target = unfinished[0]
-        elif not resume:
-            first = candidates.index(after) + 1 if after is not None else 0
-            free = next((place for place in candidates[first:] if not place.exists()), None)
-            if free is None:
-                raise OutputError(f"{target}: {len(candidates)} runs of this name are there already; name another place with --out")
-            target = free
-    if not resume and _taken(target):
-        raise OutputError(f"{target}: exists already; choose another --out or remove it")
-    return RunPaths(_work_of(target), target)
+        candidates = [Path("runs", name), *(Path("runs", f"{name}-{number}") for number in range(2, 1000))]
+        if resume:
+            final = next((path for path in candidates if RunPaths.of(path).tmp.exists()), candidates[0])
+        else:
+            begin = candidates.index(after) + 1 if after is not None else 0
+            final = next((path for path in candidates[begin:] if not path.exists()), None)
+            if final is None:
+                raise OutputError(f"{candidates[0]}: {len(candidates)} runs of this name exist already; choose another name with --out")
+    if not resume and _occupied(final):
+        raise OutputError(f"{final}: exists already; choose another --out or remove it")
+    return RunPaths.of(final)
 
 
-def _taken(target: Path) -> bool:
-    """Whether something is there that a run must not replace."""
-    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+def _occupied(path: Path) -> bool:
+    """Whether there is something other than an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def _work_of(target: Path) -> Path:
-    return target.parent / f".{target.name}.partial"
+@contextmanager
+def acquire_work_dir(paths: RunPaths, config: TrainConfig, resume: bool, named: bool) -> Iterator[RunPaths]:
+    """Lock the run's folders, and create the work folder or reopen it with `resume`. Yields the paths, under the next free name if needed.
+
+    named: whether the user chose the folder. Raises RunError if another training has the lock or the work folder has another config.
+    """
+    paths, release = _lock(paths, config, resume, named)
+    try:
+        _open_work_dir(paths, config, resume)
+        yield paths
+    finally:
+        release()
 
 
-def acquire_work_dir(places: RunPaths, config: TrainConfig, resume: bool, named_by_us: bool) -> tuple[RunPaths, Callable[[], None]]:
-    """Makes or reopens the work folder and claims it, so that two trainings never share one; the place, and how to let go of it."""
+def _lock(paths: RunPaths, config: TrainConfig, resume: bool, named: bool) -> tuple[RunPaths, Callable[[], None]]:
     while True:
         try:
-            let_go = acquire_lock(places.target, "choose another place with --out")
-            if not _taken(places.target):
-                break
-            let_go()
-            reason: SeewhyError = OutputError(f"{places.target}: exists already; choose another --out or remove it")
+            release = acquire_lock(paths.final, "choose another folder with --out")
+            if not _occupied(paths.final):
+                return paths, release
+            release()
+            reason: SeewhyError = OutputError(f"{paths.final}: exists already; choose another --out or remove it")
         except Timeout:
-            reason = RunError(f"{places.target}: another training writes it right now; choose another --out")
-        if not named_by_us or resume:
+            reason = RunError(f"{paths.final}: another training is writing this run; choose another --out")
+        if named or resume:
             raise reason
-        places = resolve_run_dir(config, None, False, places.target)  # started in the same moment: the next free name
-    record, begun = places.work / "config.json", places.work.exists()
+        paths = resolve_run_dir(config, None, False, after=paths.final)  # another training has just taken the name
+
+
+def _open_work_dir(paths: RunPaths, config: TrainConfig, resume: bool) -> None:
+    record, exists = paths.tmp / "config.json", paths.tmp.exists()
+    if exists and not resume:
+        raise RunError(f"{paths.final}: an unfinished run is in {paths.tmp}; pass --resume to continue it, or remove that folder")
+    if record.is_file() and read_json(record) != dump_config(config):
+        raise RunError(f"{paths.tmp}: an unfinished run with other options; repeat its options, or choose another --out")
     try:
-        if begun:
-            if not resume:
-                raise RunError(f"{places.target}: an unfinished run is in {places.work}; pass --resume to go on, or remove that folder")
-            if record.is_file() and read_json(record) != dump_config(config):
-                raise RunError(f"{places.work}: holds an unfinished run with other options; repeat its options, or choose another --out")
-        places.work.mkdir(exist_ok=True)
+        paths.tmp.mkdir(exist_ok=True)
         if not record.is_file():
-            with atomic_write(record, "free some space, or choose another place with --out") as work:
+            with atomic_write(record, "free some space, or choose another folder with --out") as work:
                 write_json(work, dump_config(config))
     except BaseException as error:
-        if not begun:
-            remove_tree(places.work)
-        let_go()
+        if not exists:
+            remove_tree(paths.tmp)
         if isinstance(error, OSError):
-            raise OutputError(f"{places.work}: cannot be written ({error.strerror}); choose another place with --out") from error
+            raise OutputError(f"{paths.tmp}: cannot be written ({error.strerror}); choose another folder with --out") from error
         raise
-    return places, let_go
 
 
 def read_json(file: Path) -> Any:
-    """What a file of a work folder holds; RunError where it is damaged."""
+    """Read a JSON file of a work folder. Raises RunError if it is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""TrainConfig x N trials -> the options that validate best, and the record of all trials."""
+"""Search for the options with the best validation accuracy."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ from seewhy.core.progress import LOG
 from seewhy.curation.split import Split
 from seewhy.data.image_set import ImageSet
 from seewhy.errors import BackboneError, ConfigError
-from seewhy.evaluation.evaluate import evaluate_part
 from seewhy.evaluation.metrics import accuracy, negative_log_likelihood
-from seewhy.models.backbones import Backbone, create_backbone
-from seewhy.models.trunk_tail import TrunkTail, split_backbone
-from seewhy.training.fit import DivergedError, Fit, fit
-from seewhy.training.loaders import training_data
+from seewhy.training.fit import DivergedError, FitResult, fit
+from seewhy.training.loaders import TrainingContext, training_data
 
 
 @quiet("optuna")
 def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> tuple[TrainConfig, list[dict[str, Any]]]:
-    """The best of `trials` configs near `config`, by the accuracy on val, and one row a trial.
+    """Return the best of `trials` configs near the resolved `config`, by accuracy on val, and a row for each trial.
 
-    Tree-structured Parzen estimation (optuna's TPESampler, seeded); the first trial is `config` itself.
-    Equal accuracies are told apart by the negative log-likelihood. The test part is not touched.
-    config must be resolved. Raises ConfigError where nothing is frozen: a trial would take hours.
+    Tree-structured Parzen estimation (optuna's TPESampler, seeded), starting with `config`; the negative log-likelihood breaks ties.
+    Raises ConfigError unless trials can train on cached features.
     """
     if config.unfreeze == "all" or config.fresh_views or not config.cache:
         raise ConfigError("--search-trials tries fits on cached features; use it with --unfreeze 0, 1, 2, ... and --views 1 or more")
@@ -42,26 +38,26 @@ def search(images: ImageSet, split: Split, config: TrainConfig, trials: int) -> 
             row = _try(images, split, candidate)
         except (DivergedError, BackboneError) as error:
             if isinstance(error, BackboneError) and candidate.unfreeze == config.unfreeze:
-                raise  # else the network cannot be cut where the search wanted to, and not the user
-            LOG.info(f"trial left out: {error}")
+                raise  # the user's own --unfreeze, not one that the search tried
+            LOG.info(f"trial skipped: {error}")
             raise optuna.TrialPruned from error
         rows.append({**trial.params, **row})
-        LOG.info(f"trial {len(rows)}/{trials}: val accuracy {row['val_accuracy']:.2%}, " + _shown(trial.params))
-        return row["val_accuracy"] - 1e-4 * min(row["val_nll"], 10.0)  # one image in 1,000 outweighs any likelihood
+        LOG.info(f"trial {len(rows)}/{trials}: val accuracy {row['val_accuracy']:.2%}, " + _format(trial.params))
+        return row["val_accuracy"] - 1e-4 * min(row["val_nll"], 10.0)  # one image in 1,000 outweighs the likelihood
 
     study.optimize(objective, n_trials=trials)
     if not rows:
-        raise ConfigError(f"none of {trials} trials could be fitted; lower --lr (now {config.lr})")
+        raise ConfigError(f"all {trials} trials failed; lower --lr (now {config.lr})")
     best = config.model_copy(update=_complete(study.best_trial.params, config))
-    LOG.info(f"best of {trials} trials: " + _shown(study.best_trial.params))
+    LOG.info(f"best of {trials} trials: " + _format(study.best_trial.params))
     return best, rows
 
 
 def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
-    """A config of the space: a decade around the given rate and decay, smoothing, views up to twice as many, frozen or as asked."""
+    """Sample from the search space around `config`: learning rate, weight decay, label smoothing, views, and unfreeze 0 or as it is."""
     assert config.lr is not None
     assert config.weight_decay is not None
-    frozen = set() if config.mixup == "cutmix" else {0}  # vectors have no pieces to cut
+    frozen = set() if config.mixup == "cutmix" else {0}  # CutMix needs maps, not vectors
     trial.suggest_categorical("unfreeze", sorted(frozen | {int(config.unfreeze)}))
     trial.suggest_float("lr", config.lr / 3.2, config.lr * 3.2, log=True)
     trial.suggest_float("weight_decay", min(config.weight_decay, 0.01), max(config.weight_decay, 0.3))
@@ -70,25 +66,22 @@ def _suggest(trial: optuna.Trial, config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=_complete(trial.params, config))
 
 
-def _complete(found: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """What was found, over the recipe of the frozen network where that was tried instead of what was asked."""
-    return found if found["unfreeze"] == config.unfreeze else {**RECIPES["linear"], **found}
+def _complete(params: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Options of a trial, with those of the linear recipe if the trial freezes the whole network and `config` does not."""
+    return params if params["unfreeze"] == config.unfreeze else {**RECIPES["linear"], **params}
 
 
-def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[Backbone, TrunkTail, Fit]:
-    """The network of one config, fitted to the train part and stopped on val; nothing is written but the cache."""
-    backbone = create_backbone(config.backbone, len(images.classes), config.weights, config.seed, config.resize, config.size)
-    cut = split_backbone(backbone, config.unfreeze)
-    data = training_data(images, split, backbone, cut, config)
+def fit_candidate(images: ImageSet, split: Split, config: TrainConfig) -> tuple[TrainingContext, FitResult]:
+    """Fit the network of a resolved config, with checkpoints in a temporary folder."""
+    context = TrainingContext.create(images, split, config)
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(backbone, cut, data, config, Path(folder))
-    return backbone, cut, fitted
+        return context, fit(context, training_data(context), Path(folder))
 
 
 def _try(images: ImageSet, split: Split, config: TrainConfig) -> dict[str, float]:
-    """Fits one candidate and measures on val what a run of it would answer."""
-    backbone, cut, fitted = fit_candidate(images, split, config)
-    val = evaluate_part(images, split.val, "val", backbone, cut, config)
+    """Fit a candidate and evaluate it on val."""
+    context, fitted = fit_candidate(images, split, config)
+    val = context.evaluate("val")
     return {
         "val_accuracy": accuracy(val.labels, val.predicted),
         "val_nll": negative_log_likelihood(val.labels, val.logits),
@@ -97,5 +90,5 @@ def _try(images: ImageSet, split: Split, config: TrainConfig) -> dict[str, float
     }
 
 
-def _shown(params: dict[str, Any]) -> str:
+def _format(params: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
