@@ -71,7 +71,7 @@ def main() -> None:
             wait_for(port)
             chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
             browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            image = sorted((Path(cache) / "scenes" / "pictures" / "boat").iterdir())[3]
+            image = sorted((Path(cache) / "scenes" / "images" / "boat").iterdir())[3]
             shoot(browser, (run / "report.html").as_uri(), "report")
             shoot(browser, (folder / "audit" / "audit.html").as_uri(), "audit", scroll=740)  # where the label issues are
             shoot(browser, f"http://127.0.0.1:{port}/", "serve", image)
