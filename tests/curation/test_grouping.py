@@ -59,7 +59,9 @@ def test_a_table_that_does_not_fit(images: ImageSet, tmp_path: Path, content: st
         group_images(images, str(tmp_path / "g.csv"))
 
 
-@pytest.mark.parametrize(("pattern", "words"), [("(", "not a regular expression"), (r"cat/\d", "does not match 3 of 6 paths, for example 'dog/0.png'")])
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("(", "not a regular expression"), (r"cat/\d", "does not match 3 of 6 paths, for example 'dog/0.png'")]
+)
 def test_a_pattern_that_does_not_fit(images: ImageSet, pattern: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         group_images(images, pattern)
