@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from common import record
-from ood_scores import SCORES, Known
+from ood_scores import SCORES, Known, auroc, fpr_at_tpr
 
 HELD_OUT = 10
 
@@ -68,7 +68,6 @@ def measure(images: Any, others: dict[str, Any], held_out: set[str], seed: int) 
     from seewhy.config import make_config
     from seewhy.curation.split import split_images
     from seewhy.evaluation.evaluate import tail_logits
-    from seewhy.evaluation.metrics import auroc, fpr_at_tpr
     from seewhy.models.features import embed
     from seewhy.training.search import fit_candidate
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh
 from scipy.special import logsumexp
+from scipy.stats import rankdata
 from sklearn.covariance import ledoit_wolf
 
 from seewhy.models.ood import Array, fit_reference, sample_references
@@ -133,3 +134,22 @@ def nearest_squared(vectors: Array, centres: Array) -> Score:
     """(M, K), (C, K) -> (M,) least squared distance to a centre."""
     squares = np.square(vectors).sum(axis=1)[:, None] - 2 * vectors @ centres.T + np.square(centres).sum(axis=1)
     return np.asarray(squares.min(axis=1), dtype=np.float64)
+
+
+def auroc(known: Score, unknown: Score) -> float:
+    """Probability that a score of `unknown` exceeds one of `known`, ties by half: the area under the ROC curve, 0..1.
+
+    By ranks (Mann and Whitney 1947); scikit-learn's `roc_auc_score`.
+    """
+    ranks = rankdata(np.concatenate([known, unknown]))[len(known) :]
+    above = ranks.sum() - len(unknown) * (len(unknown) + 1) / 2
+    return float(above / (len(known) * len(unknown)))
+
+
+def fpr_at_tpr(known: Score, unknown: Score, tpr: float = 0.95) -> float:
+    """FPR@95: share of `unknown` scores at or below the `tpr` quantile of the `known` ones; 0..1, lower is better.
+
+    Known images are the positives (Hendrycks 2017, arXiv:1610.02136).
+    """
+    threshold = np.quantile(known, tpr, method="inverted_cdf")
+    return float(np.mean(np.asarray(unknown) <= threshold))

@@ -50,9 +50,18 @@ def accuracies(data: str, data_root: str | None, seeds: list[int], group_by: str
     return found
 
 
+def with_label_noise(labels: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Give a random share of (N,) labels another class; the labels, and (N,) which were changed."""
+    rng = np.random.default_rng(seed)
+    wrong = np.zeros(len(labels), dtype=bool)
+    wrong[rng.permutation(len(labels))[: round(share * len(labels))]] = True
+    classes = int(labels.max()) + 1
+    return np.where(wrong, (labels + rng.integers(1, classes, len(labels))) % classes, labels), wrong
+
+
 def flips_found(vectors: Any, labels: Any, groups: Any, seed: int) -> tuple[float, float]:
     """Share of the flipped labels among as many first places: by log-odds, and by margin."""
-    from seewhy.curation.label_issues import out_of_fold, rank_label_issues, with_label_noise
+    from seewhy.curation.label_issues import out_of_fold, rank_label_issues
 
     moved, wrong = with_label_noise(labels, SHARE, seed)
     log_probs = out_of_fold(vectors, moved, groups)

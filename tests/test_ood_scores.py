@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
 from scipy.special import logsumexp, softmax
+from sklearn import metrics as sk
 from sklearn.covariance import LedoitWolf
-
-from seewhy.evaluation.metrics import auroc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ood_scores  # lies beside the benchmarks
-from ood_scores import SCORES, Known
+from ood_scores import SCORES, Known, auroc, fpr_at_tpr
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +79,19 @@ def test_strangers_score_higher(known: Known, name: str) -> None:
     inside = score(known.vectors[chosen[400:]], known.logits[chosen[400:]])
     outside = score(strange, 0.01 * strange[:, :5])
     assert auroc(inside, outside) > 0.95
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_and_fpr_equal_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    known, unknown = rng.normal(size=300).round(1), rng.normal(1, 1, size=200).round(1)  # with ties
+    truth = np.repeat([0, 1], [300, 200])
+    scores = np.concatenate([known, unknown])
+    assert auroc(known, unknown) == pytest.approx(sk.roc_auc_score(truth, scores), abs=1e-12)
+    # Known images are the positives of the field's FPR@95: low scores of ours, so both are turned round.
+    fpr, tpr, _ = sk.roc_curve(1 - truth, -scores, drop_intermediate=False)
+    assert fpr_at_tpr(known, unknown) == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
+
+
+def test_auroc_by_hand() -> None:
+    assert auroc(np.array([0.1, 0.4]), np.array([0.4, 0.9])) == (1 + 1 + 0.5 + 1) / 4

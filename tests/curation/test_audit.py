@@ -47,7 +47,7 @@ def test_faults_are_found(audit: Audit) -> None:
     names = {(Path(a).name, Path(b).name): kind for a, b, kind in zip(pairs["path_a"], pairs["path_b"], pairs["kind"], strict=True)}
     assert names["000.jpg", "smaller.jpg"] in ("hash", "features")
     assert names["001.jpg", "copy.jpg"] == "exact"
-    crossing = pairs[audit.across]
+    crossing = pairs[audit.across_labels]
     assert any("boat-under-fish" in path for path in [*crossing["path_a"], *crossing["path_b"]])
     doubtful = audit.labels_table().head(6)
     moved = doubtful[doubtful["path"].str.endswith("a-car.jpg")]

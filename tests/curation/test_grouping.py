@@ -45,7 +45,7 @@ def test_table_goes_by_the_path_below_the_folder(images: ImageSet, tmp_path: Pat
         (None, "cannot be read"),
         ("", "cannot be read"),
         ("file,group\na,1\n", "has the columns file, group"),
-        ("path,group\ncat/0.png,1\n", "5 of 6 images are not in it, 'cat/1.png'"),
+        ("path,group\ncat/0.png,1\n", "5 of 6 images are not in it, for example 'cat/1.png'"),
         (
             "path,group\n" + "".join(f"{c}/{n}.png,{'' if n else 'NA'}\n" for c in ("cat", "dog") for n in range(3)),
             "4 images have no group",
@@ -59,7 +59,9 @@ def test_a_table_that_does_not_fit(images: ImageSet, tmp_path: Path, content: st
         group_images(images, str(tmp_path / "g.csv"))
 
 
-@pytest.mark.parametrize(("pattern", "words"), [("(", "not a regular expression"), (r"cat/\d", "does not match 3 of 6 paths, 'dog/0.png'")])
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("(", "not a regular expression"), (r"cat/\d", "does not match 3 of 6 paths, for example 'dog/0.png'")]
+)
 def test_a_pattern_that_does_not_fit(images: ImageSet, pattern: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         group_images(images, pattern)

@@ -72,7 +72,7 @@ def test_groups_are_pairs_of_pairs() -> None:
 
 @given(st.lists(st.integers(0, 5), max_size=30))
 def test_a_chain_joins_equal_entries_and_no_others(numbers: list[int]) -> None:
-    found = near_duplicates.label_groups(len(numbers), near_duplicates.chain(numbers))
+    found = near_duplicates.label_groups(len(numbers), near_duplicates.link_equal(numbers))
     assert found.tolist() == [numbers.index(number) for number in numbers]
 
 

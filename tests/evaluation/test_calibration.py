@@ -50,7 +50,7 @@ def test_reliability_by_hand() -> None:
 
 def test_brier_by_hand() -> None:
     probs = np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]])
-    assert calibration.brier_score(np.array([0, 1]), probs) == pytest.approx((0.09 + 0.04 + 0.01) / 2)
+    assert calibration.squared_distances(np.array([0, 1]), probs).mean() == pytest.approx((0.09 + 0.04 + 0.01) / 2)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

@@ -52,7 +52,7 @@ def test_other_machines_are_told(demo_run: Run) -> None:
 
 def test_runs_that_cannot_be_compared(demo_run: Run) -> None:
     other = dataclasses.replace(demo_run, classes=("boat", "zebra"))
-    with pytest.raises(RunError, match=r"different classes \('car' is in one alone\)"):
+    with pytest.raises(RunError, match=r"different classes \(only one has 'car'\)"):
         compare_runs(demo_run, other)
 
 

@@ -112,7 +112,7 @@ def test_table_and_figure_are_written(corners: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_csv(csv), table, check_exact=False)
     assert Image.open(png).width > 400
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="scores cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         save_scores(table, sanity, tmp_path / "file")
 
 

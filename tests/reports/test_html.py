@@ -18,7 +18,7 @@ def test_report_in_a_browser(demo_run: Run, dark: bool) -> None:
     file = demo_run.path / "report.html"
     assert file.stat().st_size < 15_000_000
     with open_page(address_of(file), dark) as (page, errors, outside):
-        assert page.locator("h2").all_inner_texts()[-1] == "How to repeat this"
+        assert page.locator("h2").all_inner_texts()[-1] == "How to reproduce"
         recalls = "#classes tbody td:nth-child(3)"
         page.get_by_role("button", name="recall %").click()
         found = [float(text) for text in page.locator(recalls).all_inner_texts()]
@@ -28,9 +28,11 @@ def test_report_in_a_browser(demo_run: Run, dark: bool) -> None:
         width = page.locator("#matrix").bounding_box()["width"]
         page.get_by_role("button", name="2×").click()
         assert page.locator("#matrix").bounding_box()["width"] == pytest.approx(2 * width, rel=0.02)
-        assert page.locator("#matrix title").first.text_content().startswith("boat, taken for boat: ")
+        assert page.locator("#matrix title").first.text_content().startswith("boat predicted as boat: ")
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == ("rgb(15, 17, 22)" if dark else "rgb(244, 245, 248)")
+        figures = page.evaluate("[...document.querySelectorAll('picture')].map(p => p.children[1].currentSrc === p.children[0].srcset)")
+        assert figures == [dark] * 3  # each has a dark variant, shown in dark mode only
         broken = page.evaluate("[...document.images].filter(image => image.complete && !image.naturalWidth).length")
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert (errors, outside, broken, overflow) == ([], [], 0, 0)
@@ -45,7 +47,8 @@ def test_pages_fit_a_phone(demo_run: Run) -> None:
 @pytest.mark.usefixtures("demo_set")
 def test_audit_page_in_a_browser(tmp_path: Path) -> None:
     save_audit(audit_images(open_images("scenes"), seeds=2), tmp_path)
-    with open_page(address_of(tmp_path / "audit.html")) as (page, errors, outside):
-        assert page.locator("h1").inner_text() == "What to know of scenes before training on it"
+    with open_page(address_of(tmp_path / "audit.html"), width=390) as (page, errors, outside):
+        assert page.locator("h1").inner_text() == "Audit of scenes"
         broken = page.evaluate("[...document.images].filter(image => image.complete && !image.naturalWidth).length")
-        assert (errors, outside, broken) == ([], [], 0)
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert (errors, outside, broken, overflow) == ([], [], 0, 0)

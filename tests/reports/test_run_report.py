@@ -52,6 +52,8 @@ def test_it_tells_the_numbers_of_the_run(html: str, demo_run: Run) -> None:
     for row in test["per_class"]:
         assert f'<td class="left">{row["class"]}</td>' in html
     assert demo_run.manifest["data"]["hash"][:16] in html
+    assert "scenes classified with efficientnet_lite0" in html
+    assert f"{100 * demo_run.manifest['ood']['test_flagged']:.1f}% are flagged" in html
 
 
 def evaluation(labels: list[int], logits: list[list[float]], classes: tuple[str, ...]) -> Evaluation:

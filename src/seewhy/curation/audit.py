@@ -1,4 +1,4 @@
-"""Images -> Audit: near-duplicates, what they leak and what that is worth, label issues, image issues."""
+"""Audit a labelled dataset before training: near-duplicates, the leak they cause, label issues and image issues."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Leak:
-    """What splitting at random, with equal files alone kept together, does to a test accuracy; one entry a seed, 0..1 each.
+    """Effect of near-duplicates on the test accuracy of random splits; one value per seed, 0..1.
 
-    leaked: share of test images with a near-duplicate in train. plain, grouped: test accuracy of the same classifier under that
-    split and under one that keeps near-duplicates together. on_leaked, on_others: the former's, on the leaked and the other images.
+    leaked: share of test images with a near-duplicate in train. plain, grouped: test accuracy of one classifier under a split that keeps
+    only exact duplicates together, and under one that keeps near-duplicates together. on_leaked, on_others: plain, on the leaked and on
+    the other test images; nan where there are none.
     """
 
     leaked: tuple[float, ...]
@@ -41,10 +42,10 @@ class Leak:
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What is worth knowing of N labelled images before they are trained on.
+    """Findings on N labelled images.
 
-    near, groups: near-duplicates, and (N,) a number a group of them. leak: None where some class is too small to divide.
-    log_probs: (N, C) out of fold. label_issues: labels, the least believable first. image_issues: as `find_image_issues`.
+    groups: (N,) near-duplicate group of each image. leak: None if a class is too small to split. log_probs: (N, C) out of fold.
+    image_issues: see `find_image_issues`.
     """
 
     images: ImageSet
@@ -56,88 +57,81 @@ class Audit:
     image_issues: pd.DataFrame
 
     @property
-    def across(self) -> npt.NDArray[np.bool_]:
-        """(P,) which near pairs have different labels."""
-        labels = self.images.labels
-        crossing: npt.NDArray[np.bool_] = labels[self.near.pairs[:, 0]] != labels[self.near.pairs[:, 1]]
-        return crossing
+    def across_labels(self) -> npt.NDArray[np.bool_]:
+        """(P,) whether the two images of each near pair have different labels."""
+        different: npt.NDArray[np.bool_] = np.diff(self.images.labels[self.near.pairs], axis=1)[:, 0] != 0
+        return different
 
     @property
-    def asked(self) -> npt.NDArray[np.bool_]:
-        """(N,) which images were judged by a classifier that knows their class."""
-        own: npt.NDArray[np.bool_] = np.isfinite(self.log_probs[np.arange(len(self.images)), self.images.labels])
-        return own
+    def scored(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the image's classifier was fitted on its class."""
+        finite: npt.NDArray[np.bool_] = np.isfinite(self.log_probs[np.arange(len(self.images)), self.images.labels])
+        return finite
 
     def pairs_table(self) -> pd.DataFrame:
-        """A row a near pair: path_a, class_a, path_b, class_b, kind, bits, cosine."""
-        first, second = self.near.pairs.T
+        """One row per near pair: path_a, class_a, path_b, class_b, kind, bits, cosine."""
         names, paths = np.array(self.images.classes), np.array([str(path) for path in self.images.paths])
-        return pd.DataFrame(
-            {
-                "path_a": paths[first],
-                "class_a": names[self.images.labels[first]],
-                "path_b": paths[second],
-                "class_b": names[self.images.labels[second]],
-                "kind": self.near.kinds,
-                "bits": self.near.distances,
-                "cosine": self.near.cosines.round(4),
-            }
-        )
+        sides = {
+            f"{column}_{side}": values[indices]
+            for side, indices in zip("ab", self.near.pairs.T, strict=True)
+            for column, values in (("path", paths), ("class", names[self.images.labels]))
+        }
+        return pd.DataFrame({**sides, "kind": self.near.kinds, "bits": self.near.distances, "cosine": self.near.cosines.round(4)})
 
     def groups_table(self) -> pd.DataFrame:
-        """A row an image, path below the dataset's folder and group: what `--group-by` takes, to be mended by hand."""
+        """One row per image: path relative to the dataset's folder, and group; the input of `--group-by`."""
         names = [path.relative_to(self.images.root).as_posix() for path in self.images.paths]
         return pd.DataFrame({"path": names, "group": self.groups})
 
     def labels_table(self) -> pd.DataFrame:
-        """A row an image, the least believable label first: path, label, suggested, prob_label, prob_suggested, log_odds."""
-        order, names = self.label_issues.order, np.array(self.images.classes)
-        own = self.images.labels[order]
+        """One row per image, the least probable label first: path, label, suggested, prob_label, prob_suggested, log_odds."""
+        order, suggested, names = self.label_issues.order, self.label_issues.suggested, np.array(self.images.classes)
+        labels = self.images.labels[order]
         return pd.DataFrame(
             {
                 "path": [str(self.images.paths[i]) for i in order],
-                "label": names[own],
-                "suggested": names[self.label_issues.suggested],
-                "prob_label": np.exp(self.log_probs[order, own]).round(6),
-                "prob_suggested": np.exp(self.log_probs[order, self.label_issues.suggested]).round(6),
+                "label": names[labels],
+                "suggested": names[suggested],
+                "prob_label": np.exp(self.log_probs[order, labels]).round(6),
+                "prob_suggested": np.exp(self.log_probs[order, suggested]).round(6),
                 "log_odds": self.label_issues.log_odds.round(3),
             }
         )
 
     def confusions_table(self) -> pd.DataFrame:
-        """A row a pair of classes, the commonest first: label, predicted (out of fold), images."""
+        """One row per pair of classes confused out of fold, the most frequent first: label, predicted, images."""
         predicted, names = self.log_probs.argmax(axis=1), np.array(self.images.classes)
-        wrong = (predicted != self.images.labels) & self.asked
+        wrong = (predicted != self.images.labels) & self.scored
         table = pd.DataFrame({"label": names[self.images.labels[wrong]], "predicted": names[predicted[wrong]]})
         return table.value_counts().rename("images").reset_index()
 
     def summary(self) -> dict[str, Any]:
         """The counts, JSON-ready."""
         sizes = np.bincount(self.groups)
-        right = (self.log_probs.argmax(axis=1) == self.images.labels)[self.asked]
+        correct = (self.log_probs.argmax(axis=1) == self.images.labels)[self.scored]
         by_class = pd.Series(np.array(self.images.classes)[self.images.labels[self.near.pairs[:, 0]]]).value_counts()
         counts: dict[str, Any] = {
             "images": len(self.images),
             "classes": len(self.images.classes),
             "pairs": {kind: int((self.near.kinds == kind).sum()) for kind in ("exact", "hash", "features")},
-            "pairs_across_labels": int(self.across.sum()),
+            "pairs_across_labels": int(self.across_labels.sum()),
             "groups": int((sizes > 1).sum()),
             "grouped_images": int(sizes[sizes > 1].sum()),
             "largest_group": int(sizes.max()),
             "pairs_by_class": {str(name): int(count) for name, count in by_class.head(10).items()},
-            "out_of_fold_accuracy": float(right.mean()) if len(right) else None,
+            "out_of_fold_accuracy": float(correct.mean()) if len(correct) else None,
             "label_issues": int((self.label_issues.log_odds < ISSUE_LOG_ODDS).sum()),
             "image_issues": {str(name): int(count) for name, count in self.image_issues["issue"].value_counts().items()},
         }
         if self.leak is not None:
-            means = {name: [v for v in values if not math.isnan(v)] for name, values in vars(self.leak).items()}
-            counts["leak"] = {name: float(np.mean(values)) if values else None for name, values in means.items()}
+            finite = {name: [v for v in values if not math.isnan(v)] for name, values in vars(self.leak).items()}
+            counts["leak"] = {name: float(np.mean(values)) if values else None for name, values in finite.items()}
             counts["leak"]["seeds"] = len(self.leak.plain)
         return counts
 
 
 def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audit:
-    """Looks through labelled images; all that needs a network uses the one that comes with the package."""
+    """Audit labelled images, with features of the bundled network; ConfigError without the extra `audit`."""
     require("audit", "seewhy audit", "cleanvision")
     vectors = embed(images, workers=workers)
     near = near_pairs(images, vectors if len(images) <= MANY else None)
@@ -153,21 +147,21 @@ def audit_images(images: ImageSet, seeds: int = SEEDS, workers: int = 2) -> Audi
 
 
 def measure_leak(images: ImageSet, vectors: npt.NDArray[np.float32], groups: Indices, seeds: int) -> Leak | None:
-    """The same classifier (a linear discriminant on the vectors) under plain and grouped splits; None where some class is too small."""
-    images = replace(images, parts=("",) * len(images))  # what folders give is no random split
+    """Compare a linear discriminant on (N, K) features under plain and grouped splits; None if a class is too small for either."""
+    images = replace(images, parts=("",) * len(images))  # random splits, whatever the folders give
     rows = []
     for seed in range(seeds):
         try:
-            plain, grouped = (split_images(images, seed=seed, groups=chosen) for chosen in (None, groups))
+            plain, grouped = (split_images(images, seed=seed, groups=of) for of in (None, groups))
         except SplitError:
             return None
         if min(len(plain.train), len(grouped.train)) <= len(images.classes):  # too few for a covariance
             return None
         leaked = np.isin(groups[plain.test], groups[plain.train])
-        right, right_grouped = (
+        correct, correct_grouped = (
             fit_lda(vectors[split.train], images.labels[split.train]).predict(vectors[split.test]) == images.labels[split.test]
             for split in (plain, grouped)
         )
-        on_leaked = right[leaked].mean() if leaked.any() else np.nan
-        rows.append((leaked.mean(), right.mean(), right_grouped.mean(), on_leaked, right[~leaked].mean() if not leaked.all() else np.nan))
+        parts = (correct[inside].mean() if inside.any() else math.nan for inside in (leaked, ~leaked))
+        rows.append((leaked.mean(), correct.mean(), correct_grouped.mean(), *parts))
     return Leak(*(tuple(float(value) for value in column) for column in zip(*rows, strict=True)))

@@ -1,4 +1,4 @@
-"""ImageSet x --group-by -> a number a group: near-duplicates, exact ones alone, a table, or a pattern over the path."""
+"""Group images that must stay in one part of a split: by near-duplicates, a table, or a pattern over their paths (--group-by)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from seewhy.data.image_set import ImageSet
 from seewhy.errors import ConfigError, reason_of
 from seewhy.models.features import embed
 
-MANY = 50_000  # images up to which features are computed to find near-duplicates
+MANY = 50_000  # images up to which near-duplicates are also found by features
 Groups = npt.NDArray[np.int64]
 
 
-def group_images(images: ImageSet, how: str = "duplicates", workers: int = 2, keep: bool = True) -> Groups | None:
-    """(N,) a number a group of images that must stay in one part of a split; None where only equal bytes count.
+def group_images(images: ImageSet, how: str = "duplicates", workers: int = 2, cache: bool = True) -> Groups | None:
+    """(N,) group number of each image, or None if only exact duplicates are to be kept together.
 
-    how: 'duplicates' (by bytes, perceptual hash and features; by hash alone for more than MANY images, whose features would take
-    longer than the training), 'exact', the path of a .csv with columns path and group, or a regular
-    expression over the path below the dataset's folder: what its first group (else the whole match) says is the group.
-    keep: whether features that are computed for this stay in the cache.
-    Raises ConfigError for a table or pattern that leaves an image out.
+    how: 'duplicates' (by bytes, perceptual hash and features; without features above MANY images, where they would take longer than the
+    training), 'exact', the path of a .csv with the columns path and group, or a regular expression over the path relative to the
+    dataset's folder, whose first group (or whole match) names the group.
+    cache: whether to keep computed features in the cache.
+    Raises ConfigError for a table or pattern that leaves an image without a group.
     """
     if how == "exact":
         return None
     if how == "duplicates":
-        vectors = embed(images, workers=workers, cache=keep) if len(images) <= MANY else None
+        vectors = embed(images, workers=workers, cache=cache) if len(images) <= MANY else None
         numbers = label_groups(len(images), near_pairs(images, vectors).pairs) if distributed.is_main_process() else None
         shared: Groups = distributed.broadcast(numbers)
         return shared
     names = [path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else path.as_posix() for path in images.paths]
-    found = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
-    groups: Groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
+    group_names = _from_table(Path(how), names) if how.endswith(".csv") else _from_pattern(how, names)
+    groups: Groups = np.unique(group_names, return_inverse=True)[1].astype(np.int64)
     return groups
 
 
@@ -52,11 +52,11 @@ def _from_table(file: Path, names: list[str]) -> list[str]:
     group_of = {path.removeprefix("./"): group for path, group in zip(table["path"], table["group"], strict=True)}
     if missing := [name for name in names if name not in group_of]:
         raise ConfigError(
-            f"{file}: {len(missing)} of {len(names)} images are not in it, {missing[0]!r} for one; "
-            "name each by its path below the dataset's folder"
+            f"{file}: {len(missing)} of {len(names)} images are not in it, for example {missing[0]!r}; "
+            "list each by its path relative to the dataset's folder"
         )
     if blank := [name for name in names if not group_of[name].strip()]:
-        raise ConfigError(f"{file}: {len(blank)} images have no group, {blank[0]!r} for one; give each of them one, alone or with others")
+        raise ConfigError(f"{file}: {len(blank)} images have no group, for example {blank[0]!r}; give each image one")
     return [group_of[name] for name in names]
 
 
@@ -68,12 +68,12 @@ def _from_pattern(pattern: str, names: list[str]) -> list[str]:
     matches = [compiled.search(name) for name in names]
     if missing := [name for name, match in zip(names, matches, strict=True) if match is None]:
         raise ConfigError(
-            f"--group-by {pattern!r}: does not match {len(missing)} of {len(names)} paths, {missing[0]!r} for one; "
+            f"--group-by {pattern!r}: does not match {len(missing)} of {len(names)} paths, for example {missing[0]!r}; "
             "match all of them, or use duplicates, exact or a .csv file"
         )
-    found = [(match.group(1) if compiled.groups else match.group(0)) or "" for match in matches if match]
-    if blank := [name for name, group in zip(names, found, strict=True) if not group]:
+    groups = [match[1 if compiled.groups else 0] or "" for match in matches if match]
+    if blank := [name for name, group in zip(names, groups, strict=True) if not group]:
         raise ConfigError(
-            f"--group-by {pattern!r}: says no group of {len(blank)} paths, {blank[0]!r} for one; let it match something in each"
+            f"--group-by {pattern!r}: gives {len(blank)} paths an empty group, for example {blank[0]!r}; match some text in each"
         )
-    return found
+    return groups

@@ -1,4 +1,4 @@
-"""Image files -> image issues: dark, light, blurry, nearly empty, grey, of odd size or aspect ratio, by cleanvision."""
+"""Find image issues with cleanvision: dark, light, blurry, nearly empty, grey, odd size, odd aspect ratio."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seewhy.core.process_state import quiet
 from seewhy.data.decode import read_bytes
 from seewhy.data.shards import shard_of
 
-# cleanvision's name -> ours
+# cleanvision's name -> seewhy's
 KINDS = {
     "dark": "dark",
     "light": "light",
@@ -27,39 +27,38 @@ KINDS = {
 }
 
 
-class Images:
-    """What cleanvision opens a path with: a file, or an image in a shard."""
+class ImageOpener:
+    """File system for cleanvision: opens image files and images inside shards."""
 
     def open(self, path: str | Path, mode: str = "rb") -> BinaryIO:
-        """The image's file, or its bytes as one."""
+        """Open an image as a binary file."""
         return io.BytesIO(read_bytes(path)) if shard_of(Path(path)) else Path(path).open("rb")
 
 
 @quiet("cleanvision")
 def find_image_issues(paths: Sequence[Path]) -> pd.DataFrame:
-    """A row a finding, the oddest first: path, look (a value of KINDS), score (0..1, lower is odder; cleanvision's, with its thresholds).
+    """One row per issue, the worst first: path, issue (a value of KINDS), score (0..1, lower is worse).
 
-    Grey images with transparency are passed over: cleanvision 0.3 cannot take them.
-    'odd size' is far from the median of the set; 'odd aspect ratio' a side more than about three times the other.
+    Scores and thresholds are cleanvision's. 'odd size' is far from the median of the set; 'odd aspect ratio' is a side more than about
+    three times the other. Grey images with transparency are skipped: cleanvision 0.3 cannot read them.
     """
     from cleanvision import Imagelab  # slow to import
 
-    paths = [path for path in paths if not _has_two_bands(path)]
-
-    with redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-        lab = Imagelab(filepaths=[str(path) for path in paths])
-        lab._dataset.fs = Images()  # type: ignore[attr-defined]  # what its list of files is opened with
-        # With more jobs it forks, in a process with threads, and waits for ever where the caller handles SIGTERM without ending.
+    opener = ImageOpener()
+    with redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
+        lab = Imagelab(filepaths=[str(path) for path in paths if not _has_two_bands(opener, path)])
+        lab._dataset.fs = opener  # type: ignore[attr-defined]
+        # n_jobs above 1 forks a process with threads, and hangs if the caller handles SIGTERM without exiting.
         lab.find_issues({name: {} for name in KINDS}, n_jobs=1, verbose=False)
-    rows = []
-    for theirs, ours in KINDS.items():
-        found = lab.issues[lab.issues[f"is_{theirs}_issue"]]
-        rows += [{"path": str(path), "issue": ours, "score": float(score)} for path, score in found[f"{theirs}_score"].items()]
+    rows = [
+        (str(path), issue, float(score))
+        for name, issue in KINDS.items()
+        for path, score in lab.issues.loc[lab.issues[f"is_{name}_issue"], f"{name}_score"].items()
+    ]
     table = pd.DataFrame(rows, columns=["path", "issue", "score"])
     return table.sort_values(["issue", "score", "path"], ignore_index=True)
 
 
-def _has_two_bands(path: Path) -> bool:
-    """Grey or palette with transparency, which cleanvision 0.3 cannot take."""
-    with Images().open(path) as file, Image.open(file) as image:
+def _has_two_bands(opener: ImageOpener, path: Path) -> bool:
+    with opener.open(path) as file, Image.open(file) as image:
         return image.mode in ("LA", "La", "PA")

@@ -1,4 +1,4 @@
-"""Logits and labels -> how far probabilities can be believed: calibration error, temperature, and when to say nothing."""
+"""Calibrate probabilities by temperature scaling, and choose confidence thresholds for selective classification."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 
-from seewhy.evaluation.metrics import Floats, Labels, map_rows, sample_nll
+from seewhy.evaluation.metrics import Floats, Labels, negative_log_likelihood
 
-Sure = npt.NDArray[np.float64]  # (N,) confidence, 0..1: the largest probability of each image
-Right = npt.NDArray[np.bool_]  # (N,) whether the class that has it is the true one
+Confidence = npt.NDArray[np.float64]  # (N,) the largest probability of each image, 0..1
+Correct = npt.NDArray[np.bool_]  # (N,) whether the most probable class is the true one
 BINS = 15  # of the reliability diagram, as in Guo 2017
-TRIED = 10  # coverages among which a threshold is chosen
-LEAST, MOST = 0.05, 20.0  # temperatures between which the fit looks
+COVERAGES = 10  # candidates of a threshold
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Equal-width bins of confidence (the largest probability of an image), empty ones left out. Arrays of one length.
+    """B bins of confidence of equal width, without the empty ones; (B,) arrays.
 
-    confidence: mean of a bin, 0..1. accuracy: share of right answers in it, 0..1. count: its images.
+    confidence: mean confidence of a bin, 0..1. accuracy: share of correct predictions, 0..1. count: images.
     """
 
     confidence: npt.NDArray[np.float64]
@@ -31,67 +31,52 @@ class Reliability:
     count: npt.NDArray[np.int64]
 
 
-def reliability(sure: Sure, right: Right, bins: int = BINS) -> Reliability:
-    """Confidences and whether they were right -> the reliability diagram (Sec. 2, arXiv:1706.04599)."""
-    places = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # bins are open below and closed above
-    count = np.bincount(places, minlength=bins)
-    kept = count > 0
-    confidence = np.bincount(places, weights=sure, minlength=bins)[kept] / count[kept]
-    accuracy = np.bincount(places, weights=right, minlength=bins)[kept] / count[kept]
-    return Reliability(confidence, accuracy, count[kept])
+def reliability(confidence: Confidence, correct: Correct, bins: int = BINS) -> Reliability:
+    """Bin predictions by confidence for the reliability diagram (Sec. 2, arXiv:1706.04599)."""
+    numbers = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bins are open below and closed above
+    count = np.bincount(numbers, minlength=bins)
+    filled = count > 0
+    means = [np.bincount(numbers, weights=values, minlength=bins)[filled] / count[filled] for values in (confidence, correct)]
+    return Reliability(means[0], means[1], count[filled])
 
 
-def expected_calibration_error(sure: Sure, right: Right, bins: int = BINS) -> float:
+def expected_calibration_error(confidence: Confidence, correct: Correct, bins: int = BINS) -> float:
     """Mean over the images of |confidence - accuracy| of their bin; 0..1, lower is better (Eq. 3, arXiv:1706.04599).
 
-    A number of bins: few images give a positive error even where the probabilities are right.
+    Biased upwards: few images give a positive error even for perfectly calibrated probabilities.
     """
-    found = reliability(sure, right, bins)
-    return float((found.count * np.abs(found.confidence - found.accuracy)).sum() / found.count.sum())
-
-
-def brier_score(labels: Labels, probs: Floats) -> float:
-    """Mean over the images of the squared distance between probabilities and the true class's one; 0..2, lower is better (Brier 1950)."""
-    return float(map_rows(lambda rows: squared_distances(labels[rows], probs[rows]), len(labels)).mean())
+    diagram = reliability(confidence, correct, bins)
+    return float((diagram.count * np.abs(diagram.confidence - diagram.accuracy)).sum() / diagram.count.sum())
 
 
 def squared_distances(labels: Labels, probs: Floats) -> npt.NDArray[np.float64]:
-    """(N,) squared distance between each image's probabilities and the true class's one."""
-    misses = np.array(probs, dtype=np.float64)
-    misses[np.arange(len(labels)), labels] -= 1
-    squares: npt.NDArray[np.float64] = (misses**2).sum(axis=1)
-    return squares
+    """(N,) squared distance between probabilities (N, C) and the one-hot label, 0..2; its mean is the Brier score (Brier 1950)."""
+    errors = np.array(probs, dtype=np.float64)
+    errors[np.arange(len(labels)), labels] -= 1
+    distances: npt.NDArray[np.float64] = (errors**2).sum(axis=1)
+    return distances
 
 
 def fit_temperature(labels: Labels, logits: Floats) -> float:
-    """The T > 0 by which to divide logits for the least negative log-likelihood (Sec. 4.2, arXiv:1706.04599), within 0.05..20.
+    """Find the T in 0.05..20 that minimises the negative log-likelihood of softmax(logits / T) (Sec. 4.2, arXiv:1706.04599).
 
-    Answers stay the same. Where all of them are right, no T is best but the smallest: then 1, the probabilities as they are.
+    Deviation: 1 if all predictions are correct, where the optimum would be the smallest T.
     """
     if bool((np.asarray(logits).argmax(axis=1) == labels).all()):
         return 1.0
 
     def loss(log_t: float) -> float:
-        scaled = map_rows(lambda rows: sample_nll(labels[rows], np.asarray(logits[rows], dtype=np.float64) / math.exp(log_t)), len(labels))
-        return float(np.mean(scaled))
+        return negative_log_likelihood(labels, logits, math.exp(log_t))
 
-    found = minimize_scalar(
-        loss,
-        bounds=(math.log(LEAST), math.log(MOST)),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return math.exp(float(found.x))
-
-
-# ---------------------------------------------------------------- saying nothing
+    bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+    return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
 
 
 @dataclass(frozen=True, eq=False)
 class RiskCoverage:
-    """What answering only the surest images costs and brings; arrays of one length, the surest first.
+    """Risk-coverage curve: arrays of one length, from the highest threshold to the lowest.
 
-    threshold: least confidence that is answered. coverage: share of the images answered. risk: share of these that are wrong.
+    threshold: minimum confidence. coverage: share of the images at or above it. risk: error rate of these.
     """
 
     threshold: npt.NDArray[np.float64]
@@ -105,38 +90,37 @@ class RiskCoverage:
         return float((steps * self.risk).sum())
 
 
-def risk_coverage(sure: Sure, right: Right) -> RiskCoverage:
-    """Confidences and whether they were right -> the risk-coverage curve, a point for each confidence that occurs."""
-    order = np.argsort(-sure, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(sure[order])), len(order) - 1)  # equal confidences are answered together
-    answered = last + 1
-    wrong = np.cumsum(~right[order])[last]
-    return RiskCoverage(sure[order][last], answered / len(order), wrong / answered)
+def risk_coverage(confidence: Confidence, correct: Correct) -> RiskCoverage:
+    """Compute the risk-coverage curve, one point per distinct confidence."""
+    order = np.argsort(-confidence, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)  # of each run of equal confidences
+    selected = last + 1
+    wrong = np.cumsum(~correct[order])[last]
+    return RiskCoverage(confidence[order][last], selected / len(order), wrong / selected)
 
 
-def clopper_pearson_upper(wrong: int, answered: int, confidence: float = 0.9) -> float:
-    """Upper limit of the true risk where `wrong` of `answered` were wrong: one-sided, Clopper and Pearson 1934."""
-    return 1.0 if wrong >= answered else float(beta.ppf(confidence, wrong + 1, answered - wrong))
+def clopper_pearson_upper(wrong: int, n: int, confidence: float = 0.9) -> float:
+    """One-sided upper confidence limit of the error rate, for `wrong` errors of n (Clopper and Pearson 1934)."""
+    return 1.0 if wrong >= n else float(beta.ppf(confidence, wrong + 1, n - wrong))
 
 
-def threshold_for(sure: Sure, right: Right, precision: float, confidence: float = 0.9) -> float | None:
-    """The least confidence to answer at, so that answers are right with probability `precision`, or None if there is none.
+def threshold_for(confidence: Confidence, correct: Correct, precision: float, level: float = 0.9) -> float | None:
+    """The lowest confidence threshold above which predictions are correct with probability `precision`; None if there is none.
 
-    Selection with guaranteed risk (Geifman 2017, arXiv:1705.08500): among TRIED coverages, evenly spread, the largest at which the
-    error's upper confidence bound stays within 1 - precision. The limit then holds for new images like these with the given
-    confidence, since the search is paid for (Bonferroni). Their Algorithm 2 halves its way instead, and ends with nothing where the
-    middle has too few images.
+    Selection with guaranteed risk (Geifman 2017, arXiv:1705.08500): the largest of COVERAGES evenly spaced coverages at which the upper
+    limit of the error rate is at most 1 - precision. It holds with probability `level` for new images from the same distribution
+    (Bonferroni over the coverages). Deviation: their Algorithm 2 searches by bisection, which fails if the middle has too few images.
     """
-    curve = risk_coverage(sure, right)
-    n, stricter = len(sure), 1 - (1 - confidence) / TRIED
-    for place in np.unique(np.ceil(len(curve.threshold) * np.arange(1, TRIED + 1) / TRIED).astype(int) - 1)[::-1]:
-        answered = round(curve.coverage[place] * n)
-        if clopper_pearson_upper(round(curve.risk[place] * answered), answered, stricter) <= 1 - precision:
-            return float(curve.threshold[place])
+    curve = risk_coverage(confidence, correct)
+    n, corrected = len(confidence), 1 - (1 - level) / COVERAGES
+    for i in np.unique(np.ceil(len(curve.threshold) * np.arange(1, COVERAGES + 1) / COVERAGES).astype(int) - 1)[::-1]:
+        selected = round(curve.coverage[i] * n)
+        if clopper_pearson_upper(round(curve.risk[i] * selected), selected, corrected) <= 1 - precision:
+            return float(curve.threshold[i])
     return None
 
 
-def selective_accuracy(sure: Sure, right: Right, threshold: float) -> tuple[float, float]:
-    """(share answered, share of these that is right) where only confidences of at least `threshold` are answered; right is nan for none."""
-    kept = sure >= threshold
-    return float(kept.mean()), float(right[kept].mean()) if kept.any() else math.nan
+def selective_accuracy(confidence: Confidence, correct: Correct, threshold: float) -> tuple[float, float]:
+    """(coverage, accuracy) of the predictions with a confidence of at least `threshold`; accuracy is nan if there are none."""
+    selected = confidence >= threshold
+    return float(selected.mean()), float(correct[selected].mean()) if selected.any() else math.nan

@@ -1,4 +1,4 @@
-"""An image -> the same image as a worse camera, a worse light or a worse file would have it: CORRUPTIONS, at five strengths."""
+"""Corrupt images at five strengths: blur, noise, JPEG, brightness, darkness, rotation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Square = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Corruption:
-    """of: (3, S, S) uint8 and a value -> (3, S, S) uint8. values: of the five strengths, the mildest first. unit: what they measure."""
+    """apply: (3, S, S) uint8, value -> (3, S, S) uint8. values: of the five strengths, the mildest first. unit: of the values."""
 
-    of: Callable[[Tensor, float], Tensor]
+    apply: Callable[[Tensor, float], Tensor]
     values: tuple[float, float, float, float, float]
     unit: str
 
@@ -44,7 +42,7 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _brightness(image: Tensor, added: float) -> Tensor:
-    """Added to the value of HSV, which is the largest channel: colours keep their hue and saturation."""
+    """Add to V of HSV, the largest channel, and keep hue and saturation."""
     scaled = image.float() / 255
     value = scaled.amax(dim=0, keepdim=True)
     brighter = (value + added).clamp(0, 1)
@@ -61,11 +59,11 @@ def _rotation(image: Tensor, degrees: float) -> Tensor:
     return turned
 
 
-# Blur, noise, JPEG and brightness: the values of ImageNet-C (Hendrycks 2019, arXiv:1903.12261), whose images are 224 pixels wide too.
-# Darkness is its brightness turned round; rotation is not among its corruptions.
+# Values of blur, noise, JPEG and brightness are those of ImageNet-C (Hendrycks 2019, arXiv:1903.12261), for images 224 pixels wide.
+# Darkness is brightness with the opposite sign; ImageNet-C has no rotation.
 CORRUPTIONS: dict[str, Corruption] = {
-    "blur": Corruption(_blur, (1, 2, 3, 4, 6), "sigma in pixels of the network's square"),
-    "noise": Corruption(_noise, (0.08, 0.12, 0.18, 0.26, 0.38), "deviation, of the range of values"),
+    "blur": Corruption(_blur, (1, 2, 3, 4, 6), "sigma in pixels of the network's input"),
+    "noise": Corruption(_noise, (0.08, 0.12, 0.18, 0.26, 0.38), "standard deviation, as a share of the value range"),
     "jpeg": Corruption(_jpeg, (25, 18, 15, 10, 7), "quality"),
     "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), "added to the value of HSV"),
     "darkness": Corruption(_brightness, (-0.1, -0.2, -0.3, -0.4, -0.5), "added to the value of HSV"),
@@ -73,9 +71,9 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
-def corrupt(square: Square, name: str, strength: int) -> Square:
-    """(S, S, 3) uint8 RGB -> the same shape; strength 1 (mild) to 5 (severe). The same square gives the same result."""
-    chosen = CORRUPTIONS[name]
-    image = torch.from_numpy(square.copy()).permute(2, 0, 1)
-    changed = chosen.of(image, chosen.values[strength - 1])
+def corrupt(pixels: npt.NDArray[np.uint8], name: str, strength: int) -> npt.NDArray[np.uint8]:
+    """(S, S, 3) uint8 RGB -> the same shape, deterministic; strength 1 (mild) to 5 (severe)."""
+    corruption = CORRUPTIONS[name]
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    changed = corruption.apply(image, corruption.values[strength - 1])
     return np.ascontiguousarray(changed.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""A fitted network x a part of the images -> Evaluation: logits, metrics, confusion matrix."""
+"""Evaluate a network on labelled images: logits, metrics, confusion matrix, and penultimate features."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from seewhy.models.transforms import EVAL_VIEW, MIRRORED_VIEW
 from seewhy.models.trunk_tail import TrunkTail, with_penultimate
 
 TOP = 5
-BATCH = 128  # images that the tail answers at a time
-BLOCK = 8  # batches of vectors that are held at a time
+BATCH = 128  # images per forward pass of the tail
+BLOCK = 8  # batches of vectors in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a network says of N labelled images.
+    """Predictions for N labelled images.
 
-    part: 'train', 'val', 'test' or 'all'. paths: N texts. logits: (N, C), unnormalised. labels: (N,) true classes.
-    groups: (N,) a number a group of images that show the same. temperature: what divides the logits before the softmax.
+    part: 'train', 'val', 'test' or 'all'. paths: N strings. labels: (N,) true classes. logits: (N, C), unnormalised.
+    groups: (N,) near-duplicate group of each image. temperature: divisor of the logits before the softmax.
     """
 
     part: str
@@ -49,7 +49,7 @@ class Evaluation:
 
     @cached_property
     def probs(self) -> npt.NDArray[np.float64]:
-        """(N, C) calibrated probabilities: softmax(logits / temperature). Of many images and classes they are large: 8 bytes each."""
+        """(N, C) float64 calibrated probabilities: softmax(logits / temperature)."""
         return self._probs_of(slice(None))
 
     def _probs_of(self, rows: slice) -> npt.NDArray[np.float64]:
@@ -57,7 +57,7 @@ class Evaluation:
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:
-        """(N,) most probable classes."""
+        """(N,) most probable class of each image."""
         best: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
         return best
 
@@ -68,67 +68,56 @@ class Evaluation:
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether the predicted class is the true one."""
+        """(N,) whether the predicted class is the true class."""
         same: npt.NDArray[np.bool_] = self.predicted == self.labels
         return same
 
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
-        """(C, C) counts; row = true, column = predicted."""
+        """(C, C) counts; row = true class, column = predicted class."""
         return metrics.confusion_matrix(self.labels, self.predicted, len(self.classes))
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The entry of `metrics.json` (docs/reference/run.md): headline numbers with intervals over groups, one row a class."""
+        """The entry of `metrics.json` (docs/reference/run.md): headline metrics with intervals, calibration, one row per class."""
         n = len(self.labels)
         rows = metrics.per_class(self.confusion)
         names = [name for name in metrics.HEADLINE if name != "top5_accuracy" or len(self.classes) > TOP]
-        among = metrics.in_top_k(self.labels, self.logits, TOP)
+        in_top5 = metrics.in_top_k(self.labels, self.logits, TOP)
 
         def headline(weights: npt.NDArray[np.int64]) -> list[float]:
             confusion = metrics.confusion_matrix(self.labels, self.predicted, len(self.classes), weights)
-            found = {
+            values = {
                 "accuracy": float(np.diag(confusion).sum() / confusion.sum()),
-                "top5_accuracy": float(np.average(among, weights=weights)),
+                "top5_accuracy": float(np.average(in_top5, weights=weights)),
                 "mean_per_class_accuracy": metrics.mean_per_class_accuracy(confusion),
                 "macro_f1": metrics.macro_f1(confusion),
             }
-            return [found[name] for name in names]
+            return [values[name] for name in names]
 
         values = headline(np.ones(n, dtype=np.int64))
         intervals = metrics.group_bootstrap(headline, self.groups)
         count = len(np.unique(self.groups))
-        if intervals[0][0] == intervals[0][1]:  # all right or all wrong: drawing again shows no spread, but there is doubt
+        if intervals[0][0] == intervals[0][1]:  # all correct or all wrong: resampling has no spread
             intervals[0] = metrics.wilson_interval(round(values[0] * count), count)
-        numbers: dict[str, Any] = {"n": n, "groups": count}
+        entry: dict[str, Any] = {"n": n, "groups": count}
         for name, value, interval in zip(names, values, intervals, strict=True):
-            numbers |= {name: value, f"{name}_ci95": list(interval)}
-        return {
-            **numbers,
-            **self._calibration(),
-            "per_class": [
-                {
-                    "class": name,
-                    "precision": float(rows.precision[c]),
-                    "recall": float(rows.recall[c]),
-                    "f1": float(rows.f1[c]),
-                    "n": int(rows.support[c]),
-                }
-                for c, name in enumerate(self.classes)
-            ],
-        }
+            entry |= {name: value, f"{name}_ci95": list(interval)}
+        columns = (self.classes, rows.precision.tolist(), rows.recall.tolist(), rows.f1.tolist(), rows.support.tolist())
+        keys = ("class", "precision", "recall", "f1", "n")
+        return entry | self._calibration() | {"per_class": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
 
     def _calibration(self) -> dict[str, Any]:
-        """How far the probabilities can be believed, and what answering only the surest images brings."""
+        """Proper scores, calibration error before and after temperature scaling, and the area under the risk-coverage curve."""
         labels, n = self.labels, len(self.labels)
-        plain = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
+        uncalibrated = metrics.map_rows(lambda rows: metrics.softmax(self.logits[rows]).max(axis=1), n)
         nats = metrics.map_rows(lambda rows: metrics.sample_nll(labels[rows], self.logits[rows] / self.temperature), n)
         distances = metrics.map_rows(lambda rows: calibration.squared_distances(labels[rows], self._probs_of(rows)), n)
         return {
             "negative_log_likelihood": float(nats.mean()),
             "brier_score": float(distances.mean()),
             "expected_calibration_error": calibration.expected_calibration_error(self.confidence, self.correct),
-            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(plain, self.correct),
+            "expected_calibration_error_uncalibrated": calibration.expected_calibration_error(uncalibrated, self.correct),
             "area_under_risk_coverage": calibration.risk_coverage(self.confidence, self.correct).area,
         }
 
@@ -143,89 +132,84 @@ def evaluate_part(
     groups: npt.NDArray[np.int64] | None = None,
     temperature: float = 1.0,
 ) -> Evaluation:
-    """The images at `indices` as a run of this config answers them; the frozen part comes from the cache.
+    """Evaluate the images at `indices`, with the features of the frozen trunk from the cache.
 
-    Processes that train together share the images, and each gets all logits.
-
-    With tta_flip, logits are the mean of those of the image and of its mirror image.
-    groups: (N,) a number an image of all `images`; None: each is a group of its own.
+    With tta_flip, logits are the mean over the image and its mirror image. Distributed processes share the images, and each gets all
+    logits.
+    groups: (len(images),) near-duplicate group of each image; None: each is its own group.
     """
-    halves, spec = cut, FeatureSpec.of(config)
-    if cut.trunk is None:  # trained as a whole
-        halves, spec = TrunkTail(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
+    spec = FeatureSpec.of(config)
+    if cut.trunk is None:  # no frozen part
+        cut, spec = TrunkTail(backbone.model, nn.Identity(), "logits"), replace(spec, cache=False)
     views = MIRRORED_VIEW + 1 if config.tta_flip else EVAL_VIEW + 1
-    mine = distributed.shard(indices)
-    asked = mine if len(mine) else indices[:1]  # of few images some processes have none
-    features = extract_features(images, asked, views, halves, backbone.preprocessing, spec)
-    logits = tail_logits(halves.tail, features.store, features.rows[:, EVAL_VIEW])
+    features, local = _local_features(images, indices, views, cut, backbone, spec)
+    logits = tail_logits(cut.tail, features.store, features.rows[:, EVAL_VIEW])
     if config.tta_flip:
-        logits += tail_logits(halves.tail, features.store, features.rows[:, MIRRORED_VIEW])
+        logits += tail_logits(cut.tail, features.store, features.rows[:, MIRRORED_VIEW])
         logits /= views
     return Evaluation(
         part=part,
         paths=[str(images.paths[i]) for i in indices],
         labels=images.labels[indices],
-        logits=distributed.all_gather(logits[: len(mine)], len(indices)),
+        logits=distributed.all_gather(logits[:local], len(indices)),
         classes=images.classes,
         groups=np.arange(len(indices)) if groups is None else groups[indices],
         temperature=temperature,
     )
 
 
-def classifier_vectors(
-    backbone: Backbone,
-    cut: TrunkTail,
-    images: ImageSet,
-    indices: npt.NDArray[np.int64],
-    spec: FeatureSpec,
-) -> Iterator[npt.NDArray[np.float32]] | None:
-    """(B, K) what the classifier reads of the images at `indices` (evaluation view), block after block, (N, K) in all, for every process.
+def _local_features(
+    images: ImageSet, indices: npt.NDArray[np.int64], views: int, cut: TrunkTail, backbone: Backbone, spec: FeatureSpec
+) -> tuple[Features, int]:
+    """Features of this process's shard of `indices`, and its size; of the first image if the shard is empty."""
+    shard = distributed.shard(indices)
+    return extract_features(images, shard if len(shard) else indices[:1], views, cut, backbone.preprocessing, spec), len(shard)
 
-    None where the network has no such vector.
-    """
-    trained_whole = cut.trunk is None
-    tail = with_penultimate(backbone, backbone.model if trained_whole else cut.tail)
+
+def classifier_vectors(
+    backbone: Backbone, cut: TrunkTail, images: ImageSet, indices: npt.NDArray[np.int64], spec: FeatureSpec
+) -> Iterator[npt.NDArray[np.float32]] | None:
+    """Blocks (B, K) of the penultimate features of the images at `indices`, (N, K) in all and in every process; None if there are none."""
+    tail = with_penultimate(backbone, backbone.model if cut.trunk is None else cut.tail)
     if tail is None:
         return None
-    halves = TrunkTail(tail, nn.Identity(), "vectors") if trained_whole else TrunkTail(cut.trunk, tail, cut.cut_point)
-    mine = distributed.shard(indices)
-    asked = mine if len(mine) else indices[:1]
-    features = extract_features(images, asked, EVAL_VIEW + 1, halves, backbone.preprocessing, spec)
-    return _vector_blocks(halves.tail, features, len(indices), len(mine), len(images.classes))
+    cut = TrunkTail(tail, nn.Identity(), "vectors") if cut.trunk is None else TrunkTail(cut.trunk, tail, cut.cut_point)
+    features, local = _local_features(images, indices, EVAL_VIEW + 1, cut, backbone, spec)
+    return _vector_blocks(cut.tail, features, len(indices), local, len(images.classes))
 
 
-def _vector_blocks(tail: nn.Module, features: Features, n: int, mine: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
-    """n: images of all processes. mine: those of this one, whose features they are; of few images some processes have none."""
-    each = BLOCK * BATCH  # rows of a process
-    for start in range(0, n, each * distributed.world_size()):
-        begin = start // distributed.world_size()
-        rows = features.rows[begin : begin + each, 0] if begin < mine else features.rows[:1, 0]
-        vectors = tail_logits(tail, features.store, rows)[: max(mine - begin, 0), classes:]
-        yield distributed.all_gather(vectors, min(n - start, each * distributed.world_size()))
+def _vector_blocks(tail: nn.Module, features: Features, n: int, local: int, classes: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Gather blocks of vectors; n: images of all processes, local: images of this one, possibly 0."""
+    processes = distributed.world_size()
+    for start in range(0, n, BLOCK * BATCH * processes):
+        begin = start // processes
+        rows = features.rows[begin : begin + BLOCK * BATCH, 0] if begin < local else features.rows[:1, 0]
+        vectors = tail_logits(tail, features.store, rows)[: max(local - begin, 0), classes:]
+        yield distributed.all_gather(vectors, min(n - start, BLOCK * BATCH * processes))
 
 
 @torch.inference_mode()
 def tail_logits(
     tail: nn.Module, store: npt.NDArray[Any] | StoredRows, rows: npt.NDArray[np.int64], batch: int = BATCH
 ) -> npt.NDArray[np.float32]:
-    """(N, C) logits of stored features; `tail` runs in eval mode."""
+    """(N, C) outputs of `tail`, in eval mode, for stored features."""
     tail.eval()
-    found = np.empty((0, 0), dtype=np.float32)
+    logits = np.empty((0, 0), dtype=np.float32)
     with progress("evaluating", len(rows)) as advance:
         for start in range(0, len(rows), batch):
             features = torch.from_numpy(take_rows(store, rows[start : start + batch]))
-            logits = tail(features).float().numpy()
+            outputs = tail(features).float().numpy()
             if not start:
-                found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
-            found[start : start + batch] = logits
+                logits = np.empty((len(rows), outputs.shape[1]), dtype=np.float32)
+            logits[start : start + batch] = outputs
             advance(len(features))
-    return found
+    return logits
 
 
 def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> Evaluation:
-    """A saved run on a part of its own split (found again by content), or on all images of `data`.
+    """Evaluate a saved run on a part of its own split, matched by content, or on all images of `data`.
 
-    Raises SplitError if the data has changed since, DataError for classes the run does not know.
+    Raises SplitError if the data has changed since, DataError for classes that the run does not have.
     """
     config = run.config
     images = open_images(data or config.data, config.data_root, config.skip_bad, config.workers)
@@ -234,12 +218,11 @@ def evaluate_run(run: SavedRun, part: str = "test", data: str | None = None) -> 
     else:
         split = read_split(run.path, images)
         indices, groups = split.part(part), split.groups
-    unknown = sorted(set(images.classes) - set(run.classes))
-    if unknown:
+    if unknown := sorted(set(images.classes) - set(run.classes)):
         raise DataError(
             f"{images.root}: class {unknown[0]!r} is not one of the run's {len(run.classes)} classes; rename or remove its folder"
         )
-    if images.classes != run.classes:  # a folder with fewer classes: count in the run's own numbering
-        place = np.array([run.classes.index(name) for name in images.classes])
-        images = ImageSet(**{**vars(images), "classes": run.classes, "labels": place[images.labels]})
+    if images.classes != run.classes:  # a folder with fewer classes: use the run's class numbers
+        class_numbers = np.array([run.classes.index(name) for name in images.classes])
+        images = replace(images, classes=run.classes, labels=class_numbers[images.labels])
     return evaluate_part(images, indices, part, run.backbone, run.cut, config, groups, run.temperature)

@@ -1,27 +1,27 @@
-"""Audit -> a folder: tables, counts, and audit.html with the findings in numbers first and the images behind them."""
+"""Write an audit as a folder: tables, counts, and audit.html with the images behind them."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
-from seewhy.core.files import csv_text, write_json
 from seewhy.curation.audit import Audit
 from seewhy.curation.label_issues import ISSUE_LOG_ODDS
-from seewhy.errors import OutputError
 from seewhy.reports.figures import leak_figure
-from seewhy.reports.html import data_url, render_page, thumbnail_url
+from seewhy.reports.html import render_page, themed_urls
+from seewhy.reports.tables import write_files
 
-EACH = 8  # examples of a gallery of pairs
-SHOWN = 24  # label issues shown
-ODD = 6  # images an issue
+PAIRS = 8  # shown per gallery
+LABEL_ISSUES = 24  # shown
+IMAGE_ISSUES = 6  # shown per kind
 
 
 def save_audit(audit: Audit, folder: Path) -> list[Path]:
-    """Writes pairs.csv, groups.csv, labels.csv, confusions.csv, image_issues.csv, audit.html and audit.json; the files written."""
+    """Write pairs.csv, groups.csv, labels.csv, confusions.csv, image_issues.csv, audit.html and audit.json; the files written."""
     tables = {
         "pairs.csv": audit.pairs_table(),
         "groups.csv": audit.groups_table(),
@@ -29,84 +29,40 @@ def save_audit(audit: Audit, folder: Path) -> list[Path]:
         "confusions.csv": audit.confusions_table(),
         "image_issues.csv": audit.image_issues,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            (folder / name).write_text(csv_text(table), encoding="utf-8")
-        (folder / "audit.html").write_text(audit_page(audit), encoding="utf-8")
-        write_json(folder / "audit.json", audit.summary())
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another place with --out") from error
-    return [folder / name for name in (*tables, "audit.html", "audit.json")]
-
-
-def audit_page(audit: Audit) -> str:
-    """The page as text; images are inside it, a few hundred thumbnails at most."""
-    leak = audit.leak
-    facts = {
+    summary, leak = audit.summary(), audit.leak
+    labels = tables["labels.csv"].head(LABEL_ISSUES)
+    facts: dict[str, Any] = {
         "name": audit.images.name,
-        "summary": audit.summary(),
-        "pairs": [(title, text, [_pair(audit, n) for n in chosen]) for title, text, chosen in _pair_galleries(audit) if len(chosen)],
-        "label_issues": [
-            _label_issue(audit, place)
-            for place in range(min(SHOWN, len(audit.images)))
-            if audit.label_issues.log_odds[place] < ISSUE_LOG_ODDS
-        ],
-        "confusions": audit.confusions_table().head(12).to_dict("records"),
-        "image_issues": [
-            (issue, len(rows), [_odd(path) for path in rows["path"][:ODD]]) for issue, rows in audit.image_issues.groupby("issue")
-        ],
-        "leak": {theme: data_url(leak_figure(leak.plain, leak.grouped, theme), "png") for theme in ("light", "dark")} if leak else None,
+        "summary": summary,
+        "pairs": _pair_galleries(audit, tables["pairs.csv"]),
+        "label_issues": labels[audit.label_issues.log_odds[: len(labels)] < ISSUE_LOG_ODDS].to_dict("records"),
+        "confusions": tables["confusions.csv"].head(12).to_dict("records"),
+        "image_issues": [(issue, len(rows), rows["path"][:IMAGE_ISSUES]) for issue, rows in audit.image_issues.groupby("issue")],
+        "leak": themed_urls(lambda theme: leak_figure(leak.plain, leak.grouped, theme)) if leak else None,
     }
-    return render_page("audit.html", facts)
+    return write_files(folder, {**tables, "audit.html": render_page("audit.html", facts), "audit.json": summary})
 
 
-def _pair_galleries(audit: Audit) -> list[tuple[str, str, npt.NDArray[np.int64]]]:
-    """(title, what it shows, places of pairs): across labels, then each kind at its limit, where it is least sure."""
+def _pair_galleries(audit: Audit, table: pd.DataFrame) -> list[tuple[str, str, list[dict[Hashable, Any]]]]:
+    """(title, explanation, rows of the table): pairs across labels, then of each kind, the least similar first."""
     near = audit.near
-    by_hash = np.flatnonzero(near.kinds == "hash")
-    by_features = np.flatnonzero(near.kinds == "features")
-    crossing = np.flatnonzero(audit.across)
-    return [
-        ("Near-duplicates under different labels", "One of the two labels is likely wrong, or the classes overlap.", crossing[:EACH]),
-        ("Equal files", "The same bytes under two names.", np.flatnonzero(near.kinds == "exact")[:EACH]),
+    by_hash, by_features = (np.flatnonzero(near.kinds == kind) for kind in ("hash", "features"))
+    galleries = [
         (
-            "Nearly equal to the eye",
-            "By their perceptual hashes; here the pairs that differ most, at the limit of what counts.",
-            by_hash[np.lexsort((near.cosines[by_hash], -near.distances[by_hash]))][:EACH],
+            "Near-duplicates with different labels",
+            "One of the two labels is probably wrong, or the classes overlap.",
+            np.flatnonzero(audit.across_labels),
+        ),
+        ("Exact duplicates", "Files with equal bytes.", np.flatnonzero(near.kinds == "exact")),
+        (
+            "Near-duplicates by perceptual hash",
+            "The pairs that differ most, close to the limit.",
+            by_hash[np.lexsort((near.cosines[by_hash], -near.distances[by_hash]))],
         ),
         (
-            "Nearly equal to a network",
-            "By the cosine of their features; here the pairs at the limit of what counts.",
-            by_features[np.argsort(near.cosines[by_features], kind="stable")][:EACH],
+            "Near-duplicates by features",
+            "The pairs with the lowest cosine similarity, close to the limit.",
+            by_features[np.argsort(near.cosines[by_features], kind="stable")],
         ),
     ]
-
-
-def _pair(audit: Audit, place: int) -> dict[str, Any]:
-    sides = []
-    for i in audit.near.pairs[place]:
-        path = audit.images.paths[i]
-        sides.append({"image": thumbnail_url(path), "class": audit.images.classes[audit.images.labels[i]], "file": _short(path)})
-    return {"sides": sides, "bits": int(audit.near.distances[place]), "cosine": float(audit.near.cosines[place])}
-
-
-def _label_issue(audit: Audit, place: int) -> dict[str, Any]:
-    i, names = int(audit.label_issues.order[place]), audit.images.classes
-    label, suggested = int(audit.images.labels[i]), int(audit.label_issues.suggested[place])
-    return {
-        "image": thumbnail_url(audit.images.paths[i]),
-        "file": _short(audit.images.paths[i]),
-        "label": names[label],
-        "suggested": names[suggested],
-        "prob_label": float(np.exp(audit.log_probs[i, label])),
-        "prob_suggested": float(np.exp(audit.log_probs[i, suggested])),
-    }
-
-
-def _odd(path: str) -> dict[str, str]:
-    return {"image": thumbnail_url(path), "file": _short(Path(path))}
-
-
-def _short(path: Path) -> str:
-    return "/".join(path.parts[-2:])
+    return [(title, text, table.iloc[chosen[:PAIRS]].to_dict("records")) for title, text, chosen in galleries if len(chosen)]
