@@ -47,7 +47,7 @@ def test_paths(run: Any) -> list[Path]:
 def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, slow: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of all methods, and what is left of their maps when the classifier is randomised."""
     from seewhy.explain.faithfulness import DELETION_METRICS, LOCALIZATION_METRICS, MASKING_METRICS
-    from seewhy.explain.method_comparison import AREA, sanity_check, score_methods
+    from seewhy.explain.method_comparison import OBJECT_AREA, sanity_check, score_methods
 
     parts: list[tuple[list[Path], tuple[str, ...], tuple[str, ...]]] = [
         (paths, FAST, tuple(MASKING_METRICS)),
@@ -60,7 +60,7 @@ def scores_of(run: Any, paths: list[Path], outlined: list[Path], removed: int, s
     for images, methods, scores in parts:
         if images:
             found = score_methods(run, images, methods, scores)
-            baselines = ["random", "centre", AREA] if methods == FAST else []
+            baselines = ["random", "centre", OBJECT_AREA] if methods == FAST else []
             tables.append(found[found["score"].isin(scores or list(LOCALIZATION_METRICS)) & found["method"].isin([*methods, *baselines])])
     if outlined:
         tables.append(fine_scores(run, outlined))
@@ -79,9 +79,9 @@ def fine_scores(run: Any, outlined: list[Path]) -> pd.DataFrame:
 
 def rows_of(table: pd.DataFrame, sanity: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a method: mean, interval and star of each score, and the rank correlation after randomising the classifier."""
-    from seewhy.explain.method_comparison import wide
+    from seewhy.explain.method_comparison import pivot_scores
 
-    shown = wide(table, "{mean:.2f} ({low:.2f}–{high:.2f})")
+    shown = pivot_scores(table, "{mean:.2f} ({low:.2f}–{high:.2f})")
     first = sanity.drop_duplicates("method").set_index("method")["spearman_mean"].to_dict()
     counts = table.groupby("score")["n"].max().to_dict()
     named = {column: f"{column} (n = {counts[column.rsplit(' ', 1)[0]]:,})" for column in shown.columns}
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["quality", "cost"])
     parser.add_argument("--quick", action="store_true", help="one network on part of the demo set")
     arguments = parser.parse_args()
-    from seewhy.explain.masks import outline_of
+    from seewhy.explain.masks import object_mask
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -232,7 +232,7 @@ def main() -> None:
                 paths = test_paths(run)
                 drawn = np.random.default_rng(0).permutation(len(paths))
                 shuffled = [paths[i] for i in drawn]
-                outlined = [path for path in shuffled if outline_of(path, run.backbone.preprocessing) is not None][: arguments.images]
+                outlined = [path for path in shuffled if object_mask(path, run.backbone.preprocessing) is not None][: arguments.images]
                 table, sanity = scores_of(run, shuffled[: arguments.images], outlined, arguments.removed, arguments.slow)
                 command = f"python benchmarks/cam_quality.py --data {data} --backbones {name} {options}"
                 keep(data, name, table, sanity, run.metrics["test"]["accuracy"], command)

@@ -32,7 +32,7 @@ def enlarge(maps: Tensor) -> Tensor:
 
 def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dict[str, Callable[[], Any]]:
     """Our candidates, by row."""
-    from seewhy.explain.attribution import FeatureMaps, maps_of_features
+    from seewhy.explain.attribution import FeatureMaps, maps_from_features
     from seewhy.explain.cam import gradcam_all_classes
     from seewhy.models.executors import make_executor
 
@@ -42,7 +42,7 @@ def ours(model: nn.Module, preprocessing: Any, squares: Any, engine: str) -> dic
         return torch.from_numpy(forward(squares))
 
     def one_class(method: str) -> Tensor:
-        maps, _, _ = maps_of_features(model, features(), method)
+        maps, _, _ = maps_from_features(model, features(), method)
         return enlarge(maps[:, None])
 
     def all_classes() -> tuple[Tensor, Tensor]:

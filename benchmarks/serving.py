@@ -218,7 +218,7 @@ def latency(commands: dict[str, list[str]], model_file: Path, files: list[Path],
         bare = []
         for path in [*chosen[:10], *chosen]:
             began = time.perf_counter()
-            model.ask(model.read(path)[None], wanted)
+            model.run(model.read(path)[None], wanted)
             bare.append(time.perf_counter() - began)
         found["bare"].append(bare[10:])
         for name, command in commands.items():

@@ -29,7 +29,7 @@ from seewhy.config import RECIPES, TrainConfig
 from seewhy.deploy import app, middleware
 from seewhy.evaluation.corruptions import CORRUPTIONS
 from seewhy.explain.cam import ALL_METHODS
-from seewhy.explain.faithfulness import LOCALIZATION_METRICS, QUALITY
+from seewhy.explain.faithfulness import FAITHFULNESS_METRICS, LOCALIZATION_METRICS
 from seewhy.models.backbones import BACKBONES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_every_field_of_the_config_is_described() -> None:
 def test_every_method_score_and_corruption_is_described() -> None:
     for name in ALL_METHODS:
         assert re.search(rf"^\| `{re.escape(name)}` \| [^|]{{15,}} \| \[(arXiv|doi)", reference.methods(), re.MULTILINE), name
-    for name in (*QUALITY, *LOCALIZATION_METRICS):
+    for name in (*FAITHFULNESS_METRICS, *LOCALIZATION_METRICS):
         assert re.search(rf"^\| {name} \| (higher|lower) \| [^|]{{15,}} \|$", reference.scores(), re.MULTILINE), name
     assert all(f"`{name}`" in reference.corruptions() for name in CORRUPTIONS)
 

@@ -176,9 +176,9 @@ def methods() -> str:
 
 def scores() -> str:
     """Every score of heatmaps."""
-    from seewhy.explain.faithfulness import LOCALIZATION_METRICS, QUALITY
+    from seewhy.explain.faithfulness import FAITHFULNESS_METRICS, LOCALIZATION_METRICS
 
-    rows = [[name, score.better, cite(_plain(first_paragraph(score.of)))] for name, score in QUALITY.items()]
+    rows = [[name, score.better, cite(_plain(first_paragraph(score.of)))] for name, score in FAITHFULNESS_METRICS.items()]
     rows += [[name, "higher", cite(_plain(first_paragraph(function)))] for name, function in LOCALIZATION_METRICS.items()]
     return table(["score", "better", "definition"], rows)
 

@@ -100,18 +100,18 @@ class Run(SavedRun):
 
         Returns one row per method and score.
         """
-        from seewhy.explain.method_comparison import COMPARED, score_methods
+        from seewhy.explain.method_comparison import DEFAULT_METHODS, score_methods
 
-        return score_methods(self, _as_list(images), methods or COMPARED, layers=layers, smooth=smooth)
+        return score_methods(self, _as_list(images), methods or DEFAULT_METHODS, layers=layers, smooth=smooth)
 
     def sanity_check(self, images: Images, methods: Sequence[str] | None = None, layers: Sequence[str] = ()) -> pd.DataFrame:
         """Correlate heatmaps with those of the network randomised from the classifier down (arXiv:1810.03292), with 95% intervals.
 
         Returns one row per method (default: all but the slow ones) and stage; near 0 is good.
         """
-        from seewhy.explain.method_comparison import COMPARED, sanity_check
+        from seewhy.explain.method_comparison import DEFAULT_METHODS, sanity_check
 
-        return sanity_check(self, _as_list(images), methods or COMPARED, layers=layers)
+        return sanity_check(self, _as_list(images), methods or DEFAULT_METHODS, layers=layers)
 
     def export(self, path: Path | str | None = None, kind: str = "onnx") -> Path:
         """Export the run to one file that predicts and explains without seewhy, and return its path.

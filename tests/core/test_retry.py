@@ -24,7 +24,7 @@ from seewhy.data import remote
 from seewhy.data.shards import stream
 from seewhy.errors import DataError, StorageUnavailableError
 from seewhy.inference import work_units
-from seewhy.inference.batch_runner import Request, columns_of, run_batch, run_local
+from seewhy.inference.batch_runner import Task, column_types, run_batch, run_local
 from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import Source, find_sources, read_source
 from tests.cheap_saved import jpegs, saved_cheap_run, write_parquet, write_tar
@@ -178,7 +178,7 @@ def test_a_shard_whose_reading_fails_is_neither_damaged_nor_finished(
     cause: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = shard_of_kind(kind, tmp_path)
-    monkeypatch.setattr(work_units, "AHEAD", 100_000)
+    monkeypatch.setattr(work_units, "TAR_READ_AHEAD", 100_000)
     (source,) = find_sources([shard])
     wanted = list(read_source(source))
     assert len(wanted) == 60
@@ -217,10 +217,10 @@ def test_a_job_ends_and_goes_on_where_reading_failed(
     told = capsys.readouterr().err
     assert f"seewhy: {folder}/b.parquet: cannot be read now (Connection reset by peer)" in told
     assert "Traceback" not in told
-    assert "1 of 3 shards and blocks of files are done and kept" in told
+    assert "kept the results of 1 of 3 shards and blocks of files" in told
     assert not out.exists()
     assert run_guarded(lambda: call(command)) == 0
-    assert "going on: 1 of 3" in capsys.readouterr().err
+    assert "resuming after 1 of 3" in capsys.readouterr().err
     assert len(pq.read_table(out)) == 90
     assert not (tmp_path / "answers.errors.parquet").exists()
 
@@ -275,7 +275,7 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
     images = read_source(source)
     assert [next(images)[1] for _ in range(3)] == contents[:3]
     with pytest.raises(
-        StorageUnavailableError, match=r"memory://denied/3\.jpg: Permission denied, as for others beside it; renew your credentials"
+        StorageUnavailableError, match=r"memory://denied/3\.jpg: Permission denied, as for the files beside it; renew your credentials"
     ):
         next(images)
     rules.append(lambda place: True)
@@ -288,18 +288,18 @@ def test_expired_credentials_leave_plain_objects_for_the_next_time(run: Run, tmp
     fsspec.filesystem("memory").pipe({f"/expired/{n}.jpg": data for n, data in enumerate(jpegs(12))})
     found, out = find_sources(["memory://expired"]), str(tmp_path / "answers.parquet")
     assert len(found) == 3
-    request, columns = Request("predict", str(run.path), OPTIONS), columns_of("predict", OPTIONS, len(run.classes))
+    task, columns = Task("predict", str(run.path), OPTIONS), column_types("predict", OPTIONS, len(run.classes))
     with monkeypatch.context() as patch:
         watch(patch, "/6.jpg", failing(PASSING["credentials"]))
         with pytest.raises(StorageUnavailableError, match="ExpiredToken"):
-            run_batch(request, columns, found, out, run_local)
+            run_batch(task, columns, found, out, run_local)
     asked: list[Source] = []
 
-    def watched(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
+    def watched(task: Task, left: Sequence[Source]) -> Iterator[ChunkResult]:
         asked.extend(left)
-        return run_local(request, left)
+        return run_local(task, left)
 
-    assert run_batch(request, columns, found, out, watched) == (12, 0)
+    assert run_batch(task, columns, found, out, watched) == (12, 0)
     assert asked == found[2:]
 
 
@@ -320,7 +320,7 @@ def test_a_tar_is_read_in_large_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(list(read_source(source))) == 100
     assert [file.reads for file in opened] == [1]
     opened.clear()
-    monkeypatch.setattr(work_units, "AHEAD", 50_000)
+    monkeypatch.setattr(work_units, "TAR_READ_AHEAD", 50_000)
     assert len(list(read_source(source))) == 100
     (file,) = opened
     assert file.reads <= shard.stat().st_size // 50_000 + 2

@@ -237,26 +237,26 @@ def facts(**changed: Any) -> Callable[[onnx.ModelProto], None]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda m: outside(m, "/etc/passwd"), "takes weights from other files"),
-        (lambda m: outside(m, "../../../etc/passwd"), "takes weights from other files"),
-        (lambda m: outside(m, "weights.bin"), "takes weights from other files"),
-        (inside_an_if, "takes weights from other files"),
+        (lambda m: outside(m, "/etc/passwd"), "reads weights from other files"),
+        (lambda m: outside(m, "../../../etc/passwd"), "reads weights from other files"),
+        (lambda m: outside(m, "weights.bin"), "reads weights from other files"),
+        (inside_an_if, "reads weights from other files"),
         (loop, "has a loop"),
         (sparse_constant, "holds sparse tensors"),
-        (float_images, "wants its images in another form"),
+        (float_images, "takes images of another type or shape"),
         (foreign, "uses operators of 'stranger'"),
-        (function, "brings functions"),
-        (another_input, "asks for other things than images"),
-        (another_output, "answers with .*secret"),
-        (facts(classes=["a", "b"]), "names 2 classes and answers for others"),
-        (facts(classes=["a"] * 8), "classes are no list of names"),
-        (facts(min_decode_side=10**9), "min_decode_side is no number of pixels"),
-        (facts(min_decode_side=-1), "min_decode_side is no number of pixels"),
+        (function, "defines its own functions"),
+        (another_input, "takes inputs other than images"),
+        (another_output, "gives unknown outputs .*secret"),
+        (facts(classes=["a", "b"]), "names 2 classes, but its outputs have other numbers"),
+        (facts(classes=["a"] * 8), "classes is not a list of unique names"),
+        (facts(min_decode_side=10**9), "min_decode_side is out of range"),
+        (facts(min_decode_side=-1), "min_decode_side is out of range"),
         (facts(test_accuracy=float("nan")), "not finite"),
         (facts(ood_threshold="x"), "not one of `seewhy export`"),
-        (facts(abstain=[{"precision": 0.9}]), "not one of `seewhy export`"),
-        (facts(abstain=7), "not one of `seewhy export`"),
-        (facts(preprocess_graph="AAAA"), "not a readable ONNX file|answers with nothing|asks for other"),
+        (facts(selective=[{"precision": 0.9}]), "not one of `seewhy export`"),
+        (facts(selective=7), "not one of `seewhy export`"),
+        (facts(preprocess_graph="AAAA"), "not a readable ONNX file|gives unknown outputs|takes inputs other"),
         (facts(preprocess_graph="not base64 !"), "not one of `seewhy export`"),
     ],
 )
@@ -338,4 +338,4 @@ def test_bytes_that_are_two_formats_are_read_as_the_one_that_was_checked(demo_on
         onnxruntime.InferenceSession(trick, providers=["CPUExecutionProvider"])
     plain, found = load_onnx(demo_onnx), load_onnx(trick)
     image = plain.read(demo_images[0])[None]
-    np.testing.assert_array_equal(found.ask(image)["logits"], plain.ask(image)["logits"])
+    np.testing.assert_array_equal(found.run(image)["logits"], plain.run(image)["logits"])

@@ -23,7 +23,7 @@ from seewhy.cli.main import call
 from seewhy.data import remote
 from seewhy.data.remote import join_path, list_files, list_names, open_file, remove_file, write_atomic
 from seewhy.errors import DataError, OutputError
-from seewhy.inference.batch_runner import Request, columns_of, run_batch, run_local
+from seewhy.inference.batch_runner import Task, column_types, run_batch, run_local
 from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import Source, find_sources
 from tests.cheap_saved import jpegs, saved_cheap_run, write_tar
@@ -108,19 +108,19 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
     write_atomic(f"s3://bucket/in/shards/a.tar{options}", shard.read_bytes())
     inputs, out = [f"s3://bucket/in/plain/{options}", f"s3://bucket/in/shards/*.tar{options}"], f"s3://bucket/out/answers{options}"
 
-    def stopped(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
-        yield next(iter(run_local(request, left)))
+    def stopped(task: Task, left: Sequence[Source]) -> Iterator[ChunkResult]:
+        yield next(iter(run_local(task, left)))
         raise KeyboardInterrupt
 
     asked: dict[str, Any] = {"top_k": 5, "min_confidence": None}
-    request, columns = Request("predict", str(run.path), asked), columns_of("predict", asked, len(run.classes))
+    task, columns = Task("predict", str(run.path), asked), column_types("predict", asked, len(run.classes))
     with pytest.raises(KeyboardInterrupt):
-        run_batch(request, columns, find_sources(inputs), out, stopped)
+        run_batch(task, columns, find_sources(inputs), out, stopped)
     (first,) = [file for file in list_files(out) if "part-" in file.path]
     command = ["predict", str(run.path), *inputs, "--backend", "local", "--skip-bad", "--out", out, "--json"]
     assert run_guarded(lambda: call(command)) == 0
     told = capsys.readouterr()
-    assert "going on: 1 of 2 shards and blocks of files are done" in told.err
+    assert "resuming after 1 of 2 shards and blocks of files" in told.err
     assert json.loads(told.out) == {
         "out": "s3://bucket/out/answers",
         "images": 60,

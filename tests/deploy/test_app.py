@@ -85,13 +85,13 @@ def test_below_threshold_and_ood_are_flagged(client: TestClient, demo_onnx: Path
     for found in answers:
         assert found["below_threshold"] == (found["top"][0]["prob"] < about["confidence_threshold"])
         assert found.get("decision") == (None if found["below_threshold"] else found["top"][0]["class_name"])
-    with pytest.raises(ConfigError, match="knows thresholds for the precisions"):
+    with pytest.raises(ConfigError, match="has no threshold for precision"):
         create_app(demo_onnx, 1, target_precision=0.123)
 
 
 def test_heatmaps_of_any_class(client: TestClient, demo_onnx: Path, demo_images: list[Path]) -> None:
     path, model = demo_images[0], load_onnx(demo_onnx)
-    expected = model.ask(model.read(path)[None])["heatmaps"][0]
+    expected = model.run(model.read(path)[None])["heatmaps"][0]
 
     def ask(**params: Any) -> dict[str, Any]:
         return dict(client.post("/predict", params=params, files=form(path.read_bytes())).json()["answers"][0])

@@ -24,7 +24,7 @@ def test_outputs_equal_those_of_the_file(batcher: Batcher, demo_onnx: Path, demo
     model = load_onnx(demo_onnx)
     futures = [batcher.submit(path.read_bytes()) for path in demo_images * 3]
     for path, future in zip(demo_images * 3, futures, strict=True):
-        found, expected = future.result(timeout=60), model.ask(model.read(path)[None])
+        found, expected = future.result(timeout=60), model.run(model.read(path)[None])
         np.testing.assert_allclose(found["probabilities"], expected["probabilities"][0], atol=1e-5)
         np.testing.assert_allclose(found["heatmaps"], expected["heatmaps"][0], atol=1e-4)
         np.testing.assert_allclose(found["ood_score"], expected["ood_score"][0], atol=1e-5)

@@ -17,7 +17,7 @@ from seewhy.api import Run
 from seewhy.data.decode import read_image
 from seewhy.deploy import onnx_export
 from seewhy.errors import ConfigError
-from seewhy.explain.attribution import feature_maps, maps_of_features
+from seewhy.explain.attribution import feature_maps, maps_from_features
 from seewhy.models.features import load_pixels
 from seewhy.models.transforms import Preprocessing
 
@@ -45,7 +45,7 @@ def test_all_outputs_by_the_run_s_own_network(demo_run: Run, model: bytes, demo_
     with torch.no_grad():
         features = feature_maps(run.backbone.model.eval(), (torch.from_numpy(squares).float() / 255 - mean) / std)
         vector = run.backbone.model.forward_head(features, pre_logits=True)
-    each = [maps_of_features(run.backbone.model, features, "gradcam", torch.tensor([c])) for c in range(len(run.classes))]
+    each = [maps_from_features(run.backbone.model, features, "gradcam", torch.tensor([c])) for c in range(len(run.classes))]
     maps, logits = torch.stack([of_class for of_class, _, _ in each], dim=1), each[0][1]
     np.testing.assert_allclose(found["logits"], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(found["probabilities"], (logits / run.temperature).softmax(dim=1).numpy(), atol=1e-5)

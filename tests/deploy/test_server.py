@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(demo_onnx: Path, tmp_path: Path, capsys: pytest.C
             ([str(tmp_path / "text.onnx")], "not a readable ONNX file"),
             ([str(tmp_path / "nothing")], "neither a run nor a file of `seewhy export`"),
             ([str(demo_onnx), "--port", port], f"127.0.0.1:{port}: cannot bind (Address already in use)"),
-            ([str(demo_onnx), "--target-precision", "0.123"], "knows thresholds for the precisions"),
+            ([str(demo_onnx), "--target-precision", "0.123"], "has no threshold for precision"),
             ([str(demo_onnx), "--max-mb", "600"], "use at most 512"),
         ]:
             assert run_guarded(lambda arguments=arguments: call(["serve", *arguments])) == 2

@@ -1,4 +1,4 @@
-"""Heatmaps of networks against autograd, closed forms against plain ways, and pytorch-grad-cam."""
+"""Test heatmaps against autograd, closed forms and pytorch-grad-cam."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def noise(n: int, size: int) -> Tensor:
 
 
 def autograd_gradients(model: nn.Module, features: Tensor, targets: list[int]) -> Tensor:
-    """The plain way: backward from each image's logit to the features."""
+    """Reference: backward from each image's logit to the features."""
     features = features.detach().clone().requires_grad_(True)
     logits = model.forward_head(features)
     return torch.autograd.grad(sum(logits[n, c] for n, c in enumerate(targets)), features)[0]
@@ -162,17 +162,17 @@ def test_epsilon_of_pytorch_grad_cam_is_what_makes_its_gradcam_plus_plus_differ(
     features = attribution.feature_maps(model, images).detach()
     gradients = autograd_gradients(model, features, targets).double().numpy()
     assert 1e-7 < (gradients**2).mean() < 1e-5
-    ours, _, _ = attribution.class_activation_maps(model, images, "gradcam++", torch.tensor(targets))
-    theirs = peer_maps("gradcam++", model, model.layer4, images, targets)
+    computed, _, _ = attribution.class_activation_maps(model, images, "gradcam++", torch.tensor(targets))
+    reference = peer_maps("gradcam++", model, model.layer4, images, targets)
     activations = features.double().numpy()
 
-    def reference(epsilon: float) -> np.ndarray:
+    def with_epsilon(epsilon: float) -> np.ndarray:
         weights = term_by_term(activations, gradients, epsilon)
         return np.einsum("nk,nkhw->nhw", weights, activations).clip(min=0)
 
-    assert_same_maps(ours.numpy(), reference(0.0), 1e-5)
-    assert_same_maps(theirs, reference(1e-6), 1e-5)
-    shrunk = theirs.max(axis=(1, 2)) / ours.numpy().max(axis=(1, 2))
+    assert_same_maps(computed.numpy(), with_epsilon(0.0), 1e-5)
+    assert_same_maps(reference, with_epsilon(1e-6), 1e-5)
+    shrunk = reference.max(axis=(1, 2)) / computed.numpy().max(axis=(1, 2))
     assert (shrunk < 0.95).all()  # the epsilon takes more than a twentieth of the map
 
 
@@ -192,19 +192,19 @@ def torchcam_maps(name: str, model: nn.Module, layer: str, images: Tensor, targe
 @pytest.mark.parametrize("method", [*TORCHCAM, "captum"])
 def test_maps_equal_those_of_torch_cam_and_captum(name: str, layer: str, method: str) -> None:
     model, images, targets = network(name), noise(2, SMALL[name]), [3, 5]
-    ours, _, _ = attribution.class_activation_maps(
+    computed, _, _ = attribution.class_activation_maps(
         model, images, "gradcam" if method == "captum" else method, torch.tensor(targets), layers=[layer]
     )
     if method == "captum":
         peer = LayerGradCam(model, model.get_submodule(layer))
-        theirs = peer.attribute(images, target=torch.tensor(targets), relu_attributions=True)[:, 0].detach()
+        reference = peer.attribute(images, target=torch.tensor(targets), relu_attributions=True)[:, 0].detach()
     else:
-        theirs = torchcam_maps(TORCHCAM[method], model, layer, images, targets)
-    assert theirs.max() > 0
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.max().item())
+        reference = torchcam_maps(TORCHCAM[method], model, layer, images, targets)
+    assert reference.max() > 0
+    torch.testing.assert_close(computed, reference, rtol=1e-4, atol=1e-5 * reference.max().item())
     # And enlarged to the image.
-    large = [nn.functional.interpolate(maps[:, None], SMALL[name], mode="bilinear", align_corners=False) for maps in (ours, theirs)]
-    torch.testing.assert_close(*large, rtol=1e-4, atol=1e-5 * theirs.max().item())
+    large = [nn.functional.interpolate(maps[:, None], SMALL[name], mode="bilinear", align_corners=False) for maps in (computed, reference)]
+    torch.testing.assert_close(*large, rtol=1e-4, atol=1e-5 * reference.max().item())
 
 
 def test_gradcam_plus_plus_of_torch_cam_never_divides() -> None:
@@ -213,10 +213,10 @@ def test_gradcam_plus_plus_of_torch_cam_never_divides() -> None:
     _, _, pairs = attribution.layer_gradients(model, images, ["layer4"], torch.tensor(targets))
     activations, gradients = pairs[0]
     undivided = cam.weighted_map(activations, (gradients**2 * gradients.clamp(min=0)).sum(dim=(2, 3), keepdim=True))
-    theirs = torchcam_maps("GradCAMpp", model, "layer4", images, targets)
-    torch.testing.assert_close(theirs, undivided, rtol=1e-3, atol=1e-4 * undivided.max().item())
-    ours, _, _ = attribution.class_activation_maps(model, images, "gradcam++", torch.tensor(targets))
-    assert (cam.scale_to_one(ours) - cam.scale_to_one(theirs)).abs().max() > 0.1
+    reference = torchcam_maps("GradCAMpp", model, "layer4", images, targets)
+    torch.testing.assert_close(reference, undivided, rtol=1e-3, atol=1e-4 * undivided.max().item())
+    computed, _, _ = attribution.class_activation_maps(model, images, "gradcam++", torch.tensor(targets))
+    assert (cam.scale_to_one(computed) - cam.scale_to_one(reference)).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- whole maps
@@ -272,8 +272,8 @@ def test_works_inside_the_callers_no_grad_and_inference_mode(name: str, mode: An
         found = attribution.class_activation_maps(model, noise(2, SMALL[name]), "gradcam++", torch.tensor([1, 4]))
         unaimed = attribution.class_activation_maps(model, noise(2, SMALL[name]), "gradcam")
         assert not torch.is_grad_enabled()
-    for ours, theirs in zip((*found, *unaimed), (*expected, *predicted), strict=True):
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-7)
+    for computed, reference in zip((*found, *unaimed), (*expected, *predicted), strict=True):
+        np.testing.assert_allclose(computed.numpy(), reference.numpy(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_convnext"])
@@ -357,7 +357,7 @@ def test_gradcam_of_all_classes_is_the_single_ones(name: str) -> None:
     assert together.shape[:2] == (2, 7)
     assert together.max() > 0
     for target in range(7):
-        alone, _, _ = attribution.maps_of_features(model, features, "gradcam", torch.tensor([target, target]))
+        alone, _, _ = attribution.maps_from_features(model, features, "gradcam", torch.tensor([target, target]))
         # Not each by its own maximum: among all classes some have no positive evidence, and a map of zeros.
         np.testing.assert_allclose(together[:, target].numpy(), alone.numpy(), rtol=1e-4, atol=1e-5 * together.max().item())
 
@@ -403,9 +403,9 @@ def test_a_layer_whose_output_the_network_overwrites() -> None:
 @pytest.mark.parametrize("method", cam.METHODS)
 def test_the_last_layer_by_name_is_the_default(method: str) -> None:
     model, images = network("resnet18"), noise(2, 96)
-    ours, _, _ = attribution.class_activation_maps(model, images, method, torch.tensor([1, 2]))
+    computed, _, _ = attribution.class_activation_maps(model, images, method, torch.tensor([1, 2]))
     named, _, _ = attribution.class_activation_maps(model, images, method, torch.tensor([1, 2]), layers=["layer4"])
-    assert_same_maps(named.numpy(), ours.numpy(), 1e-4)
+    assert_same_maps(named.numpy(), computed.numpy(), 1e-4)
 
 
 def test_several_layers_are_fused() -> None:
@@ -419,15 +419,15 @@ def test_several_layers_are_fused() -> None:
 def test_eigencam_of_pytorch_grad_cam_is_centred_and_ours_is_the_papers() -> None:
     model, images = network("resnet18"), noise(2, 96)
     features = attribution.feature_maps(model, images).detach()
-    ours, _, _ = attribution.class_activation_maps(model, images, "eigencam")
+    computed, _, _ = attribution.class_activation_maps(model, images, "eigencam")
     with EigenCAM(model=model, target_layers=[model.layer4]) as peer:
-        theirs = peer.get_cam_image(images, model.layer4, [], features.numpy(), None, False)
+        reference = peer.get_cam_image(images, model.layer4, [], features.numpy(), None, False)
     for n in range(2):
         places = features[n].flatten(1).T.double().numpy()
-        for found, rows in ((ours[n].numpy().ravel(), places), (np.abs(theirs[n]).ravel(), places - places.mean(axis=0))):
+        for found, rows in ((computed[n].numpy().ravel(), places), (np.abs(reference[n]).ravel(), places - places.mean(axis=0))):
             expected = rows @ np.linalg.svd(rows, full_matrices=False)[2][0]
             np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert (ours > 0).float().mean() > 0.99  # features behind a ReLU point one way
+    assert (computed > 0).float().mean() > 0.99  # features behind a ReLU point one way
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_convnext"])
@@ -459,7 +459,7 @@ def test_unknown_layer_is_refused_with_its_neighbours() -> None:
 def test_a_layer_that_takes_no_part_is_refused_and_hooks_are_removed() -> None:
     model = network("resnet18")
     model.spare = nn.ReLU()
-    with pytest.raises(BackboneError, match="layer spare takes no part"):
+    with pytest.raises(BackboneError, match="layer spare is not used"):
         attribution.class_activation_maps(model, noise(1, 64), "gradcam", layers=["spare"])
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.is_grad_enabled()
@@ -532,14 +532,14 @@ def test_ablation_of_a_linear_head_is_its_closed_form() -> None:
 def test_asking_methods_equal_those_of_pytorch_grad_cam(name: str, peer: Any) -> None:
     model, images, targets = network("test_resnet", gain=30), noise(2, 96), [3, 5]
     layer = model.layer4
-    ours, _, _ = attribution.class_activation_maps(model, images, name, torch.tensor(targets))
+    computed, _, _ = attribution.class_activation_maps(model, images, name, torch.tensor(targets))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PEERS, name, peer)
         # Their enlargement of a mask puts corners on corners, ours pixels on pixels.
         patch.setattr(nn, "UpsamplingBilinear2d", lambda size: nn.Upsample(size, mode="bilinear", align_corners=False))
-        theirs = peer_maps(name, model, layer, images, targets)
-    assert theirs.max() > 0
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-3 * theirs.max())
+        reference = peer_maps(name, model, layer, images, targets)
+    assert reference.max() > 0
+    np.testing.assert_allclose(computed.numpy(), reference, rtol=0, atol=2e-3 * reference.max())
 
 
 @pytest.mark.parametrize("method", cam.PERTURBATION_METHODS)
@@ -652,9 +652,9 @@ def test_pixel_methods_leave_the_network_as_it_was(method: str) -> None:
 )
 def test_convnext_tiny_equals_pytorch_grad_cam_and_captum(name: str, layer: str, method: str) -> None:
     model, images, targets = network(name), noise(1, 64), [3]
-    ours, _, _ = attribution.class_activation_maps(model, images, method, torch.tensor(targets), layers=[layer])
-    theirs = peer_maps(method, model, model.get_submodule(layer), images, targets)
-    assert_same_maps(ours.numpy(), theirs, 1e-4)
+    computed, _, _ = attribution.class_activation_maps(model, images, method, torch.tensor(targets), layers=[layer])
+    reference = peer_maps(method, model, model.get_submodule(layer), images, targets)
+    assert_same_maps(computed.numpy(), reference, 1e-4)
     if method == "gradcam":
         captums = LayerGradCam(model, model.get_submodule(layer)).attribute(images, target=3, relu_attributions=True)[:, 0].detach()
-        assert_same_maps(ours.numpy(), captums.numpy(), 1e-4)
+        assert_same_maps(computed.numpy(), captums.numpy(), 1e-4)

@@ -1,4 +1,4 @@
-"""The formulas of class activation maps against hand-worked numbers and the papers, in float64."""
+"""Test class activation map formulas against hand-worked numbers and the papers, in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_gradcam_plus_plus_by_hand() -> None:
 
 
 def test_hirescam_and_layercam_by_hand() -> None:
-    # place by place: 1 * 0.5 + 0 * 2, 2 * -1 + 1 * -2, 3 * 0 + 1 * 1, 4 * 1 + 0 * 0; LayerCAM without the negative gradients
+    # elementwise: 1 * 0.5 + 0 * 2, 2 * -1 + 1 * -2, 3 * 0 + 1 * 1, 4 * 1 + 0 * 0; LayerCAM without the negative gradients
     hires = cam.weighted_map(ACTIVATIONS, cam.hirescam_weights(ACTIVATIONS, GRADIENTS))
     np.testing.assert_allclose(hires.numpy(), [[[0.5, 0.0], [1.0, 4.0]]], rtol=1e-15)
     layer = cam.weighted_map(ACTIVATIONS, cam.layercam_weights(ACTIVATIONS, GRADIENTS))

@@ -1,4 +1,4 @@
-"""Explanations of a network whose evidence is known: where the heatmap peaks, what is written, what is refused."""
+"""Test explanations of a network whose evidence is known: peaks, written files, errors."""
 
 from __future__ import annotations
 
@@ -227,9 +227,9 @@ def test_equal_names_in_two_folders_do_not_overwrite_each_other(tmp_path: Path) 
 
 def test_unwritable_folder_is_one_line(left_red_right_blue: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a regular file")
-    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(OutputError, match=r"overlays cannot be written.*--out") as caught:
-            explain(colour_run(), [left_red_right_blue]).save(place)
+            explain(colour_run(), [left_red_right_blue]).save(path)
         assert "\n" not in str(caught.value)
 
 

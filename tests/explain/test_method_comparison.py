@@ -1,4 +1,4 @@
-"""The table of methods x scores: a network whose evidence is known, intervals, baselines, what is written."""
+"""Test the table of methods and scores on a network whose evidence is known: intervals, baselines, written files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from scipy.stats import bootstrap
 from seewhy.errors import ConfigError, OutputError
 from seewhy.evaluation.metrics import mean_interval
 from seewhy.explain import method_comparison
-from seewhy.explain.faithfulness import QUALITY
-from seewhy.explain.method_comparison import beats_baselines, sanity_check, score_methods, wide
+from seewhy.explain.faithfulness import FAITHFULNESS_METRICS
+from seewhy.explain.method_comparison import beats_baselines, pivot_scores, sanity_check, score_methods
 from seewhy.reports.tables import save_scores
 from tests.cheap_run import cheap_run
 from tests.explain.test_explainer import colour_run
@@ -65,19 +65,19 @@ def test_images_without_outline_are_scored_without(tmp_path: Path) -> None:
 
 def test_methods_that_give_one_map_are_scored_once(corners: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With average pooling and a linear head Grad-CAM, HiResCAM and XGrad-CAM are one map, up to rounding."""
-    asked: list[int] = []
-    ask = method_comparison.class_probabilities
+    processed: list[int] = []
+    score = method_comparison.class_probabilities
 
-    def counted(*given: Any) -> Any:
-        asked.append(1)
-        return ask(*given)
+    def counted(*args: Any) -> Any:
+        processed.append(1)
+        return score(*args)
 
     run = cheap_run(size=64)
     alone = score_methods(run, [corners], ["xgradcam"], ["average drop"])
     monkeypatch.setattr(method_comparison, "class_probabilities", counted)
     table = score_methods(run, [corners], ["gradcam", "hirescam", "xgradcam", "eigencam"], ["average drop"])
     batches = 2  # 18 images
-    assert len(asked) == batches * (1 + 1 + 2)  # the one map, EigenCAM's, and the two that know nothing
+    assert len(processed) == batches * (1 + 1 + 2)  # the one map, EigenCAM's, and the two that know nothing
     found = table[table["score"] == "average drop"].set_index("method")["mean"]
     assert found["gradcam"] == found["hirescam"] == found["xgradcam"] != found["eigencam"]
     assert found["xgradcam"] == pytest.approx(alone.set_index(["method", "score"])["mean"]["xgradcam", "average drop"], abs=1e-4)
@@ -90,7 +90,7 @@ def test_a_method_that_does_not_beat_the_centre_is_shown_not_to() -> None:
     )
     assert beats_baselines(table) == {("good", "pointing game"): True, ("no better", "pointing game"): False}
     assert beats_baselines(table.assign(better="lower")) == {("good", "pointing game"): False, ("no better", "pointing game"): False}
-    shown = wide(table)["pointing game +"]
+    shown = pivot_scores(table)["pointing game +"]
     assert shown["good"] == "0.900 (0.800 to 0.950) *"
     assert shown["no better"] == "0.550 (0.450 to 0.650)"
 
@@ -119,13 +119,13 @@ def test_table_and_figure_are_written(corners: Path, tmp_path: Path) -> None:
 def test_interval_of_the_mean_is_scipys_percentile_bootstrap() -> None:
     values = np.random.default_rng(0).exponential(size=60)
     low, high = mean_interval(values, resamples=20_000)
-    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)).confidence_interval
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+    reference = bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)).confidence_interval
+    assert (low, high) == pytest.approx((reference.low, reference.high), rel=0.02)
     assert low < values.mean() < high
 
 
 def test_every_score_says_which_way_is_better() -> None:
-    assert {score.better for score in QUALITY.values()} == {"higher", "lower"}
+    assert {score.better for score in FAITHFULNESS_METRICS.values()} == {"higher", "lower"}
 
 
 # ---------------------------------------------------------------- the network forgets

@@ -1,4 +1,4 @@
-"""Overlays: clear where nothing speaks, the last colour where most does, in the place that the network saw."""
+"""Test overlays: clear at 0, the last colour at 1, aligned with the network's view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seewhy.explain import overlay as drawing
 
 
 def pixels(values: list[list[float]], size: tuple[int, int], crop_fraction: float | None = None) -> np.ndarray:
-    image = Image.open(io.BytesIO(drawing.heat_png(np.array(values), size, crop_fraction)))
+    image = Image.open(io.BytesIO(drawing.heatmap_png(np.array(values), size, crop_fraction)))
     assert image.mode == "RGBA"
     return np.asarray(image)
 

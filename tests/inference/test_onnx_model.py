@@ -1,4 +1,4 @@
-"""An exported file answers like its run, without torch; wrong files and images are one line."""
+"""Test that an exported file predicts like its run, without torch; errors are one line."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told, records = done.stdout.splitlines()
-    assert told == f"{len(demo_images)} images -> {tmp_path / 'answers.csv'}"
+    output, records = done.stdout.splitlines()
+    assert output == f"{len(demo_images)} images -> {tmp_path / 'answers.csv'}"
     answers = json.loads(records)
     expected = demo_run.predict(demo_images).records()
     assert pd.read_csv(tmp_path / "answers.csv")["class_1"].tolist() == [e["top"][0]["class"] for e in expected]
@@ -93,7 +93,7 @@ def test_noise_is_flagged_and_thresholds_come_with_the_file(demo_onnx: Path, dem
     chosen = {row["precision"]: row["threshold"] for row in demo_run.manifest["calibration"]["selective"] if row["threshold"] is not None}
     for precision, threshold in chosen.items():
         assert model.threshold_for(precision) == threshold
-    with pytest.raises(ConfigError, match=r"knows thresholds for the precisions .*; use one of these, or --min-confidence"):
+    with pytest.raises(ConfigError, match=r"has no threshold for precision 0\.123; use one of .*, or --min-confidence"):
         model.threshold_for(0.123)
 
 
@@ -120,5 +120,5 @@ def test_wrong_files_are_one_line(demo_onnx: Path, tmp_path: Path) -> None:
         load_onnx(tmp_path / "stranger.onnx")
     onnx.helper.set_model_props(stranger, {"seewhy_format": "99"})
     onnx.save(stranger, tmp_path / "newer.onnx")
-    with pytest.raises(RunError, match="format 99, this seewhy reads format 2"):
+    with pytest.raises(RunError, match="format 99, this seewhy reads format 3"):
         load_onnx(tmp_path / "newer.onnx")

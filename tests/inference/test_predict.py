@@ -1,4 +1,4 @@
-"""Finding images, the table of predictions and its files, unusable images."""
+"""Test prediction: finding images, tables and their files, unreadable images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from seewhy.data.decode import read_image
 from seewhy.data.listing import find_images
 from seewhy.errors import DataError, ImageError, OutputError
 from seewhy.evaluation.metrics import softmax
-from seewhy.inference.predict import logits_executor, predict, worker_of
-from seewhy.inference.predictions import WRITERS, Columns, Predictions, answer_files, open_table, records_of
+from seewhy.inference.predict import logits_executor, make_worker, predict
+from seewhy.inference.predictions import WRITERS, Columns, Predictions, open_table, predict_files
 from seewhy.inference.work_units import find_sources
 from seewhy.models.features import render_view
 from tests.cheap_run import CLASSES, cheap_run, normalised
@@ -131,19 +131,18 @@ def test_rows_say_what_the_probabilities_say(data: st.DataObject, n: int, c: int
     rows = data.draw(st.lists(st.lists(st.floats(1e-3, 1), min_size=c, max_size=c), min_size=n, max_size=n))
     probs = np.array(rows, dtype=np.float64).reshape(n, c)
     probs /= probs.sum(axis=1, keepdims=True)
-    least = data.draw(st.none() | st.floats(0, 1))
+    min_confidence = data.draw(st.none() | st.floats(0, 1))
     names = tuple(data.draw(st.lists(st.text(min_size=1), min_size=c, max_size=c, unique=True)))
     found = Predictions(tuple(f"{i}.jpg" for i in range(n)), probs, names, np.zeros(n, dtype=bool))
-    columns = found.columns(top_k, least)
+    columns = found.columns(top_k, min_confidence)
     assert set(map(len, columns.values())) <= {n}
-    for i, record in enumerate(found.records(top_k, least)):
+    for i, record in enumerate(found.records(top_k, min_confidence)):
         shown = [answer["prob"] for answer in record["top"]]
         assert shown == sorted(probs[i].tolist(), reverse=True)[:top_k]
         assert len({answer["class"] for answer in record["top"]}) == min(top_k, c)
         assert all(probs[i][names.index(answer["class"])] == answer["prob"] for answer in record["top"])
-        if least is not None:
-            assert record["decision"] == (record["top"][0]["class"] if shown[0] >= least else None)
-    assert records_of(columns) == found.records(top_k, least)
+        if min_confidence is not None:
+            assert record["decision"] == (record["top"][0]["class"] if shown[0] >= min_confidence else None)
 
 
 READERS = {
@@ -215,17 +214,17 @@ def test_probabilities_are_those_of_the_network(run: Run, folder: Path) -> None:
     assert predictions.paths == tuple(map(str, paths))
     assert predictions.classes == CLASSES
     assert predictions.bad == ()
-    squares = np.stack([render_view(read_image(path), 0, "", run.backbone.preprocessing) for path in paths])
+    pixels = np.stack([render_view(read_image(path), 0, "", run.backbone.preprocessing) for path in paths])
     with torch.no_grad():
-        logits = run.backbone.model(torch.from_numpy(normalised(squares, run.backbone.preprocessing))).numpy()
+        logits = run.backbone.model(torch.from_numpy(normalised(pixels, run.backbone.preprocessing))).numpy()
     np.testing.assert_allclose(predictions.probs, softmax(logits), rtol=1e-4, atol=1e-6)
     assert np.ptp(predictions.probs, axis=1).min() > 0.01
     assert np.abs(predictions.probs[0] - predictions.probs[3]).max() > 1e-4
 
 
 def batches(run: Run, folder: Path, size: int, skip_bad: bool = False) -> list[Predictions]:
-    worker = replace(worker_of(run, logits_executor(run, 4)), batch=size)
-    return list(answer_files(worker, run.classes, find_images([folder]), skip_bad))
+    worker = replace(make_worker(run, logits_executor(run, 4)), batch=size)
+    return list(predict_files(worker, run.classes, find_images([folder]), skip_bad))
 
 
 def test_more_images_than_a_batch_keep_their_order(run: Run, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Long tables: what was finished before an interruption is not asked again, each row is there once, and bad images are told of."""
+"""Test the result store: resumed after interruptions, each row once, unreadable images listed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from filelock import FileLock
 
 from seewhy.errors import ImageError, OutputError
-from seewhy.inference.batch_runner import Request, fill_store
-from seewhy.inference.result_store import MOST_ROWS, Chunk, ChunkResult, gathered, open_store, write_results
+from seewhy.inference.batch_runner import Task, process_pending
+from seewhy.inference.result_store import MAX_ROWS, Chunk, ChunkResult, merge_chunks, open_store, write_results
 from seewhy.inference.work_units import Source
 
 REQUEST = {"job": "predict", "options": {"top_k": 1}}
@@ -32,19 +32,19 @@ def piece(source: int, bad: bool = False) -> Chunk:
 
 def ask(out: Path, until: int = 99, request: dict[str, Any] = REQUEST, bad: Sequence[int] = (), skip_bad: bool = False) -> list[int]:
     """Answers from sources that are not finished, interrupted before source `until`; the sources that were asked about."""
-    asked: list[int] = []
+    processed: list[int] = []
 
-    def executor(request: Request, left: Sequence[Source]) -> Iterator[ChunkResult]:
+    def executor(task: Task, left: Sequence[Source]) -> Iterator[ChunkResult]:
         for number, source in enumerate(left):
             if int(source.key, 16) >= until:
                 raise KeyboardInterrupt
-            asked.append(int(source.key, 16))
+            processed.append(int(source.key, 16))
             yield ChunkResult(number, 0, True, piece(int(source.key, 16), int(source.key, 16) in bad))
 
     with open_store(str(out), request, TYPES) as store:
-        fill_store(store, KEYS, Request("predict", "", {}), [Source("files", [], "", key) for key in KEYS], executor)
+        process_pending(store, KEYS, Task("predict", "", {}), [Source("files", [], "", key) for key in KEYS], executor)
         write_results(store, KEYS, str(out), skip_bad)
-    return asked
+    return processed
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
@@ -79,13 +79,13 @@ def test_half_written_and_foreign_files_are_no_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
 def test_bad_images_refuse_the_table_and_skip_bad_takes_what_was_answered(tmp_path: Path, suffix: str) -> None:
-    out, errors = tmp_path / f"a{suffix}", tmp_path / f"a.bad{suffix}"
+    out, errors = tmp_path / f"a{suffix}", tmp_path / f"a.errors{suffix}"
     with pytest.raises(
         ImageError, match=r"^2 of 14 images cannot be used: 1-x\.jpg \(truncated\), 3-x\.jpg \(truncated\); all are"
-    ) as told:
+    ) as caught:
         ask(out, bad=[1, 3])
-    assert "pass --skip-bad" in str(told.value)
-    assert str(errors) in str(told.value)
+    assert "pass --skip-bad" in str(caught.value)
+    assert str(errors) in str(caught.value)
     assert not out.exists()
     assert ask(out, bad=[1, 3], skip_bad=True) == []
     reader: Any = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}[suffix]
@@ -114,17 +114,17 @@ def test_two_at_once_and_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_takes_parts_with_and_without_a_slash(tmp_path: Path) -> None:
     (tmp_path / "answers").mkdir()
-    for place in ("answers", "answers/"):
-        with open_store(f"{tmp_path}/{place}", REQUEST, TYPES) as store:
-            assert store.place == str(tmp_path / "answers")
+    for path in ("answers", "answers/"):
+        with open_store(f"{tmp_path}/{path}", REQUEST, TYPES) as store:
+            assert store.folder == str(tmp_path / "answers")
 
 
 def test_pieces_are_merged_up_to_a_size() -> None:
     small = [Chunk({"path": ["x"] * 1000}, [("y", "truncated")]) for _ in range(20)]
-    merged = list(gathered(iter(small)))
+    merged = list(merge_chunks(iter(small)))
     assert [piece.rows + len(piece.bad) for piece in merged] == [9009, 9009, 2002]
-    assert MOST_ROWS <= 9009
-    assert len(list(gathered(iter([Chunk({"path": ["x"], "heatmap": [bytes(20_000_000)]})] * 4)))) == 2
+    assert MAX_ROWS <= 9009
+    assert len(list(merge_chunks(iter([Chunk({"path": ["x"], "heatmap": [bytes(20_000_000)]})] * 4)))) == 2
 
 
 def test_a_long_table_is_written_a_part_at_a_time(tmp_path: Path) -> None:

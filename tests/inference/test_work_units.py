@@ -1,4 +1,4 @@
-"""Sources: what is found under paths and addresses, in which order, and what reading it gives."""
+"""Test sources: which are found under paths and addresses, in which order, and their contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seewhy.data import remote
 from seewhy.data.listing import find_images
 from seewhy.data.remote import join_path, list_files, list_names, remove_file, write_atomic
 from seewhy.errors import DataError, OutputError
-from seewhy.inference.work_units import BLOCK, find_sources, read_source, sources_of
+from seewhy.inference.work_units import FILES_PER_SOURCE, find_sources, read_source, sources_from_paths
 from tests.cheap_saved import jpegs, write_parquet, write_tar
 
 
@@ -49,9 +49,9 @@ def test_contents_are_the_files_bytes(mixed: Path, contents: list[bytes]) -> Non
 def test_blocks_are_bounded_and_a_file_given_twice_counts_once(tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
-    for n in range(BLOCK + 3):
+    for n in range(FILES_PER_SOURCE + 3):
         (folder / f"{n:05d}.png").touch()
-    assert [len(source.places) for source in find_sources([folder, str(folder / "0000*.png")])] == [BLOCK, 3]
+    assert [len(source.paths) for source in find_sources([folder, str(folder / "0000*.png")])] == [FILES_PER_SOURCE, 3]
 
 
 def test_a_changed_file_is_another_source(mixed: Path) -> None:
@@ -72,7 +72,7 @@ def test_relative_names_are_read_from_where_they_were_given(mixed: Path, monkeyp
 
 def test_a_dataset_s_listing_becomes_its_shards_and_files(mixed: Path) -> None:
     listed = find_images([mixed / "plain", mixed / "shards"])
-    found = [name for source in sources_of(listed) for name, _ in read_source(source)]
+    found = [name for source in sources_from_paths(listed) for name, _ in read_source(source)]
     assert sorted(found) == sorted(map(str, listed))
 
 
@@ -83,10 +83,10 @@ def test_memory_and_file_addresses(mixed: Path, contents: list[bytes]) -> None:
     system.pipe("/sources-shards/b/0.tar", (mixed / "shards" / "0.tar").read_bytes())
     (source,) = find_sources(["memory://sources-test"])
     assert list(read_source(source)) == [(f"memory://sources-test/{n}.jpg", data) for n, data in enumerate(contents)]
-    assert len(find_sources(["memory://sources-test/[2-4].jpg"])[0].places) == 3
+    assert len(find_sources(["memory://sources-test/[2-4].jpg"])[0].paths) == 3
     (shard,) = find_sources(["memory://sources-shards"])
     assert [data for _, data in read_source(shard)] == contents
-    assert [len(source.places) for source in find_sources([f"file://{mixed}/plain"])] == [7]
+    assert [len(source.paths) for source in find_sources([f"file://{mixed}/plain"])] == [7]
 
 
 def test_bad_content_is_told_in_its_place(mixed: Path, contents: list[bytes]) -> None:
@@ -109,7 +109,7 @@ def test_a_link_that_leads_nowhere_is_a_bad_image(mixed: Path, contents: list[by
     (source,) = find_sources([mixed / "plain"])
     assert [data for _, data in read_source(source)] == [*contents[:3], "no such file", *contents[4:]]
     assert [path.name for path in find_images([mixed / "plain"])] == [Path(name).name for name, _ in read_source(source)]
-    assert [data for _, data in read_source(sources_of([link])[0])] == ["no such file"]
+    assert [data for _, data in read_source(sources_from_paths([link])[0])] == ["no such file"]
     (mixed / "gone.jpg").write_bytes(contents[3])
     assert find_sources([mixed / "plain"])[0].key != source.key  # so that it is looked at again
 
@@ -126,7 +126,7 @@ def test_images_beside_shards_are_refused(mixed: Path, contents: list[bytes]) ->
         find_sources(["memory://sources-mixed"])
     system.rm("/sources-mixed/a/0.tar")  # answers that were written below the images are no shards
     system.pipe({"/sources-mixed/out/_seewhy.json": b"{}", "/sources-mixed/out/part-0-00000-last.parquet": b""})
-    assert [list(source.places) for source in find_sources(["memory://sources-mixed"])] == [["memory://sources-mixed/cover.jpg"]]
+    assert [list(source.paths) for source in find_sources(["memory://sources-mixed"])] == [["memory://sources-mixed/cover.jpg"]]
 
 
 def test_options_of_other_file_systems_reach_them() -> None:
@@ -134,15 +134,15 @@ def test_options_of_other_file_systems_reach_them() -> None:
     assert {name: handler.fs.storage_options[name] for name in ("anon", "region")} == {"anon": True, "region": "x"}
     fsspec.filesystem("memory").pipe("/options-test/a.jpg", b"1")
     (source,) = find_sources(["memory://options-test?region=x"])
-    assert list(source.places) == ["memory://options-test/a.jpg?region=x"]
+    assert list(source.paths) == ["memory://options-test/a.jpg?region=x"]
     assert list(read_source(source)) == [("memory://options-test/a.jpg", b"1")]
     for address, said in (
         ("http://host/a.tar?token=secret", "\\?options are not supported"),
         ("memory://x?url=secret", "unsupported \\?options"),
     ):
-        with pytest.raises(DataError, match=said) as told:
+        with pytest.raises(DataError, match=said) as caught:
             find_sources([address])
-        assert "secret" not in str(told.value)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_a_cloud_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("folder", ["memory://storage-test/out", "{}/out"])
 def test_files_are_written_listed_and_removed_alike(folder: str, tmp_path: Path) -> None:
-    place = folder.format(tmp_path)
-    assert list_names(place) == []
-    write_atomic(join_path(place, "b"), b"1")
-    write_atomic(join_path(place, "a"), b"12")
-    write_atomic(join_path(place, "a"), b"123")
-    assert list_names(place) == ["a", "b"]
-    assert [(file.path, file.size) for file in list_files(place)] == [(f"{place}/a", 3), (f"{place}/b", 1)]
-    remove_file(join_path(place, "a"))
-    remove_file(join_path(place, "a"))
-    assert list_names(place) == ["b"]
+    path = folder.format(tmp_path)
+    assert list_names(path) == []
+    write_atomic(join_path(path, "b"), b"1")
+    write_atomic(join_path(path, "a"), b"12")
+    write_atomic(join_path(path, "a"), b"123")
+    assert list_names(path) == ["a", "b"]
+    assert [(file.path, file.size) for file in list_files(path)] == [(f"{path}/a", 3), (f"{path}/b", 1)]
+    remove_file(join_path(path, "a"))
+    remove_file(join_path(path, "a"))
+    assert list_names(path) == ["b"]

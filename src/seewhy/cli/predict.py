@@ -104,11 +104,11 @@ def _predict(run: Path, images: list[str], skip_bad: bool, precision: float | No
         threshold = model.threshold_for(precision) if precision is not None else None
         return onnx_model.predict_onnx(model, images, skip_bad), threshold
     from seewhy.api import load
-    from seewhy.inference.predict import predict_blocks
+    from seewhy.inference.predict import predict_batches
 
     loaded = load(run)
     threshold = loaded.threshold_for(precision) if precision is not None else None
-    return predict_blocks(loaded, images, skip_bad), threshold
+    return predict_batches(loaded, images, skip_bad), threshold
 
 
 def explain(
@@ -161,19 +161,19 @@ def explain(
         raise typer.BadParameter("maps are evaluated for the predicted class; leave out --target and --contrast")
     loaded = load(run)
     if evaluate_maps or compare_methods:
-        from seewhy.explain.method_comparison import COMPARED, wide, wide_sanity
+        from seewhy.explain.method_comparison import DEFAULT_METHODS, pivot_sanity, pivot_scores
         from seewhy.reports.tables import save_scores
 
-        methods = method or list(COMPARED) if compare_methods else methods
+        methods = method or list(DEFAULT_METHODS) if compare_methods else methods
         table = loaded.score_methods(images, methods, layer or (), smooth)
         sanity = loaded.sanity_check(images, methods, layer or ())
         written = save_scores(table, sanity, Path(out))
         print_result(
             as_json,
             {"scores": table.to_dict("records"), "sanity": sanity.to_dict("records")},
-            wide(table).T.to_string(),
+            pivot_scores(table).T.to_string(),
             "Mean and 95% interval over the images; + higher is better, - lower; * better than both random and centre.\n",
-            wide_sanity(sanity).to_string(),
+            pivot_sanity(sanity).to_string(),
             "Rank correlation with the trained network's maps after randomising the network from the classifier down; near 0 is good.",
             "  ".join(map(str, written)),
         )

@@ -18,7 +18,7 @@ from seewhy.deploy import schemas
 from seewhy.deploy.batcher import Batcher
 from seewhy.deploy.middleware import Limits, RequestMiddleware, RequestRejected, ServerMetrics, handle_errors, inflight, read_upload
 from seewhy.errors import ImageError
-from seewhy.inference.onnx_model import about
+from seewhy.inference.onnx_model import describe_model
 from seewhy.version import __version__
 
 WEB = Path(__file__).parent / "web"
@@ -47,7 +47,7 @@ def create_app(
     limits = limits or Limits()
     batcher = Batcher(file, cores, limits.pixels)
     model = batcher.model
-    facts = about(model, target_precision)
+    facts = describe_model(model, target_precision)
     confidence_threshold: float = facts["confidence_threshold"]
     classes = model.classes
     index_of = {name: c for c, name in enumerate(classes)}

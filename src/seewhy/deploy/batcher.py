@@ -76,7 +76,7 @@ class Batcher:
                 continue
             try:
                 image = self._decode(data)
-                decoded.append((future, (image.shape[1], image.shape[0]), self.model.square(image)))
+                decoded.append((future, (image.shape[1], image.shape[0]), self.model.preprocess(image)))
             except Exception as error:  # of any kind: the caller waits for it
                 future.set_exception(error)
         if not decoded:
@@ -85,7 +85,7 @@ class Batcher:
         model = self._all_cores_model if len(decoded) == 1 and self._idle == len(self._workers) - 1 else self.model
         try:
             with_maps = "heatmaps" in self.model.outputs and any(heatmaps for _, heatmaps, _ in batch)
-            outputs = model.ask(np.stack([pixels for _, _, pixels in decoded]), [*self._outputs, *(["heatmaps"] if with_maps else [])])
+            outputs = model.run(np.stack([pixels for _, _, pixels in decoded]), [*self._outputs, *(["heatmaps"] if with_maps else [])])
         except Exception as error:
             for future, _, _ in decoded:
                 future.set_exception(error)
@@ -95,7 +95,7 @@ class Batcher:
 
     def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         try:
-            return np.asarray(decode(data, self.model.facts["min_decode_side"], self._max_pixels))
+            return np.asarray(decode(data, self.model.metadata["min_decode_side"], self._max_pixels))
         except ValueError as error:
             raise ImageError(str(error)) from error
 

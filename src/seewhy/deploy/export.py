@@ -91,7 +91,7 @@ def _correlation(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> floa
 def _onnx(run: SavedRun) -> tuple[bytes, Predictor]:
     content = build_onnx(run).SerializeToString()
     model = load_onnx(content)
-    return content, lambda path: model.ask(model.read(path)[None])
+    return content, lambda path: model.run(model.read(path)[None])
 
 
 def _pt2(run: SavedRun) -> tuple[bytes, Predictor]:

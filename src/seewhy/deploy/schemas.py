@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from seewhy.explain.overlay import heat_png
+from seewhy.explain.overlay import heatmap_png
 from seewhy.inference.onnx_model import OnnxModel
 
 Outputs = dict[str, npt.NDArray[Any]]  # of one image
@@ -155,4 +155,4 @@ def to_heatmap(outputs: Outputs, kind: str, classes: Sequence[str], target: int 
     c = int(outputs["probabilities"].argmax()) if target is None else target
     if kind == "array":
         return Heatmap(class_name=classes[c], rows=maps[c].astype(float).round(4).tolist())
-    return Heatmap(class_name=classes[c], png=base64.b64encode(heat_png(maps[c], tuple(outputs["size"]), crop_fraction)).decode())
+    return Heatmap(class_name=classes[c], png=base64.b64encode(heatmap_png(maps[c], tuple(outputs["size"]), crop_fraction)).decode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from seewhy.core.cache import cache_dir
 from seewhy.core.files import atomic_folder, nan_to_none
 from seewhy.errors import OutputError, reason_of
-from seewhy.inference.onnx_model import about, load_onnx
+from seewhy.inference.onnx_model import describe_model, load_onnx
 
 WEB = Path(__file__).parent / "web"
 PAGE = {"index.html": "index.html", "page.css": "page.css", "page.js": "page.js", "heat.js": "heat.js", "engine_browser.js": "engine.js"}
@@ -23,7 +23,7 @@ RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 
 def write_static_site(model: Path, folder: Path) -> Path:
     """Write the folder, completely or not at all. Raises OutputError if it exists, cannot be written, or onnxruntime-web is unavailable."""
-    facts = nan_to_none(about(load_onnx(model)))
+    facts = nan_to_none(describe_model(load_onnx(model)))
     archive = fetch_runtime()
     with atomic_folder(folder, "choose another --web") as work:
         (work / "ort").mkdir()

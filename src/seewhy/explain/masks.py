@@ -1,4 +1,4 @@
-"""Image file -> the object's outline as a mask, where its dataset has one: the demo set, Caltech-101, or masks of one's own."""
+"""Read the mask of the object in an image, from the demo set, Caltech-101's annotations, or the user's own masks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from seewhy.data.decode import read_image
 from seewhy.errors import ImageError
 from seewhy.models.transforms import Preprocessing, View, eval_view
 
-# Caltech-101's folders of outlines whose names differ from the class's.
+# Caltech-101's annotation folders that are not named after the class.
 CALTECH_FOLDERS = {"airplanes": "Airplanes_Side_2", "Faces": "Faces_2", "Faces_easy": "Faces_3", "Motorbikes": "Motorbikes_16"}
 
 
-def outline_of(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.bool_] | None:
-    """(size, size) True on the object, as the network sees the image; None where no outline is known.
+def object_mask(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.bool_] | None:
+    """Return (size, size) bool, True on the object, of the part of the image that the network sees; None if there is no mask.
 
-    .../images/CLASS/NAME.jpg has its mask in .../masks/CLASS/NAME.png (white on black), as the demo set lays them out.
+    .../images/CLASS/NAME.jpg has its mask in .../masks/CLASS/NAME.png (white on black), as in the demo set.
     .../101_ObjectCategories/CLASS/image_0001.jpg has its contour in .../Annotations/CLASS/annotation_0001.mat.
     """
     if mask := _mask_file(path):
-        return _seen(read_image(mask).convert("L"), preprocessing) > 127
+        return _network_view(read_image(mask).convert("L"), preprocessing) > 127
     if annotation := _annotation_file(path):
         image = read_image(path)
         drawn = Image.new("L", image.size)
         ImageDraw.Draw(drawn).polygon([(float(x), float(y)) for x, y in _contour(annotation)], fill=255)
-        return _seen(drawn, preprocessing) > 127
+        return _network_view(drawn, preprocessing) > 127
     return None
 
 
-def _seen(mask: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def _network_view(mask: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     view: View = eval_view(mask.width, mask.height, preprocessing)
     return np.asarray(mask.resize((preprocessing.size, preprocessing.size), Image.Resampling.BOX, box=view.box))
 
@@ -54,14 +54,14 @@ def _annotation_file(path: Path) -> Path | None:
 
 
 def _contour(annotation: Path) -> npt.NDArray[np.float64]:
-    """(P, 2) x and y of the outline in pixels of the image from 0, as Caltech's show_annotation.m places it (from 1)."""
+    """Return the outline (P, 2) as x, y in pixels from 0; Caltech's show_annotation.m counts from 1."""
     from scipy.io import loadmat
 
     try:
-        found = loadmat(annotation)
-        top, _, left, _ = found["box_coord"].ravel().astype(np.float64)
-        contour: npt.NDArray[np.float64] = found["obj_contour"].astype(np.float64).T + np.array([left - 1, top - 1])
+        content = loadmat(annotation)
+        top, _, left, _ = content["box_coord"].ravel().astype(np.float64)
+        contour: npt.NDArray[np.float64] = content["obj_contour"].astype(np.float64).T + np.array([left - 1, top - 1])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no outline can be read from it ({error})"
+        reason = f"its outline cannot be read ({error})"
         raise ImageError(f"{annotation}: {reason}; replace or remove it", bad=((str(annotation), reason),)) from error
     return contour

@@ -1,4 +1,4 @@
-"""Network x images -> heatmaps of pixels, not of a layer: Integrated Gradients and occlusion, computed by captum."""
+"""Compute heatmaps of pixels instead of a layer: Integrated Gradients and occlusion, by captum."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from seewhy.errors import require
 
 STEPS = 32  # of the path from the mean colour to the image
-AT_ONCE = 32  # images in one pass of the network
-WINDOW, STRIDE = 7, 14  # one 7th of the image's side covered at a time, moved by one 14th
+BATCH = 32  # images per forward pass
+WINDOW, STRIDE = 7, 14  # fractions of the image's side: windows of 1/7, moved by 1/14
 
 
-def chosen_classes(logits: Tensor, targets: Tensor | None) -> Tensor:
-    """(N,) class indices: the given ones, or the predicted ones."""
+def resolve_targets(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Return (N,) class indices: `targets`, or the predicted classes if None."""
     return logits.argmax(dim=1) if targets is None else targets.to(logits.device).clone()  # may be an inference tensor
 
 
 def class_scores(logits: Tensor, targets: Tensor, contrast: Tensor | None) -> Tensor:
-    """(N,) logit of each image's class, less that of the class it is held against."""
+    """Return the (N,) logit of each image's class, minus that of its contrast class if given."""
     scores = logits.gather(1, targets[:, None])[:, 0]
     return scores if contrast is None else scores - logits.gather(1, contrast.to(logits.device)[:, None])[:, 0]
 
@@ -28,12 +28,12 @@ def class_scores(logits: Tensor, targets: Tensor, contrast: Tensor | None) -> Te
 def pixel_maps(
     model: nn.Module, images: Tensor, method: str, targets: Tensor | None, contrast: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps (N, S, S) >= 0 of one class an image, with logits (N, C) and target classes (N,).
+    """Return maps (N, S, S) >= 0 of one class per image, with logits (N, C) and target classes (N,).
 
     integrated_gradients: along the straight path from the mean colour (Gauss-Legendre, 32 steps; Eq. 1, arXiv:1703.01365).
-    occlusion: what the class score loses as a square of mean colour covers a place (Sec. 4.2, arXiv:1311.2901).
-    Both are summed over the colours, and what speaks against the class is cut off, as in the maps of cam.py.
-    images: (N, 3, S, S) normalised, so that the mean colour is 0. Raises ConfigError where captum is not installed.
+    occlusion: loss of class score under a square of mean colour (Sec. 4.2, arXiv:1311.2901).
+    Both are summed over the channels and clipped at 0, as in cam.py.
+    images: (N, 3, S, S) normalised, so that the mean colour is 0. Raises ConfigError if captum is not installed.
     """
     require("captum", method, "captum")
     from captum.attr import IntegratedGradients, Occlusion
@@ -42,22 +42,22 @@ def pixel_maps(
         images = images.clone()  # may be an inference tensor
         with torch.no_grad():
             logits: Tensor = model(images)
-        chosen = chosen_classes(logits, targets)
+        chosen = resolve_targets(logits, targets)
 
         def score(inputs: Tensor, classes: Tensor, others: Tensor | None) -> Tensor:
             return class_scores(model(inputs), classes, others)
 
         common: dict[str, Any] = {"inputs": images, "additional_forward_args": (chosen, contrast)}
         if method == "integrated_gradients":
-            found = IntegratedGradients(score).attribute(**common, n_steps=STEPS, internal_batch_size=max(AT_ONCE, len(images)))
+            attributions = IntegratedGradients(score).attribute(**common, n_steps=STEPS, internal_batch_size=max(BATCH, len(images)))
         else:
             size = images.shape[-1]
             window, stride = max(1, size // WINDOW), max(1, size // STRIDE)
             with torch.no_grad():
-                found = Occlusion(score).attribute(
+                attributions = Occlusion(score).attribute(
                     **common,
                     sliding_window_shapes=(3, window, window),
                     strides=(3, stride, stride),
-                    perturbations_per_eval=max(1, AT_ONCE // len(images)),
+                    perturbations_per_eval=max(1, BATCH // len(images)),
                 )
-    return found.detach().sum(dim=1).clamp(min=0), logits, chosen
+    return attributions.detach().sum(dim=1).clamp(min=0), logits, chosen

@@ -1,4 +1,4 @@
-"""An exported ONNX file x image files -> Predictions, by ONNX Runtime alone: no torch, no SciPy."""
+"""Predict with an exported ONNX file by ONNX Runtime: no torch, no SciPy."""
 
 from __future__ import annotations
 
@@ -21,87 +21,86 @@ from seewhy.data.decode import MAX_SIDE, MIN_SIDE, decode, read_image
 from seewhy.data.listing import find_images
 from seewhy.errors import ConfigError, RunError, reason_of
 from seewhy.inference.onnx_validation import check_graph
-from seewhy.inference.predictions import Predictions, answer_files
+from seewhy.inference.predictions import Predictions, predict_files
 
-RANKS = {"logits": 2, "probabilities": 2, "network_input": 4, "ood_score": 1, "heatmaps": 4}  # what a file may answer with
-FORMAT = 3  # of the metadata, which deploy/onnx_export.py writes
-USUAL_PRECISION = 0.95
-WITHOUT_PRECISION = 0.5  # least probability of an answer where val could promise no precision
-ASKED_ALONE = onnxruntime.RunOptions()
-ASKED_ALONE.only_execute_path_to_fetches = True  # nothing is computed that nobody asks for, heatmaps say
+OUTPUT_RANKS = {"logits": 2, "probabilities": 2, "network_input": 4, "ood_score": 1, "heatmaps": 4}
+FORMAT = 3  # of the metadata that deploy/onnx_export.py writes
+DEFAULT_PRECISION = 0.95
+FALLBACK_THRESHOLD = 0.5  # minimum confidence if no precision could be promised on val
+RUN_OPTIONS = onnxruntime.RunOptions()
+RUN_OPTIONS.only_execute_path_to_fetches = True  # do not compute outputs that are not fetched, such as heatmaps
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An exported run.
-
-    name: where it comes from, for messages. session: of ONNX Runtime. outputs: names of what the graph gives. facts: its metadata.
-    """
+    """An exported run. name: its file, for messages. session: of ONNX Runtime. outputs: names of the graph's outputs."""
 
     name: str
     session: Any
     outputs: tuple[str, ...]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """C names."""
-        return tuple(self.facts["classes"])
+        """The C class names."""
+        return tuple(self.metadata["classes"])
 
     @property
     def ood_threshold(self) -> float:
-        """The ood_score above which an image looks like nothing known; infinite where the file has none."""
-        above = self.facts["ood_threshold"]
-        return math.inf if above is None else float(above)
+        """The ood_score above which an image is out-of-distribution; infinite if the file has none."""
+        threshold = self.metadata["ood_threshold"]
+        return math.inf if threshold is None else float(threshold)
 
-    def ask(self, images: npt.NDArray[np.uint8], wanted: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """Run the file on (N, H, W, 3) uint8 RGB; by name, all outputs or those `wanted`.
+    def run(self, images: npt.NDArray[np.uint8], outputs: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+        """Run the file on (N, H, W, 3) uint8 RGB; return all outputs, or those named, by name.
 
-        logits (N, C), probabilities (N, C), network_input (N, 3, S, S) uint8; where the file has them ood_score (N,) and
+        logits (N, C), probabilities (N, C), network_input (N, 3, S, S) uint8; if the file has them ood_score (N,) and
         heatmaps (N, C, h, w).
         """
-        names = self.outputs if wanted is None else wanted
-        return dict(zip(names, self._run(self.session, list(names), images), strict=True))
+        names = list(self.outputs if outputs is None else outputs)
+        return dict(zip(names, self._run(self.session, names, images), strict=True))
 
     def _run(self, session: Any, names: list[str], images: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         try:
-            found: list[npt.NDArray[Any]] = session.run(names, {"images": images}, ASKED_ALONE)
+            outputs: list[npt.NDArray[Any]] = session.run(names, {"images": images}, RUN_OPTIONS)
         except Exception as error:  # onnxruntime raises types of its own
-            raise RunError(f"{self.name}: cannot answer ({reason_of(error, 120)}); export the run again") from error
-        return found
+            raise RunError(f"{self.name}: cannot be run ({reason_of(error, 120)}); export the run again") from error
+        return outputs
 
     @cached_property
-    def _squares(self) -> Any:
+    def _preprocess_session(self) -> Any:
         try:
-            return _session(self.facts["preprocess_graph"], 1)
+            return _session(self.metadata["preprocess_graph"], 1)
         except Exception as error:  # onnxruntime raises types of its own
-            raise RunError(f"{self.name}: its first step is no readable graph; export the run again") from error
+            raise RunError(f"{self.name}: its preprocessing graph cannot be read; export the run again") from error
 
-    def square(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """(H, W, 3) -> (S, S, 3): the first step of the graph alone. Squares of many images can be asked about in one call."""
-        squares: npt.NDArray[np.uint8] = self._run(self._squares, ["network_input"], image[None])[0]
-        square: npt.NDArray[np.uint8] = squares[0].transpose(1, 2, 0)
-        return square
+    def preprocess(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Resize and crop (H, W, 3) to the network's (S, S, 3); the graph leaves such crops unchanged, so that they can be batched."""
+        (crops,) = self._run(self._preprocess_session, ["network_input"], image[None])
+        return np.transpose(crops[0], (1, 2, 0))
 
     def read(self, path: Path | str) -> npt.NDArray[np.uint8]:
-        """An image file -> (H, W, 3), decoded as for the run: a large JPEG to no more pixels than its square needs."""
-        return np.asarray(read_image(path, self.facts["min_decode_side"]))
+        """Decode an image file to (H, W, 3) as the run does: a large JPEG at the smallest scale that suffices."""
+        return np.asarray(read_image(path, self.metadata["min_decode_side"]))
 
     def threshold_for(self, precision: float) -> float:
-        """The least probability to answer at for one of the precisions that the run has chosen thresholds for; ConfigError for others."""
-        known = {row["precision"]: row["threshold"] for row in self.facts["selective"] if row["threshold"] is not None}
-        if precision not in known:
-            shown = ", ".join(map(str, known)) or "none"
-            raise ConfigError(f"{self.name}: knows thresholds for the precisions {shown}; use one of these, or --min-confidence")
-        return float(known[precision])
+        """Return the minimum confidence for a target precision; ConfigError if val gave no threshold for it."""
+        thresholds = self._thresholds()
+        if precision not in thresholds:
+            available = ", ".join(map(str, thresholds)) or "none"
+            raise ConfigError(f"{self.name}: has no threshold for precision {precision}; use one of {available}, or --min-confidence")
+        return thresholds[precision]
+
+    def _thresholds(self) -> dict[float, float]:
+        """Return the minimum confidence of each target precision that val could promise."""
+        return {row["precision"]: float(row["threshold"]) for row in self.metadata["selective"] if row["threshold"] is not None}
 
 
 def load_onnx(source: Path | str | bytes, threads: int = 1, spin: bool = True) -> OnnxModel:
-    """A file of `seewhy export`, or its bytes -> OnnxModel, each of whose answers takes `threads` cores.
+    """Load a file of `seewhy export`, or its bytes. threads: cores used by each call.
 
-    spin: whether threads that have nothing to do keep their cores for a while, which is quickest where nobody else needs them.
-
-    Raises RunError where it is missing, damaged, of another version, or not from seewhy.
+    spin: let idle threads busy-wait, which is fastest if nothing else needs the cores.
+    Raises RunError if the file is missing, damaged, of another version, or not from seewhy.
     """
     name = "this model" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes):
@@ -111,24 +110,24 @@ def load_onnx(source: Path | str | bytes, threads: int = 1, spin: bool = True) -
             raise RunError(f"{name}: no such file; `seewhy export RUN` makes one") from error
         except OSError as error:
             raise RunError(f"{name}: cannot be read ({error.strerror}); name a file of `seewhy export`") from error
-    checked = check_graph(source, name, RANKS)
+    checked = check_graph(source, name, OUTPUT_RANKS)
     try:
         session = _session(checked, threads, spin)
     except Exception as error:  # onnxruntime raises types of its own
         raise RunError(f"{name}: not a readable ONNX file ({reason_of(error, 80)}); export the run again") from error
     try:
-        facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        if int(facts["seewhy_format"]) != FORMAT:
-            raise RunError(f"{name}: format {facts['seewhy_format']!r:.20}, this seewhy reads format {FORMAT}; export the run again")
-        facts["preprocess_graph"] = check_graph(_check(facts), name, {"network_input": 4})
+        metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        if int(metadata["seewhy_format"]) != FORMAT:
+            raise RunError(f"{name}: format {metadata['seewhy_format']!r:.20}, this seewhy reads format {FORMAT}; export the run again")
+        metadata["preprocess_graph"] = check_graph(_check_metadata(metadata), name, {"network_input": 4})
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = repr(error)[:80]
         raise RunError(f"{name}: an ONNX file, but not one of `seewhy export` ({reason}); export the run again") from error
-    outputs = session.get_outputs()
-    classes = {output.name: output.shape[1] for output in outputs if output.name in ("logits", "probabilities", "heatmaps")}
-    if "probabilities" not in classes or set(classes.values()) != {len(facts["classes"])}:
-        raise RunError(f"{name}: names {len(facts['classes'])} classes and answers for others; export the run again")
-    return OnnxModel(name, session, tuple(output.name for output in outputs), facts)
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    counts = {shape[1] for output, shape in outputs.items() if output in ("logits", "probabilities", "heatmaps")}
+    if "probabilities" not in outputs or counts != {len(metadata["classes"])}:
+        raise RunError(f"{name}: names {len(metadata['classes'])} classes, but its outputs have other numbers; export the run again")
+    return OnnxModel(name, session, tuple(outputs), metadata)
 
 
 def _session(source: str | bytes, threads: int, spin: bool = True) -> Any:
@@ -136,79 +135,73 @@ def _session(source: str | bytes, threads: int, spin: bool = True) -> Any:
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = 3
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the bytes may claim to be
-    options.enable_mem_pattern = False  # one would be kept for every size of image
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever format the bytes claim
+    options.enable_mem_pattern = False  # it would keep one for every image size
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _check(facts: dict[str, Any]) -> bytes:
-    """The graph of the first step; KeyError, ValueError or TypeError where metadata lacks what is read later."""
-    names = facts["classes"]
+def _check_metadata(metadata: dict[str, Any]) -> bytes:
+    """Return the preprocessing graph; KeyError, ValueError or TypeError if the metadata lacks anything used later."""
+    names = metadata["classes"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError("classes are no list of names")
-    if not MIN_SIDE <= int(facts["min_decode_side"]) <= MAX_SIDE:
-        raise ValueError("min_decode_side is no number of pixels")
-    numbers = [facts["ood_threshold"] or 0, facts["test_accuracy"], facts["test_images"], facts["preprocessing"]["crop"]]
-    numbers += [*(facts["test_accuracy_ci95"] or ()), *(row[key] or 0 for row in facts["selective"] for key in ("precision", "threshold"))]
+        raise ValueError("classes is not a list of unique names")
+    if not MIN_SIDE <= int(metadata["min_decode_side"]) <= MAX_SIDE:
+        raise ValueError("min_decode_side is out of range")
+    numbers = [metadata["ood_threshold"] or 0, metadata["test_accuracy"], metadata["test_images"], metadata["preprocessing"]["crop"]]
+    numbers += metadata["test_accuracy_ci95"] or ()
+    numbers += [row[key] or 0 for row in metadata["selective"] for key in ("precision", "threshold")]
     if not all(math.isfinite(float(number)) for number in numbers):
         raise ValueError("numbers are not finite")
-    str(facts["preprocessing"]["resize"]), str(facts["backbone"]["name"]), str(facts["seewhy_version"])
-    return base64.b64decode(facts["preprocess_graph"], validate=True)
+    str(metadata["preprocessing"]["resize"]), str(metadata["backbone"]["name"]), str(metadata["seewhy_version"])
+    return base64.b64decode(metadata["preprocess_graph"], validate=True)
 
 
-def worker_of(model: OnnxModel) -> Worker[Predictions]:
-    """What answers by an exported file, which resizes by itself: so each image is asked about alone, in the thread that decodes it."""
-    wanted = [name for name in ("probabilities", "ood_score") if name in model.outputs]
+def make_worker(model: OnnxModel) -> Worker[Predictions]:
+    """Return the worker that predicts with an exported file; the file resizes, so each image runs alone, in the thread that decodes it."""
+    outputs = [name for name in ("probabilities", "ood_score") if name in model.outputs]
 
-    def ask(data: bytes) -> dict[str, npt.NDArray[Any]]:
-        return model.ask(np.asarray(decode(data, model.facts["min_decode_side"]))[None], wanted)
+    def prepare(data: bytes) -> dict[str, npt.NDArray[Any]]:
+        return model.run(np.asarray(decode(data, model.metadata["min_decode_side"]))[None], outputs)
 
-    def answer(names: list[str], found: list[dict[str, npt.NDArray[Any]]]) -> Predictions:
-        probs = np.concatenate([each["probabilities"] for each in found]).astype(np.float64)
-        strange = np.array([float(each["ood_score"][0]) if "ood_score" in each else -math.inf for each in found])
-        return Predictions(tuple(names), probs, model.classes, strange > model.ood_threshold)
+    def answer(names: list[str], results: list[dict[str, npt.NDArray[Any]]]) -> Predictions:
+        probs = np.concatenate([result["probabilities"] for result in results]).astype(np.float64)
+        scores = np.array([float(result["ood_score"][0]) if "ood_score" in result else -math.inf for result in results])
+        return Predictions(tuple(names), probs, model.classes, scores > model.ood_threshold)
 
-    return Worker(ask, answer)
+    return Worker(prepare, answer)
 
 
 def predict_onnx(model: OnnxModel, inputs: Sequence[str | Path], skip_bad: bool = False) -> Iterator[Predictions]:
-    """Predictions of files, folders and patterns, a batch at a time; as `predict.predict_blocks` of the run.
+    """Yield Predictions of files, folders and patterns batch by batch, as `predict.predict_batches` does for a run.
 
-    Raises DataError where nothing is found, ImageError with the list of unusable images unless `skip_bad`.
+    Raises DataError if nothing is found, ImageError with the list of unreadable images unless `skip_bad`.
     """
-    return answer_files(worker_of(model), model.classes, find_images(inputs), skip_bad, os.cpu_count() or 1)
+    return predict_files(make_worker(model), model.classes, find_images(inputs), skip_bad, os.cpu_count() or 1)
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path names a file of `seewhy export`, and no folder of a run."""
+    """Whether a path names an exported file, not a run folder."""
     return path.suffix == ".onnx" and not path.is_dir()
 
 
-# ---------------------------------------------------------------- what a page or a server says of the classifier
+def describe_model(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
+    """Return JSON-ready facts for a page or a server.
 
-
-def about(model: OnnxModel, precision: float | None = None) -> dict[str, Any]:
-    """JSON-ready facts. confidence_threshold: least probability of an answer; precision: what it was chosen for on val, or None.
-
-    crop_fraction: None where heatmaps cover the whole image, else the side of the centred square they cover over the short side.
-    Raises ConfigError for a precision that the file does not know.
+    confidence_threshold: minimum confidence of a decision. precision: the target precision it was chosen for on val, or None.
+    crop_fraction: None if heatmaps cover the whole image, else the side of the centred square they cover over the short side.
+    Raises ConfigError for a precision without a threshold.
     """
-    facts = model.facts
-    if precision is None:  # the usual one, or the highest below it that val could promise
-        known = [row["precision"] for row in facts["selective"] if row["threshold"] is not None]
-        precision = max((value for value in known if value <= USUAL_PRECISION), default=None)
-    preprocessing = facts["preprocessing"]
+    metadata = model.metadata
+    if precision is None:  # the default, or the highest below it that val could promise
+        precision = max((value for value in model._thresholds() if value <= DEFAULT_PRECISION), default=None)
+    preprocessing = metadata["preprocessing"]
     return {
         "classes": list(model.classes),
-        "backbone": facts["backbone"]["name"],
-        "test_accuracy": facts["test_accuracy"],
-        "test_accuracy_ci95": facts["test_accuracy_ci95"],
-        "test_images": facts["test_images"],
+        "backbone": metadata["backbone"]["name"],
+        **{name: metadata[name] for name in ("test_accuracy", "test_accuracy_ci95", "test_images", "ood_threshold", "min_decode_side")},
         "heatmaps": "heatmaps" in model.outputs,
-        "confidence_threshold": WITHOUT_PRECISION if precision is None else model.threshold_for(precision),
+        "confidence_threshold": FALLBACK_THRESHOLD if precision is None else model.threshold_for(precision),
         "precision": precision,
-        "ood_threshold": facts["ood_threshold"],
-        "min_decode_side": facts["min_decode_side"],
         "crop_fraction": preprocessing["crop"] if preprocessing["resize"] == "crop" else None,
-        "version": facts["seewhy_version"],
+        "version": metadata["seewhy_version"],
     }

@@ -1,259 +1,212 @@
-"""Sources x a job -> pieces of answers, by actors of Ray Data, each with a network of its own; actors that die are replaced."""
+"""Run a task on a Ray cluster: actors of Ray Data with a model each, restarted when they die."""
 
 from __future__ import annotations
 
-import json
 import logging
+import pickle
 import signal
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from seewhy import errors
 from seewhy.core.process_state import environment, quiet
 from seewhy.core.progress import LOG, progress
 from seewhy.data.remote import without_options
-from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, require
-from seewhy.inference.batch_runner import Backend, Request, Work, asked_files, make_worker, results_of, run_local
-from seewhy.inference.result_store import Chunk, ChunkResult
+from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, reason_of, require
+from seewhy.inference.batch_runner import Backend, Task, TaskRunner, chunk_results, make_runner, model_files, run_local
+from seewhy.inference.result_store import ChunkResult
 from seewhy.inference.work_units import FailureCounter, Source
 
-OBJECT_STORE = 400_000_000  # bytes for what is on its way between processes; pieces are small
-BLOCKS = 10_000  # pieces of work that Ray is told of, at most
-DEATHS = 3  # of workers at one source, after which it is taken to be the cause: Ray Data would go on for ever
-RESTARTS = 20  # of one worker, whatever it dies of: before it begins a source, for one
-PLACE_S = 300  # in which some machine has to have room for a worker, other work on the cluster considered
-LOOK_S = 5  # between two looks whether it has: Ctrl-C waits as long
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Which machines work, and how.
-
-    address: '' for a cluster of this machine's own, 'auto' or ray://... for one that runs already.
-    workers: how many processes with a network each; 0: one a core, or one a GPU where there are GPUs.
-    """
-
-    address: str = ""
-    workers: int = 0
+OBJECT_STORE = 400_000_000  # bytes, enough for chunks in transit between processes
+MAX_BLOCKS = 10_000  # of a Ray dataset
+MAX_DEATHS = 3  # of workers at one source, after which the source counts as the cause; Ray Data would retry for ever
+MAX_RESTARTS = 20  # of one worker, whatever the cause
+WAIT_S = 300  # for a machine with room for a worker
+POLL_S = 5  # between checks for such a machine; Ctrl-C waits as long
+RESUME = "re-run the same command to resume"
 
 
 class InferenceActor:
-    """One actor: makes its network ready at the first source, and answers them one after another.
+    """Load the model at the first source, then run one source after another.
 
-    What is raised travels back as a row, since Ray would try it again, or wrap it in its own words.
+    Each row is a pickled ChunkResult or SeewhyError: Ray would retry what is raised, or wrap it in a message of its own.
     """
 
-    def __init__(self, request: Request, files: Any, cores: int, tries: Any) -> None:
-        self.request, self.files, self.cores, self.tries = request, files, cores, tries
-        self.work: Work | None = None
+    def __init__(self, task: Task, files: Any, cores: int, failures: Any) -> None:
+        self.task, self.files, self.cores, self.failures = task, files, cores, failures
+        self.runner: TaskRunner | None = None
         self.survived: int | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         import ray
 
         for number, packed in zip(map(int, batch["number"]), batch["source"], strict=True):
-            source = _source(packed)
+            source: Source = pickle.loads(packed)
             try:
-                if (died := ray.get(self.tries.begin.remote(number, self.survived))) >= DEATHS:
+                if (deaths := ray.get(self.failures.begin.remote(number, self.survived))) >= MAX_DEATHS:
                     raise RunError(
-                        f"{_named(source)}: {died} workers died of it, out of memory or by an image that crashes what reads it; "
-                        "leave it out, or try fewer --ray-workers"
+                        f"{_describe(source)}: {deaths} workers died of it, out of memory or by an image that crashes its decoder; "
+                        "leave it out, or use fewer --ray-workers"
                     )
-                work = self.work = self.work or self._made()
-                for outcome in results_of(work, number, source):
-                    yield {**_packed(outcome), "error": [""], "text": [""]}
+                runner = self.runner = self.runner or self._load_runner()
+                for result in chunk_results(runner, number, source):
+                    yield {"result": [pickle.dumps(result)]}
                 self.survived = number
-            except SeewhyError as error:
-                yield _refusal(error)
-            except Exception as error:  # in Ray's words neither the source nor the reason could be found
+            except Exception as error:
                 reason = one_line(f"{type(error).__name__}: {error}")[:160]
-                yield _refusal(RunError(f"{_named(source)}: a worker failed ({reason}); the same command goes on after what is done"))
+                failure = RunError(f"{_describe(source)}: a worker failed ({reason}); {RESUME}")
+                yield {"result": [pickle.dumps(error if isinstance(error, SeewhyError) else failure)]}
 
-    def _made(self) -> Work:
+    def _load_runner(self) -> TaskRunner:
         import ray
         import torch
 
         torch.set_num_threads(self.cores)
         if not self.files:
-            return make_worker(self.request, self.cores)
-        with tempfile.TemporaryDirectory() as folder:  # the machine of this actor need not see the run's folder
+            return make_runner(self.task, self.cores)
+        with tempfile.TemporaryDirectory() as folder:  # this machine may not see the run's folder
             content = ray.get(self.files)
             for name, data in content.items():
                 Path(folder, name).write_bytes(data)
-            asked = folder if "run.json" in content else str(Path(folder, next(iter(content))))
-            return make_worker(replace(self.request, asked=asked), self.cores)
+            path = folder if "run.json" in content else str(Path(folder, next(iter(content))))
+            return make_runner(replace(self.task, model_path=path), self.cores)
 
 
-def _source(text: str) -> Source:
-    return Source(*json.loads(text))
+def _describe(source: Source) -> str:
+    more = len(source.paths) - 1
+    return without_options(source.paths[0]) + (f" and {_count(more, 'more file')}" if more else "")
 
 
-def _text(source: Source) -> str:
-    return json.dumps([source.kind, list(source.places), source.root, source.key])
-
-
-def _named(source: Source) -> str:
-    more = len(source.places) - 1
-    return without_options(source.places[0]) + (f" and {more:,} more {'file' if more == 1 else 'files'}" if more else "")
-
-
-def _refusal(error: SeewhyError) -> dict[str, list[Any]]:
-    return {"facts": [""], "rows": [b""], "error": [type(error).__name__], "text": [str(error)]}
-
-
-def _packed(outcome: ChunkResult) -> dict[str, list[Any]]:
-    """A row of Ray Data: what it is as JSON, and its own rows in Arrow's format."""
-    import pyarrow as pa
-
-    table, sink = pa.table(outcome.piece.columns), pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    facts = [outcome.source, outcome.number, outcome.last, outcome.piece.bad]
-    return {"facts": [json.dumps(facts)], "rows": [sink.getvalue().to_pybytes()]}
-
-
-def _outcome(row: dict[str, Any]) -> ChunkResult:
-    import pyarrow as pa
-
-    source, number, last, bad = json.loads(row["facts"])
-    columns = pa.ipc.open_stream(row["rows"]).read_all().to_pydict()
-    return ChunkResult(source, number, last, Chunk(columns, [(name, reason) for name, reason in bad]))
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 @contextmanager
-def _joined(cluster: Cluster) -> Iterator[Any]:
-    """The package ray, connected to a cluster; its environment variables, log levels and SIGTERM handler last as long."""
+def _connected(address: str) -> Iterator[Any]:
+    """Yield the package ray, connected to a cluster; restore environment variables, log levels and SIGTERM handler afterwards."""
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it warns of its own future default
-        "MALLOC_ARENA_MAX": "2",  # or glibc keeps memory for each thread that ever was: a tenth more in each worker
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about a future default
+        "MALLOC_ARENA_MAX": "2",  # otherwise glibc keeps memory of every past thread: 10% more in each worker
     }
     with environment(**variables):
         import ray
         import ray.data
 
-        own = not ray.is_initialized()
+        connect = not ray.is_initialized()
         on_sigterm = signal.getsignal(signal.SIGTERM)
         with quiet("ray", "ray.data", level=logging.CRITICAL):
             try:
-                if own:
-                    _connect(ray, cluster)
+                if connect:
+                    _connect(ray, address)
                     if threading.current_thread() is threading.main_thread():
-                        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
+                        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler ends the process silently
                 yield ray
             finally:
-                if own:
+                if connect:
                     ray.shutdown()
 
 
-def _connect(ray: Any, cluster: Cluster) -> None:
-    """ConfigError where no cluster answers at the address."""
-    here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+def _connect(ray: Any, address: str) -> None:
+    """Connect to the cluster at the address; '': start one here. Raises ConfigError if none answers."""
+    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
-        ray.init(log_to_driver=False, configure_logging=False, **({"address": cluster.address} if cluster.address else here))
+        ray.init(log_to_driver=False, configure_logging=False, **({"address": address} if address else local))
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
-        where = cluster.address or "this machine"
-        raise ConfigError(f"--ray-address {where}: no Ray cluster there ({_short(error)}); start one with `ray start --head`") from error
+        problem = f"--ray-address {address or 'local'}: no Ray cluster there ({_last_line(error)})"
+        raise ConfigError(f"{problem}; start one with `ray start --head`") from error
 
 
-def _short(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[-1] if lines else type(error).__name__)[:160]
+def _last_line(error: BaseException) -> str:
+    return reason_of(str(error).strip().rpartition("\n")[2] or type(error).__name__)
 
 
-def shares(nodes: Sequence[dict[str, float]], workers: int, sources: int) -> tuple[int, int, int]:
-    """What each machine has (CPU, GPU), workers asked for (0: one a GPU or else one a core), sources -> workers, cores and GPUs of each.
+def plan_workers(nodes: Sequence[dict[str, float]], workers: int, sources: int) -> tuple[int, int, int]:
+    """Return the number of workers, and the cores and GPUs of each.
 
-    A worker lies on one machine: there are as many of them as asked for or as fit, each with the most cores with which they do.
+    nodes: CPU and GPU counts of each machine. workers: wanted; 0: one per GPU, or one per core without GPUs.
+    A worker runs on one machine; each gets as many cores as let the wanted number, or as many as possible, run at once.
     """
-    have = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
-    most, with_gpu = sum(cores for cores, _ in have), sum(min(pair) for pair in have)
-    count = min(workers or with_gpu or most or 1, max(1, sources))
+    resources = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    all_cores, with_gpu = sum(cores for cores, _ in resources), sum(min(pair) for pair in resources)
+    count = min(workers or with_gpu or all_cores or 1, max(1, sources))
     gpus = 1 if count <= with_gpu else 0
-    count = min(count, most) if most else count  # a cluster that is to grow first may have no core yet
-    cores = max((own for own, _ in have), default=1)
-    while cores > 1 and sum(min(own // cores, own_gpus if gpus else own) for own, own_gpus in have) < count:
+    count = min(count, all_cores) if all_cores else count  # an autoscaling cluster may have no cores yet
+    cores = max((node_cores for node_cores, _ in resources), default=1)
+    while cores > 1 and sum(min(node_cores // cores, node_gpus if gpus else node_cores) for node_cores, node_gpus in resources) < count:
         cores -= 1
     return count, max(1, cores), gpus
 
 
-def _await_place(ray: Any, cores: int, gpus: int) -> None:
-    """Returns when some machine has room for a worker; Ray Data itself would wait for ever, and say nothing."""
-    room = f"{cores} free {'core' if cores == 1 else 'cores'}" + (" and a free GPU" if gpus else "")
+def _wait_for_room(ray: Any, cores: int, gpus: int) -> None:
+    """Wait until a machine has room for a worker; Ray Data itself would wait silently for ever."""
+    room = f"{_count(cores, 'free core')}" + (" and a free GPU" if gpus else "")
     group = ray.util.placement_group([{"CPU": cores, **({"GPU": gpus} if gpus else {})}])
     try:
-        if group.wait(LOOK_S):
+        if group.wait(POLL_S):
             return
-        LOG.info(f"waiting for a machine of the cluster with {room}, {PLACE_S} s at most")
-        if not any(group.wait(LOOK_S) for _ in range(PLACE_S // LOOK_S)):
-            raise RunError(f"no machine of the Ray cluster had {room} for {PLACE_S} s; wait for its other work, or ask more --ray-workers")
+        LOG.info(f"waiting up to {WAIT_S} s for a machine of the cluster with {room}")
+        if not any(group.wait(POLL_S) for _ in range(WAIT_S // POLL_S)):
+            raise RunError(f"no machine of the Ray cluster had {room} within {WAIT_S} s; wait, or set more --ray-workers")
     finally:
         ray.util.remove_placement_group(group)
 
 
-def run_on_ray(cluster: Cluster, request: Request, sources: Sequence[Source]) -> Iterator[ChunkResult]:
-    """Pieces of all sources, in the order in which they are done; a source whose actor died begins again, and gives its pieces twice.
+def run_on_ray(task: Task, sources: Sequence[Source], address: str = "", workers: int = 0) -> Iterator[ChunkResult]:
+    """Yield the chunks of all sources in order of completion; a source whose actor died restarts, and yields its chunks twice.
 
-    Raises ConfigError without Ray or a cluster, RunError where the cluster ends, and what workers raise.
+    address: '' to start Ray on this machine, 'auto' or ray://... for a running cluster. workers: as for `plan_workers`.
+    Raises ConfigError without Ray or a cluster, RunError if the cluster fails, and the errors of the workers.
     """
-    with _joined(cluster) as ray:
+    with _connected(address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        count, cores, gpus = shares(nodes, cluster.workers, len(sources))
-        fewer = f" (no more of {cluster.workers} fit)" if count < min(cluster.workers, len(sources)) else ""
-        LOG.info(f"{count} workers on Ray{fewer}, {cores} {'core' if cores == 1 else 'cores'} each")
-        _await_place(ray, cores, gpus)
-        tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(FailureCounter).remote()
-        asked = Path(request.asked)
-        files = ray.put({file.name: file.read_bytes() for file in asked_files(asked)}) if request.asked else None
-        items = [{"number": number, "source": _text(source)} for number, source in enumerate(sources)]
-        with warnings.catch_warnings():  # Ray 2.60 says of max_restarts that 2.64 will not take it, and has nothing in its place
+        count, cores, gpus = plan_workers(nodes, workers, len(sources))
+        fewer = f" (no more of {workers} fit)" if count < min(workers, len(sources)) else ""
+        LOG.info(f"{_count(count, 'worker')} on Ray{fewer}, {_count(cores, 'core')} each")
+        _wait_for_room(ray, cores, gpus)
+        failures = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(FailureCounter).remote()
+        files = ray.put({file.name: file.read_bytes() for file in model_files(Path(task.model_path))}) if task.model_path else None
+        items = [{"number": number, "source": pickle.dumps(source)} for number, source in enumerate(sources)]
+        with warnings.catch_warnings():  # Ray 2.60 deprecates max_restarts for 2.64 without a replacement
             warnings.simplefilter("ignore", DeprecationWarning)
-            data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map_batches(
+            data = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
                 InferenceActor,
-                fn_constructor_args=(request, files, cores, tries),
+                fn_constructor_args=(task, files, cores, failures),
                 batch_size=1,
                 batch_format="numpy",
                 concurrency=count,
                 num_cpus=cores,
                 num_gpus=gpus,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
             )
         data.context.enable_progress_bars = data.context.print_on_execution_start = False
         try:
-            with progress(f"{request.job}, shards and blocks", len(sources)) as advance:
+            with progress(f"{task.name}, shards and blocks", len(sources)) as advance:
                 for row in data.iter_rows():
-                    if row["error"]:
-                        raise getattr(errors, row["error"])(row["text"])
-                    outcome = _outcome(row)
-                    yield outcome
-                    if outcome.last:
+                    result: ChunkResult | SeewhyError = pickle.loads(row["result"])
+                    if isinstance(result, SeewhyError):
+                        raise result
+                    yield result
+                    if result.last:
                         advance(1)
         except ray.exceptions.RayError as error:
-            cause = next((each for each in _causes(error) if isinstance(each, SeewhyError)), None)
-            raise cause or RunError(f"the Ray cluster gave up ({_short(error)}); the same command goes on after what is done") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = getattr(error, "cause", None) or error.__cause__
+            raise RunError(f"the Ray cluster failed ({_last_line(error)}); {RESUME}") from error
 
 
 def get_backend(name: str | None, address: str = "", workers: int = 0) -> Backend:
-    """An backend of `scale.run_batch`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
+    """Return a backend of `run_batch`: 'local' (or None) is this process, 'ray' a cluster; ConfigError for others."""
     if name == "ray":
         require("ray", "--backend ray", "ray")
-        return partial(run_on_ray, Cluster(address, workers))
+        return partial(run_on_ray, address=address, workers=workers)
     if name not in (None, "local"):
         raise ConfigError(f"--backend {name!r}: no such backend; use local or ray")
     if address or workers:
-        raise ConfigError("--ray-address and --ray-workers are for --backend ray; add it, or leave them out")
+        raise ConfigError("--ray-address and --ray-workers need --backend ray; add it, or drop them")
     return run_local

@@ -15,7 +15,7 @@ from seewhy.evaluation.evaluate import Evaluation
 from seewhy.evaluation.metrics import softmax
 from seewhy.explain.cam import METHODS
 from seewhy.explain.explainer import Explanation, display_view, explain
-from seewhy.explain.method_comparison import sanity_check, score_methods, wide
+from seewhy.explain.method_comparison import pivot_scores, sanity_check, score_methods
 from seewhy.explain.overlay import overlay_heatmap
 from seewhy.models.saved_run import SavedRun
 from seewhy.reports.figures import heatmap_gallery, reliability_figure, risk_coverage_figure, save_png, training_curves
@@ -101,7 +101,7 @@ def _heatmap_scores(run: SavedRun, test: Evaluation) -> dict[str, Any]:
     methods = tuple(METHODS)
     table = score_methods(run, paths, methods, SCORES)
     sanity = {row["method"]: f"{row['spearman_mean']:.2f}" for row in sanity_check(run, paths, methods, parts=1).to_dict("records")}
-    shown = wide(table, "{mean:.2f}")
+    shown = pivot_scores(table, "{mean:.2f}")
     rows = [{"method": name, "scores": shown.loc[name].tolist(), "sanity": sanity.get(name, "")} for name in shown.index]
     return {"n": len(paths), "columns": shown.columns.tolist(), "rows": rows}
 

@@ -11,7 +11,7 @@ import pandas as pd
 from seewhy.core.files import csv_text, write_json
 from seewhy.errors import OutputError
 from seewhy.explain.faithfulness import BASELINES
-from seewhy.explain.method_comparison import AREA
+from seewhy.explain.method_comparison import OBJECT_AREA
 from seewhy.reports.figures import method_scores, robustness_figure
 
 
@@ -36,7 +36,7 @@ def write_files(folder: Path, contents: Mapping[str, pd.DataFrame | dict[str, An
 
 def save_scores(table: pd.DataFrame, sanity: pd.DataFrame, folder: Path | str) -> list[Path]:
     """Write scores.csv, its figure scores.png, and sanity.csv; the files written."""
-    figure = method_scores(table.to_dict("records"), [*BASELINES, AREA])
+    figure = method_scores(table.to_dict("records"), [*BASELINES, OBJECT_AREA])
     return write_files(Path(folder), {"scores.csv": table, "scores.png": figure, "sanity.csv": sanity})
 
 
