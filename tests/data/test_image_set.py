@@ -637,7 +637,7 @@ def test_caltech101_is_downloaded_and_unpacked(
 def one_line(error: pytest.ExceptionInfo[DataError], root: Path) -> str:
     message = str(error.value)
     assert message.startswith(f"caltech101 is not in {root} and cannot be downloaded (")
-    assert message.endswith("; pass --data-root or set SEEWHY_DATA to the folder that holds caltech101/101_ObjectCategories")
+    assert message.endswith("; pass --data-root or set SEEWHY_DATA to the folder of caltech101/101_ObjectCategories")
     assert "\n" not in message
     return message
 
