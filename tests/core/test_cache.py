@@ -78,10 +78,10 @@ def test_place_below_a_file_is_one_line_with_the_way_out(tmp_path: Path, monkeyp
     with pytest.raises(OutputError) as caught:
         cache_dir()
     assert (
-        str(caught.value) == f"{tmp_path}/file/cache: the cache folder cannot be made (Not a directory); set SEEWHY_CACHE to a writable one"
+        str(caught.value) == f"{tmp_path}/file/cache: cannot create the cache folder (Not a directory); set SEEWHY_CACHE to a writable one"
     )
     monkeypatch.setenv("SEEWHY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="the cache folder cannot be made"):
+    with pytest.raises(OutputError, match="cannot create the cache folder"):
         list_cache()
 
 

@@ -46,7 +46,7 @@ def state():
 import PIL.ImageFile
 before = state()
 import seewhy
-names = [module.name for module in pkgutil.walk_packages(seewhy.__path__, "seewhy.")]
+names = [module.name for module in pkgutil.walk_packages(seewhy.__path__, "seewhy.") if not module.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
 after = state()

@@ -78,5 +78,5 @@ def test_large_images_become_smaller_by_whole_factors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(decoding, "LARGE", 1000)
     file = io.BytesIO()
     Image.new("RGB", (640, 400), "red").save(file, "PNG")
-    assert decode(file.getvalue(), enough=64).size == (107, 67)  # 400 // 64 = 6 times smaller
+    assert decode(file.getvalue(), min_decode_side=64).size == (107, 67)  # 400 // 64 = 6 times smaller
     assert decode(file.getvalue()).size == (640, 400)  # LARGE_SIDE is 2,048

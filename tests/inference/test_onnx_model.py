@@ -59,7 +59,7 @@ def test_nothing_but_the_light_requirements(demo_run: Run, demo_onnx: Path, demo
     assert {"torch", "scipy", "timm", "sklearn", "pandas", "matplotlib"} <= set(blocked)
     code = (
         f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
-        f"from seewhy.cli import call, run_guarded\n"
+        f"from seewhy.cli.guard import run_guarded\nfrom seewhy.cli.main import call\n"
         f"asked = ['predict', {str(demo_onnx)!r}, *{[str(path) for path in demo_images]!r}]\n"
         f"run_guarded(lambda: call([*asked, '--out', {str(tmp_path / 'answers.csv')!r}]))\n"
         f"sys.exit(run_guarded(lambda: call([*asked, '--json'])))"

@@ -41,8 +41,9 @@ class Column(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> Self: ...
     def __getitem__(self, index: int | slice) -> T | Self:
-        selected = self.values[index]
-        return self._with_values(selected) if isinstance(index, slice) else self.decode(selected.as_py())
+        if isinstance(index, slice):  # not Arrow's slices, which overflow with steps that NumPy's take
+            return self.take(np.arange(len(self))[index])
+        return self.decode(self.values[index].as_py())
 
 
 class PathColumn(Column[Path]):
