@@ -289,7 +289,7 @@ def test_a_slash_behind_the_folder_changes_nothing(run: Run, few: Path, tmp_path
 
 
 def test_few_images_are_not_worth_measuring(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "measured_batch", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(tasks, "measure_batch_size", lambda *args: pytest.fail("measured"))
     out = str(tmp_path / "answers.csv")
     assert run_batch(task_for(run), COLUMNS, find_sources([few / "plain"]), out, run_local) == (20, 0)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
 import signal
 import tempfile
 import threading
@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seewhy import errors
 from seewhy.core.process_state import environment, quiet
 from seewhy.core.progress import LOG, progress
 from seewhy.data.remote import without_options
 from seewhy.errors import ConfigError, RunError, SeewhyError, one_line, reason_of, require
 from seewhy.inference.batch_runner import Backend, Task, TaskRunner, chunk_results, make_runner, model_files, run_local
-from seewhy.inference.result_store import ChunkResult
+from seewhy.inference.result_store import Chunk, ChunkResult
 from seewhy.inference.work_units import FailureCounter, Source
 
 OBJECT_STORE = 400_000_000  # bytes, enough for chunks in transit between processes
@@ -35,7 +36,7 @@ RESUME = "re-run the same command to resume"
 class InferenceActor:
     """Load the model at the first source, then run one source after another.
 
-    Each row is a pickled ChunkResult or SeewhyError: Ray would retry what is raised, or wrap it in a message of its own.
+    Errors are returned as rows (`_pack_error`): Ray would retry what is raised, or wrap it in a message of its own.
     """
 
     def __init__(self, task: Task, files: Any, cores: int, failures: Any) -> None:
@@ -43,11 +44,11 @@ class InferenceActor:
         self.runner: TaskRunner | None = None
         self.survived: int | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         import ray
 
         for number, packed in zip(map(int, batch["number"]), batch["source"], strict=True):
-            source: Source = pickle.loads(packed)
+            source = Source(*json.loads(packed))
             try:
                 if (deaths := ray.get(self.failures.begin.remote(number, self.survived))) >= MAX_DEATHS:
                     raise RunError(
@@ -56,12 +57,12 @@ class InferenceActor:
                     )
                 runner = self.runner = self.runner or self._load_runner()
                 for result in chunk_results(runner, number, source):
-                    yield {"result": [pickle.dumps(result)]}
+                    yield _pack(result)
                 self.survived = number
             except Exception as error:
                 reason = one_line(f"{type(error).__name__}: {error}")[:160]
                 failure = RunError(f"{_describe(source)}: a worker failed ({reason}); {RESUME}")
-                yield {"result": [pickle.dumps(error if isinstance(error, SeewhyError) else failure)]}
+                yield _pack_error(error if isinstance(error, SeewhyError) else failure)
 
     def _load_runner(self) -> TaskRunner:
         import ray
@@ -76,6 +77,29 @@ class InferenceActor:
                 Path(folder, name).write_bytes(data)
             path = folder if "run.json" in content else str(Path(folder, next(iter(content))))
             return make_runner(replace(self.task, model_path=path), self.cores)
+
+
+def _pack(result: ChunkResult) -> dict[str, list[Any]]:
+    """Return a row of Ray Data: counts and skipped images as JSON, the columns in Arrow's format."""
+    import pyarrow as pa
+
+    table, sink = pa.table(result.chunk.columns), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    facts = [result.source, result.number, result.last, result.chunk.bad]
+    return {"facts": [json.dumps(facts)], "columns": [sink.getvalue().to_pybytes()], "error": [""], "message": [""]}
+
+
+def _pack_error(error: SeewhyError) -> dict[str, list[Any]]:
+    return {"facts": [""], "columns": [b""], "error": [type(error).__name__], "message": [str(error)]}
+
+
+def _unpack(row: dict[str, Any]) -> ChunkResult:
+    import pyarrow as pa
+
+    source, number, last, bad = json.loads(row["facts"])
+    columns = pa.ipc.open_stream(row["columns"]).read_all().to_pydict()
+    return ChunkResult(source, number, last, Chunk(columns, [(name, reason) for name, reason in bad]))
 
 
 def _describe(source: Source) -> str:
@@ -172,7 +196,10 @@ def run_on_ray(task: Task, sources: Sequence[Source], address: str = "", workers
         _wait_for_room(ray, cores, gpus)
         failures = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(FailureCounter).remote()
         files = ray.put({file.name: file.read_bytes() for file in model_files(Path(task.model_path))}) if task.model_path else None
-        items = [{"number": number, "source": pickle.dumps(source)} for number, source in enumerate(sources)]
+        items = [
+            {"number": number, "source": json.dumps([source.kind, list(source.paths), source.root, source.key])}
+            for number, source in enumerate(sources)
+        ]
         with warnings.catch_warnings():  # Ray 2.60 deprecates max_restarts for 2.64 without a replacement
             warnings.simplefilter("ignore", DeprecationWarning)
             data = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
@@ -190,10 +217,9 @@ def run_on_ray(task: Task, sources: Sequence[Source], address: str = "", workers
         try:
             with progress(f"{task.name}, shards and blocks", len(sources)) as advance:
                 for row in data.iter_rows():
-                    result: ChunkResult | SeewhyError = pickle.loads(row["result"])
-                    if isinstance(result, SeewhyError):
-                        raise result
-                    yield result
+                    if row["error"]:
+                        raise getattr(errors, row["error"])(row["message"])
+                    yield (result := _unpack(row))
                     if result.last:
                         advance(1)
         except ray.exceptions.RayError as error:
