@@ -19,11 +19,23 @@ from seewhy.errors import RunError
 from seewhy.inference import ray_backend
 from seewhy.inference.batch_runner import Task
 from seewhy.inference.ray_backend import plan_workers, run_on_ray
-from seewhy.inference.result_store import Chunk
+from seewhy.inference.result_store import Chunk, ChunkResult
 from seewhy.inference.work_units import find_sources
 from tests.cheap_saved import jpegs, saved_cheap_run, write_tar
 
 OPTIONS: dict[str, Any] = {"top_k": 1, "min_confidence": None}
+
+
+def test_a_chunk_travels_as_a_row() -> None:
+    """Every kind of value that a task writes: text, numbers, bytes, and skipped images with their reasons."""
+    chunk = Chunk(
+        {"path": ["a.jpg", "é.png"], "prob": [0.1, 1 / 3], "ood": [True, False], "heatmap": [b"\x00", b""]}, [("b.jpg", "truncated")]
+    )
+    sent = ChunkResult(3, 1, True, chunk)
+    row = {name: values[0] for name, values in ray_backend._pack(sent).items()}
+    assert row["error"] == ""
+    assert ray_backend._unpack(row) == sent
+    assert ray_backend._pack_error(RunError("x"))["error"] == ["RunError"]
 
 
 # ---------------------------------------------------------------- who gets what
