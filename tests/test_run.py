@@ -52,7 +52,7 @@ def test_loaded_elsewhere_it_says_the_same(demo_run: Run, copied: Path, images: 
 
 def test_manifest_holds_what_repeats_the_run(demo_run: Run) -> None:
     manifest = json.loads((demo_run.path / "run.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["config"]["backbone"] == "efficientnet_lite0"
     assert manifest["config"]["lr"] == 1e-3  # what was used, not what was left open
     assert [manifest["split"][part] for part in ("protocol", "train", "val", "test")] == ["ratio", 336, 48, 96]
@@ -109,7 +109,7 @@ def test_half_written_run(copied: Path) -> None:
 def test_run_of_another_version(copied: Path) -> None:
     manifest = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**manifest, "format": 99}))
-    check(copied, "format 99", "reads 1")
+    check(copied, "format 99", "reads 2")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": "x"}'])
@@ -150,7 +150,7 @@ def test_temperature_and_threshold_come_from_val(demo_run: Run) -> None:
     expected = threshold_for(val.confidence, val.correct, 0.8)
     assert expected is not None
     assert demo_run.threshold_for(0.8) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(RunError, match=r"no probability promises 99\.9% right answers, by its 48 validation images"):
+    with pytest.raises(RunError, match=r"no threshold keeps a precision of 99\.9% on its 48 validation images"):
         demo_run.threshold_for(0.999)
 
 

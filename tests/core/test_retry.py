@@ -284,7 +284,7 @@ def test_one_denied_object_is_bad_and_credentials_that_end_are_not(kind: str, mo
 
 
 def test_expired_credentials_leave_plain_objects_for_the_next_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_units, "BLOCK", 4)
+    monkeypatch.setattr(work_units, "FILES_PER_SOURCE", 4)
     fsspec.filesystem("memory").pipe({f"/expired/{n}.jpg": data for n, data in enumerate(jpegs(12))})
     found, out = find_sources(["memory://expired"]), str(tmp_path / "answers.parquet")
     assert len(found) == 3

@@ -125,7 +125,7 @@ def test_predict_from_bucket_to_bucket_goes_on_where_it_was_stopped(
         "out": "s3://bucket/out/answers",
         "images": 60,
         "skipped": 1,
-        "bad": "s3://bucket/out/answers/_errors.parquet",
+        "errors": "s3://bucket/out/answers/_errors.parquet",
     }
     written = {file.path: file for file in list_files(out)}
     assert written[first.path] == first  # size and time

@@ -53,7 +53,7 @@ def test_an_error_of_the_session_reaches_its_batch_only(batcher: Batcher, demo_i
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batcher, "_all_cores_model", type("Broken", (), {"ask": fail})())
+        patch.setattr(batcher, "_all_cores_model", type("Broken", (), {"run": fail})())
         with pytest.raises(RuntimeError, match="out of memory"):
             batcher.submit(demo_images[0].read_bytes()).result(timeout=60)
     assert batcher.submit(demo_images[0].read_bytes()).result(timeout=60)["probabilities"].sum() == pytest.approx(1, abs=1e-5)

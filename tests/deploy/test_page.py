@@ -124,7 +124,7 @@ def test_unknown_images_and_bad_files_are_said_in_words(address: str, demo_image
         ready(page)
         give(page, noise)
         assert page.locator("#verdict").inner_text() == "Unlike the training images"
-        assert re.match(r"If it had to be one of my classes: \w+, [\d.]+%\. Do not rely on it\.", page.locator("#remark").inner_text())
+        assert re.match(r"The closest class is \w+ \([\d.]+%\)\. Do not rely on it\.", page.locator("#remark").inner_text())
         page.set_input_files("#files", str(tmp_path / "broken.jpg"))
         until(page, "document.getElementById('problem').textContent !== ''")
         assert page.locator("#problem").inner_text().startswith("broken.jpg: truncated; send JPEG")

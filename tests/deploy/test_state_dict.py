@@ -46,7 +46,7 @@ def test_unwritable_place_is_one_line_and_leaves_nothing(run: Run, tmp_path: Pat
     (tmp_path / "file").write_text("a regular file")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match=r"cannot be written.*choose another place") as caught:
+    with pytest.raises(OutputError, match=r"cannot be written.*choose another path") as caught:
         export_state_dict(run, name)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]

@@ -139,7 +139,7 @@ def test_each_image_may_have_a_class_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert explanation.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]  # evidence where the image has that colour
     contrasted = explain(colour_run(), [tmp_path], "hirescam", target=names, contrast=["red", "red", "red", "blue", "blue"])
     assert contrasted.maps.max(axis=(1, 2)).tolist() == [1, 0, 1, 1, 0]
-    with pytest.raises(ConfigError, match="2 classes for 5 images; name one class, or one an image"):
+    with pytest.raises(ConfigError, match="2 classes for 5 images; name one class, or one per image"):
         explain(colour_run(), [tmp_path], target=["red", "blue"])
 
 

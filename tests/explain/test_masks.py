@@ -62,7 +62,7 @@ def test_a_broken_outline_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["cat/1.jpg", "images/cat/1.jpg", "101_ObjectCategories/ant/image_0001.jpg", "a/b/odd.jpg"])
+@pytest.mark.parametrize("path", ["cat/1.jpg", "images/cat/1.jpg", "101_ObjectCategories/ant/image_0001.jpg", "a/b/odd.jpg"])
 def test_no_outline(tmp_path: Path, path: str) -> None:
     assert object_mask(image_at(tmp_path / path), SQUASH) is None
 

@@ -256,7 +256,7 @@ def test_skip_bad_means_the_same_by_any_engine(
     command = ["predict", str(run.path), str(few / "shards" / "a.tar"), *backend, "--out", str(out)]
     assert run_guarded(lambda: call(command)) == 2
     output = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"seewhy: 1 of 60 images cannot be used: .*00059\.jpg \(not an image\) .*pass --skip-bad", output)
+    assert re.match(r"seewhy: 1 of 60 images cannot be used: .*00059\.jpg \(not an image\); .*pass --skip-bad", output)
     assert not out.exists()
     assert run_guarded(lambda: call([*command, "--skip-bad", "--json"])) == 0
     assert json.loads(capsys.readouterr().out) == {
@@ -285,7 +285,7 @@ def test_a_slash_behind_the_folder_changes_nothing(run: Run, few: Path, tmp_path
         assert run_guarded(lambda out=out: call(["predict", str(run.path), image, "--out", out])) == 0
         assert len(pq.read_table(answers)) == 1
     assert run_guarded(lambda: call(["explain", str(run.path), image, "--out", str(tmp_path / "maps.parquet")])) == 2
-    assert "overlays and scores go into a folder; add --backend local" in capsys.readouterr().err
+    assert "overlays and scores need a folder; add --backend local" in capsys.readouterr().err
 
 
 def test_few_images_are_not_worth_measuring(run: Run, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

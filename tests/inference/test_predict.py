@@ -180,7 +180,7 @@ def test_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
 def test_unwritable_place_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     (tmp_path / "folder.parquet").mkdir()
-    with pytest.raises(OutputError, match=r"cannot be written \(.+\); choose another place") as caught:
+    with pytest.raises(OutputError, match=r"cannot be written \(.+\); choose another path") as caught:
         TABLE.save(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.parquet"]

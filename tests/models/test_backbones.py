@@ -305,7 +305,7 @@ def test_rebuild_takes_exactly_its_own_state() -> None:
     with pytest.raises(WeightsError, match=r"^run r: not the weights of test_resnet \(2 tensors differ, such as fc\.bias\)$"):
         rebuild_backbone(SMALL, SMALL, 6, state, backbone.preprocessing, "run r")
     del state["layer4.0.bn1.weight"]
-    with pytest.raises(WeightsError, match=r"\(1 tensors differ, layer4\.0\.bn1\.weight for one\)$"):
+    with pytest.raises(WeightsError, match=r"\(1 tensors differ, such as layer4\.0\.bn1\.weight\)$"):
         rebuild_backbone(SMALL, SMALL, 5, state, backbone.preprocessing, "run r")
 
 
@@ -450,7 +450,7 @@ def test_garbage_file(tmp_path: Path, name: str, content: bytes) -> None:
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(2), {"state_dict": {"a": "b"}}])
 def test_file_that_holds_something_else(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
-    assert refusal(tmp_path / "w.pth").startswith("holds no plain state_dict; save one with torch.save(model.state_dict(), ")
+    assert refusal(tmp_path / "w.pth").startswith("has no state dict of tensors; save one with torch.save(model.state_dict(), ")
 
 
 class Malicious:

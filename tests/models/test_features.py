@@ -147,7 +147,7 @@ def test_other_weights_place_or_preprocessing_take_another_store(images: ImageSe
     extract_features(images, ALL, 1, tiny_cut(), TINY)
     for cut, preprocessing in (
         (tiny_cut(seed=1), TINY),
-        (replace(tiny_cut(), place="elsewhere"), TINY),
+        (replace(tiny_cut(), cut_point="elsewhere"), TINY),
         (tiny_cut(), replace(TINY, mean=(0.4, 0.5, 0.5))),
         (tiny_cut(), replace(TINY, resize="crop")),
     ):

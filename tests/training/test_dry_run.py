@@ -122,7 +122,7 @@ def test_mistakes_are_those_of_train(folder: Path, tmp_path: Path, capsys: pytes
     assert "no such folder or dataset" in error(str(tmp_path / "none"))
     assert "exists already" in error(str(folder), "--out", str(folder))
     assert "has 5 stages" in error(str(folder), *NETWORK, "--unfreeze", "9")
-    assert "leave --devices, --nodes and --repeats out" in error(str(folder), "--devices", "2")
+    assert "leave out --devices, --nodes and --repeats" in error(str(folder), "--devices", "2")
     caltech = error("caltech101", "--data-root", str(tmp_path / "empty"))
     assert "a dry run downloads nothing" in caltech
     assert not (tmp_path / "empty").exists()

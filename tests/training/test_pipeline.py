@@ -241,7 +241,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(folder: Path, tmp_path: Path,
     """Whatever fails while the run is written, its checkpoints are still there, and --resume ends it without training."""
     whole = seewhy.train(folder, out=tmp_path / "whole", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("seewhy.core.files.fsync_path", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr("seewhy.models.saved_run.move_folder", lambda *folders: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OutputError, match="No space left on device"):
             seewhy.train(folder, out=tmp_path / "mine", **SMALL)
     assert (tmp_path / ".mine.partial" / "checkpoints" / "last.ckpt").exists()

@@ -159,5 +159,5 @@ def export_state_dict(run: SavedRun, path: Path | str) -> Path:
         try:
             torch.save({"state_dict": run.backbone.model.state_dict(), "classes": list(run.classes)}, work)
         except RuntimeError as error:  # torch's error for a full disk
-            raise OutputError(f"{path}: cannot be written ({reason_of(error)}); choose another place") from error
+            raise OutputError(f"{path}: cannot be written ({reason_of(error)}); choose another path") from error
     return path
