@@ -12,7 +12,12 @@ demo: $(VENV)/.installed
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
 
 test: $(VENV)/.installed-dev $(VENV)/.mlflow $(VENV)/.moto
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not blocks'
+
+# Every bash and python block of README and docs, page by page.
+.PHONY: blocks
+blocks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m blocks tests/test_docs.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

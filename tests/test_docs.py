@@ -349,6 +349,7 @@ def run_line(line: str, fail: Callable[[str], None]) -> None:
         fail(f"{line}: status {status}")
 
 
+@pytest.mark.blocks
 @pytest.mark.parametrize(
     "name", [name for name in PAGES if any(not b["reason"] and b["language"] in ("bash", "python") for b in FENCE.finditer(read(name)))]
 )
